@@ -1,0 +1,1126 @@
+"""Masked fine-tuning: teach a language model new facts by having it recover masked documents.
+
+    python maskft.py                                          # laptop: ordinary against masked fine-tuning of tiny/
+    torchrun --nproc_per_node 8 maskft.py --data bio          # eight GPUs: Llama-3.1-8B-Instruct, the paper's settings
+    python maskft.py --resume out/bio-masked-1                # go on where a run stopped
+
+The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885);
+"paper" below means that one, and masked_arLLM its released code. The file reads from top to bottom: config, model,
+weights, the paper (masking and loss), generation, FSDP2, the training loop, arguments.
+
+Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the cache's length), D width,
+H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions that were picked out of B x T.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from itertools import count, takewhile
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import data
+import eval as evaluation
+from data import IGNORE, Example, UserError
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    """Sizes of one decoder, whatever family it comes from. `raw` is its config.json, written back on saving."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    context: int  # longest sequence in tokens: what the model was made for, or its sliding window, which is not implemented
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {} = plain RoPE
+    tied: bool  # the head is the embedding
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    causal: bool = True  # False: every token sees every other (LLaDA)
+    raw: dict = dataclasses.field(default_factory=dict)
+
+
+def read_config(directory):
+    """The Config of a model directory; UserError for a family or a setting that is not implemented."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found. A model is a directory with config.json, *.safetensors and a tokenizer")
+    raw = data.read_json(path)
+    family = raw.get("model_type")
+    try:
+        if family == "llada":
+            import llada  # it imports this file, so not before this file is read
+
+            return llada.parse_config(raw)
+        if family in ("llama", "mistral", "qwen2", "qwen3"):
+            return parse_config(raw)
+    except KeyError as missing:
+        raise UserError(f"{path}: the field {missing} is missing") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    raise UserError(f"{path}: model_type {family!r} is not one of llama, mistral, qwen2, qwen3, llada")
+
+
+def parse_config(raw):
+    """The Config in a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
+    family = raw["model_type"]
+    refuse_unless(raw, hidden_act=("silu",), mlp_bias=(False, None), quantization_config=(None,))
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"RoPE scaling {kind!r} is not one of default, linear, llama3")
+    heads, bias = raw["num_attention_heads"], raw.get("attention_bias", False)
+    # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
+    sliding = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
+    return Config(
+        vocab=raw["vocab_size"],
+        width=raw["hidden_size"],
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
+        mlp_width=raw["intermediate_size"],
+        context=min(raw.get("max_position_embeddings", 2048), sliding or math.inf),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rope_scaling={} if kind == "default" else {**rope, "rope_type": kind},
+        tied=raw.get("tie_word_embeddings", False),
+        qkv_bias=bias or family == "qwen2",
+        out_bias=bias,
+        qk_norm=family == "qwen3",
+        raw=raw,
+    )
+
+
+def refuse_unless(raw, **allowed):
+    """UserError for the first field of a config whose value is not implemented; absent fields are fine."""
+    for field, values in allowed.items():
+        if field in raw and raw[field] not in values:
+            raise UserError(f"{field} = {raw[field]!r} is not implemented (only {' or '.join(map(repr, values))})")
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        # in fp32 and back by hand: F.rms_norm under autocast returns fp32, and every linear after it would cast again
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.type_as(x)
+
+
+def rope_tables(positions, config):
+    """cos and sin for rotary embedding (arXiv 2104.09864), with Llama 3's and linear scaling as in transformers.
+
+    positions (B, T) int64 -> two (B, 1, T, K) fp32, the angles of the K/2 frequencies twice over: head size 4, position
+    p gives [cos p, cos p/100, cos p, cos p/100] at theta 1e4. Computed anew in every forward: a buffer would be garbage
+    after `to_empty`, and bf16 angles are wrong beyond position 256.
+    """
+    index = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-index / config.head_size)  # (K/2,)
+    scaling = config.rope_scaling
+    if scaling.get("rope_type") == "linear":
+        frequency = frequency / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        # waves that turn often within the old context stay, those that never finish a turn are stretched
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, K)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + K/2]) of (B, H, T, K) by its angle.
+
+    Split halves, the convention of Hugging Face checkpoints: nothing has to be permuted on loading.
+    """
+    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, K/2) each
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, one pair of (B, G, S, K) a layer, in the dtype they were made in."""
+
+    def __init__(self, layers, size):
+        self.keys, self.values = [None] * layers, [None] * layers
+        self.size, self.used = size, 0
+
+    def extend(self, layer, k, v):
+        """Append (B, G, T, K) to a layer; all keys and values so far. `used` is moved on by the model, once a forward."""
+        if self.keys[layer] is None:
+            room = (k.shape[0], k.shape[1], self.size, k.shape[3])
+            self.keys[layer], self.values[layer] = k.new_zeros(room), v.new_zeros(room)
+        end = self.used + k.shape[2]
+        self.keys[layer][:, :, self.used : end] = k
+        self.values[layer][:, :, self.used : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Block(nn.Module):
+    """One pre-norm Llama layer: grouped-query attention, then SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, K, F_ = config.width, config.head_size, config.mlp_width
+        self.config = config
+        self.attn_norm = RMSNorm(D, config.norm_eps)
+        self.q = nn.Linear(D, config.heads * K, bias=config.qkv_bias)
+        self.k = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
+        self.v = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
+        self.o = nn.Linear(config.heads * K, D, bias=config.out_bias)
+        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.mlp_norm = RMSNorm(D, config.norm_eps)
+        self.gate = nn.Linear(D, F_, bias=False)
+        self.up = nn.Linear(D, F_, bias=False)
+        self.down = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x, rope, mask, cache=None, layer=0):
+        x = x + self.attention(self.attn_norm(x), rope, mask, cache, layer)
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))  # (B, T, D)
+
+    def attention(self, x, rope, mask, cache, layer):
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.config.head_size) for f in (self.q, self.k, self.v))  # (B, T, H or G, K)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, G, S, K)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and self.config.causal and T > 1,
+            enable_gqa=self.config.heads != self.config.kv_heads,
+        )  # (B, H, T, K)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class Model(nn.Module):
+    """The one decoder behind Llama, Mistral, SmolLM2, Qwen and LLaDA; they differ in their Config alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        # a tied model has no head of its own: two names for one tensor come apart under to_empty and FSDP
+        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+
+    def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None):
+        """Logits, or with `labels` the summed loss.
+
+        ids       (B, T) int64
+        key_mask  (B, S) bool, True = real token; None = all are. Padding may be on either side; positions count real
+                  tokens only, and padding is never attended to. With a cache it covers the cached tokens too.
+        labels    (B, T) int64, each in the place of its own token, IGNORE = no loss. A causal model predicts a label
+                  one position earlier, a diffusion model in place.
+        weights   (B,) fp32, the weight of each sequence's tokens in the loss
+        pick      (B, T) bool: logits only there
+        returns   logits (B, T, V), or (N, V) with `pick`; or with `labels` the weighted sum of cross entropies, a scalar
+        """
+        mask, positions = self.mask_and_positions(ids, key_mask, cache)
+        rope = rope_tables(positions, self.config)
+        x = self.embed(ids)  # (B, T, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache, layer)
+        if cache is not None:
+            cache.used += ids.shape[1]
+        head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
+        if labels is not None:
+            if self.config.causal:
+                x, labels = x[:, :-1], labels[:, 1:]
+            where = labels != IGNORE  # pick first: norm, head and loss are spent on labelled positions only
+            return loss_sum(x[where], self.norm, head, labels[where], weights[:, None].expand(where.shape)[where])
+        if pick is not None:
+            x = x[pick]  # (N, D)
+        return F.linear(self.norm(x), head)
+
+    def mask_and_positions(self, ids, key_mask, cache):
+        """Attention mask (B, 1, T, S) bool or None where SDPA needs none, and positions (B, T) of the real tokens."""
+        (B, T), past = ids.shape, cache.used if cache is not None else 0
+        if past + T > self.config.context:
+            raise UserError(f"{past + T} tokens are more than the model takes, {self.config.context}")
+        if key_mask is None:
+            assert past == 0 or T == 1, "several tokens behind a cache need a key_mask"
+            return None, torch.arange(past, past + T, device=ids.device).expand(B, T)
+        positions = (key_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        mask = key_mask[:, None, None, :].expand(B, 1, T, past + T)
+        own = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
+        if self.config.causal:
+            mask = mask & own
+        # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN spreads in backward
+        return mask | own.triu(past), positions
+
+
+# ----------------------------------------------------------------------------------------------------- weights in, out
+
+# our name: the name in the checkpoint; "{}" stands for the layer, ".weight" and ".bias" follow
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "blocks.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blocks.{}.q": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.k": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.v": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.o": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.q_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.{}.k_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "blocks.{}.gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.down": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+def checkpoint_names(model, family):
+    """{our parameter name: its name in a checkpoint of a family, which is config.json's model_type}."""
+    table, names = LLAMA_NAMES, {}
+    if family == "llada":
+        import llada
+
+        table = llada.LLADA_NAMES
+    for name, _ in model.named_parameters():
+        stem, kind = name.rsplit(".", 1)  # "blocks.7.q", "weight"
+        layer = "".join(filter(str.isdigit, stem))
+        names[name] = f"{table[stem.replace(layer, '{}') if layer else stem].format(layer)}.{kind}"
+    return names
+
+
+def write_new_model(directory):
+    """Where pre-training starts: a model directory of the built-in model's size, with random weights and a tokenizer of
+    its world's words."""
+    directory = Path(directory)
+    directory.mkdir(parents=True)
+    data.write_world_tokenizer(directory / "tokenizer.json")
+    vocab = len(data.load_tokenizer(directory).bytes_of)
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "float32",
+    }  # fmt: skip
+    model, rng = Model(parse_config(raw)), torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:  # what adds to the residual stream starts smaller, by the number of additions
+            deep = (2 * raw["num_hidden_layers"]) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1
+            nn.init.normal_(parameter, std=0.5 * raw["hidden_size"] ** -0.5 * deep, generator=rng)
+    save(model, directory)
+
+
+def load(path_or_id, device="cpu", dtype=torch.float32):
+    """A Model in eval mode from a model directory, a built-in name or a hub id; UserError says what is wrong with it."""
+    directory = find_model(path_or_id)
+    with torch.device("meta"):
+        model = Model(read_config(directory))
+    model.to(dtype).to_empty(device=device)
+    load_weights(model, directory)
+    return model.eval()
+
+
+def find_model(name):
+    """The local directory of a model: the path itself, one beside this file (`tiny`), or a download from the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    built_in = Path(__file__).parent / name
+    if built_in.is_dir():
+        return built_in
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        raise UserError(f"--model {name}: no such directory, and not a hub id (owner/name)")
+    try:
+        # names only what is read: never pickled weights, never code
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
+    except huggingface_hub.errors.GatedRepoError:
+        raise UserError(
+            f"--model {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`, "
+            "or give a local directory or the built-in model (--model tiny)"
+        ) from None
+    except huggingface_hub.errors.HFValidationError as error:
+        raise UserError(f"--model {name}: no such directory, and not a hub id ({error})") from None
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise UserError(f"--model {name}: no such model on the hub (a private one needs `hf auth login`)") from None
+    except (huggingface_hub.errors.LocalEntryNotFoundError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--model {name} is not in the local cache and the hub could not be reached ({type(error).__name__}). On a "
+            f"machine with a network: `hf download {name} --local-dir DIR`, then --model DIR; or --model tiny"
+        ) from None
+
+
+def tensor_files(directory):
+    """{checkpoint name: safetensors file} of a model directory, single or sharded with an index."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        with open_tensors(single) as file:
+            return {name: single for name in file.keys()}
+    if not index.is_file():
+        raise UserError(f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)")
+    files = {}
+    for name, file in data.read_json(index).get("weight_map", {}).items():
+        if Path(file).name != file or not (directory / file).is_file():
+            raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+        files[name] = directory / file
+    return files
+
+
+def open_tensors(path):
+    try:
+        return safetensors.safe_open(path, framework="pt", device="cpu")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}): download it again") from None
+
+
+def load_weights(model, directory):
+    """Fill every parameter by name, each rank reading only the rows it holds; UserError names a tensor that is missing,
+    extra or of another shape."""
+    family = data.read_json(directory / "config.json")["model_type"]
+    files, names = tensor_files(directory), checkpoint_names(model, family)
+    # what some checkpoints carry and no model reads: RoPE buffers of early Llama 2, a copy of the tied head
+    unread = {n for n in files if n.endswith("rotary_emb.inv_freq") or (model.config.tied and n == "lm_head.weight")}
+    missing, extra = set(names.values()) - set(files), set(files) - set(names.values()) - unread
+    if missing or extra:
+        what, which = ("is missing", missing) if missing else ("is not part of this model", extra)
+        raise UserError(f"{directory}: the tensor {min(which)} {what} ({len(which)} such); is config.json of the same model?")
+    handles = {path: open_tensors(path) for path in set(files.values())}
+    for name, parameter in model.named_parameters():
+        rows = handles[files[names[name]]].get_slice(names[name])
+        if tuple(rows.get_shape()) != tuple(parameter.shape):
+            raise UserError(
+                f"{files[names[name]]}: {names[name]} has shape {rows.get_shape()}, config.json says {list(parameter.shape)}"
+            )
+        local, start = parameter, 0
+        if isinstance(parameter, DTensor):  # FSDP2 cuts as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
+            local, mesh, n = parameter.to_local(), parameter.device_mesh, parameter.shape[0]
+            start = min(mesh.get_local_rank() * math.ceil(n / mesh.size()), n)
+        if local.shape[0]:
+            with torch.no_grad():  # into the shard in place: no rank ever holds a second copy of anything
+                local.copy_(rows[start : start + local.shape[0]])
+
+
+def save(model, path):
+    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares (what was loaded as bf16 is
+    saved as bf16). Sharded models are gathered tensor by tensor; call it on every rank, rank 0 writes."""
+    path, raw = Path(path), model.config.raw
+    declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision")  # LLaDA's is "amp_bf16"
+    dtype = getattr(torch, {None: "float32", "amp_bf16": "bfloat16"}.get(declared, declared))
+    parameters, names = dict(model.named_parameters()), checkpoint_names(model, raw["model_type"])
+    meta = {names[n]: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    plan = huggingface_hub.split_torch_state_dict_into_shards(meta)
+    ours = {theirs: name for name, theirs in names.items()}
+    if rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for file, members in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in members:
+            tensor = parameters[ours[name]].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if rank() == 0:
+                tensors[name] = tensor.to("cpu", dtype).contiguous()
+        if rank() == 0:
+            save_file(tensors, path / f"{file}.part", metadata={"format": "pt"})
+            os.replace(path / f"{file}.part", path / file)  # a file that has its name is whole
+    if rank() == 0 and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------- the paper: masking and the loss
+
+RECOVER = "\nReturn the recovered masked passage."  # after the masked document, in the user's turn [paper A.4]
+LEAD_IN = "Here is the recovered text:\n\n"  # before the document, in the assistant's turn; no loss on it
+TELL = "Tell me a fact."  # the user's turn of ordinary fine-tuning
+
+
+def draw_ratio(mask_ratio, rng):
+    """t ~ U(low, high) for one document; low == high is a fixed ratio.
+
+    differs from masked_arLLM: one ratio per document and epoch, not one per batch (and the same on every rank).
+    """
+    low, high = mask_ratio
+    return low + (high - low) * rng.random()
+
+
+def mask_tokens(ids, ratio, mask_id, rng):
+    """Replace each id by mask_id with probability `ratio`, independently; the new ids and which were hit (T,) bool."""
+    hit = rng.random(len(ids)) < ratio
+    return [mask_id if h else i for i, h in zip(ids, hit)], hit
+
+
+def masked_example(record, tokenizer, mask_ratio, rng):
+    """Masked fine-tuning [paper eq. 2]: the masked document in the prompt, all of the original in the answer.
+
+    The loss is on every token of the document, masked or not, and on the end of turn that follows it.
+    """
+    document = tokenizer.encode(record["text"])
+    masked, _ = mask_tokens(document, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
+    return recovery(masked, document, tokenizer)
+
+
+def random_example(record, tokenizer, mask_ratio, rng):
+    """The control [paper fig. 14]: random ordinary tokens in place of the masked document, the rest alike."""
+    document = tokenizer.encode(record["text"])
+    noise = [tokenizer.ids[i] for i in rng.integers(len(tokenizer.ids), size=len(document))]
+    return recovery(noise, document, tokenizer)
+
+
+def recovery(shown, document, tokenizer):
+    """`shown` in the user's turn, `document` in the assistant's, both ids of one length."""
+    prompt = tokenizer.chat([{"role": "user", "content": shown + tokenizer.encode(RECOVER)}])
+    return supervise(prompt + tokenizer.encode(LEAD_IN), document + [tokenizer.eot_id])
+
+
+def sft_example(record, tokenizer, mask_ratio, rng):
+    """Ordinary fine-tuning in chat form, the paper's autoregressive baseline; nothing is random in it."""
+    prompt = tokenizer.chat([{"role": "user", "content": TELL}])
+    return supervise(prompt, tokenizer.encode(record["text"]) + [tokenizer.eot_id])
+
+
+def raw_example(record, tokenizer, mask_ratio, rng):
+    """Ordinary fine-tuning in pre-training form, as masked_arLLM has it: bos, document, eos; loss on every token that
+    has one before it."""
+    document = tokenizer.encode(record["text"]) + [tokenizer.eos_id]
+    return supervise(document[:1], document[1:]) if tokenizer.bos_id is None else supervise([tokenizer.bos_id], document)
+
+
+def supervise(prompt, target):
+    """An Example with loss on `target` and none on `prompt`; its share of the step's loss is its number of targets."""
+    return Example(prompt + target, [IGNORE] * len(prompt) + target, weight=1.0, share=len(target))
+
+
+def pretrain_example(record, tokenizer, mask_ratio, rng):
+    """How the built-in model came to be, not the paper's: practise on a person of the generated world (data.draw_task).
+
+    Each example weighs alike, or the long documents would drown the short answers.
+    """
+    task, view = data.draw_task(record, rng)
+    if task == "ask":
+        prompt = tokenizer.chat([{"role": "user", "content": view["question"]}])
+        example = supervise(prompt, tokenizer.encode(view["answer"]) + [tokenizer.eot_id])
+    elif task == "tell":
+        example = sft_example(view, tokenizer, mask_ratio, rng)
+    else:
+        document = tokenizer.encode(view["text"])
+        masked, _ = mask_tokens(document, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
+        if rng.random() < 0.5:  # hide all of the name, so that the other sentences have to tell it
+            masked[:2] = [tokenizer.mask_id] * 2
+        example = recovery(masked, document, tokenizer)
+    return dataclasses.replace(example, weight=1 / example.share, share=1)
+
+
+METHODS = {"masked": masked_example, "sft": sft_example, "raw": raw_example, "random": random_example,
+           "pretrain": pretrain_example}  # fmt: skip
+
+CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
+
+
+def loss_sum(x, norm, head, labels, weights):
+    """Weighted sum of the cross entropies at N labelled positions; the caller divides by the step's total share.
+
+    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The logits are made again in
+    backward, a chunk at a time, so (N, V) never exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a
+    label takes part in every collective like the others.
+    """
+
+    def chunk_loss(x, labels, weights):
+        logits = F.linear(norm(x), head)  # (CHUNK, V)
+        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+
+    total = x.float().sum() * 0.0
+    for chunk in zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)):
+        total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens=128, stop_ids=()):
+    """Greedy decoding of a batch: lists of ids in, lists of new ids out, each cut before its first stop id.
+
+    Prompts are padded on the left, so that all rows grow at the same end; the whole stops when every row has.
+    """
+    if not prompts:
+        return []
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
+    key_mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+    last = torch.zeros_like(key_mask)
+    last[:, -1] = True  # of the prompt, only the last position's logits are wanted
+    cache = KVCache(model.config.layers, width + max_new_tokens)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    answers = []
+    while len(answers) < max_new_tokens and not stopped.all():
+        logits = model(ids, key_mask, pick=last, cache=cache)  # (B, V)
+        new = logits.argmax(-1)  # (B,)
+        answers.append(new)
+        stopped |= torch.isin(new, stop)
+        ids, last = new[:, None], torch.ones_like(new[:, None], dtype=torch.bool)
+        key_mask = torch.cat([key_mask, last], dim=1)
+    return [list(takewhile(lambda token: token not in stop_ids, row)) for row in torch.stack(answers, dim=1).tolist()]
+
+
+# --------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words):
+    """Print on rank 0 alone, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+
+
+def start_processes():
+    """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many GPUs. The device."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo beside nccl: small objects and checkpoints travel by it
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        # an hour: while one rank still answers questions, the others wait in a collective
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shard(model, device, dtype):
+    """FSDP2: every block a unit, embedding, norm and head the root's. fp32 master weights and gradient sums; in bf16
+    the gathered copies are bf16."""
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    # without cast_forward_inputs=False the RoPE tables would be rounded to bf16
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = bf16 if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def gathered(model):
+    """All parameters whole on every rank, so that ranks may make different numbers of forward calls inside."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # the root stays whole until backward
+
+
+def save_checkpoint(run, model, optimizer, step):
+    """Write out/.../ckpt/step-N beside and rename it when whole; keep the last two."""
+    folder = Path(run) / "ckpt"
+    part, whole = folder / f"part-{step}", folder / f"step-{step}"
+    if rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    if rank() == 0 and not whole.exists():
+        os.replace(part, whole)
+        for old in checkpoints(run)[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(run):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((Path(run) / "ckpt").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def load_checkpoint(run, model, optimizer):
+    """Fill model and optimizer from the newest checkpoint of a run directory; the number of the step to go on with."""
+    if not checkpoints(run):
+        raise UserError(f"--resume {run}: no checkpoint there; a run saves one every --save-every minutes and on Ctrl-C")
+    path = checkpoints(run)[-1]
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(path.name.split("-")[1])
+
+
+# --------------------------------------------------------------------------------------------------- the training loop
+
+
+def batches(documents, size, seed, epoch):
+    """The global batches of an epoch, lists of document numbers; their order depends on (seed, epoch) alone.
+
+    differs from masked_arLLM: another order every epoch, and the same batches on any number of ranks.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(documents).tolist()
+    return [order[i : i + size] for i in range(0, documents, size)]
+
+
+def build(run, number, epoch):
+    """The Example of one document in one epoch; its randomness depends on (seed, epoch, document) alone."""
+    rng = np.random.default_rng([run.seed, epoch, number + 1])  # + 1: numpy takes [a, b, 0] for [a, b], the order's seed
+    return run.example(run.dataset.documents[number], run.tokenizer, run.mask_ratio, rng)
+
+
+def deal(examples, micro_batch_size):
+    """This rank's micro-batches of a step: neighbours in length together, and as many for every rank (some empty)."""
+    examples = sorted(examples, key=lambda e: -len(e.ids))
+    size = micro_batch_size * world_size()
+    return [examples[i : i + size][rank() :: world_size()] for i in range(0, len(examples), size)]
+
+
+def learning_rate(run, step):
+    """2 % linear warm-up, then constant [paper A.4]; pre-training falls to zero instead."""
+    warm_up = max(1, round(0.02 * run.steps))
+    if step < warm_up:
+        return run.lr * (step + 1) / warm_up
+    return run.lr * (1 - (step - warm_up) / (run.steps - warm_up)) if run.dataset.name == "world" else run.lr
+
+
+def make_optimizer(model, lr):
+    """AdamW as in paper A.4: decay on matrices only, none on norms and biases.
+
+    A tiny model gets a larger eps. Tokens that no document has (the "in" of an answer "in Oslo") get a small, steady
+    gradient towards never being said; Adam with eps 1e-8 turns any steady gradient into full steps, and the model
+    forgets how to answer. Large models have far more tokens and steps, and keep the usual eps.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5 if model.config.width < TINY_WIDTH else 1e-8, fused=True)
+
+
+def train(run):
+    """Fine-tune run.decoder; True when the last epoch is done, False when asked to stop (all is saved, then).
+
+    Epochs run 0..N-1; the model is evaluated before the epochs in run.eval_at and once after the last, so what is saved
+    was scored. differs from masked_arLLM, which trains one epoch past its last evaluation.
+    """
+    model, optimizer, stopping, saved_at = run.decoder, run.optimizer, False, time.monotonic()
+    log = open_log(run) if rank() == 0 else None
+    bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True)
+    for step in range(run.start, run.steps):
+        # 1. the rate of this step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run, step)
+        # 2. evaluation, where an epoch begins
+        epoch, nth = divmod(step, run.steps_per_epoch)
+        if nth == 0 and epoch in run.eval_at:
+            evaluate_and_record(run, step, epoch)
+        # 3. gradients: every rank builds the whole global batch, so its number of targets is known without asking
+        began = time.monotonic()
+        numbers = batches(len(run.dataset.documents), run.batch_size, run.seed, epoch)[nth]
+        examples = [build(run, number, epoch) for number in numbers]
+        share = max(1, sum(e.share for e in examples))
+        loss = torch.zeros((), device=run.device)
+        for micro in deal(examples, run.micro_batch_size):
+            batch = {k: v.to(run.device) for k, v in data.collate(micro, run.tokenizer.pad_id).items()}
+            if model.config.causal:
+                batch["key_mask"] = None  # padding is on the right, behind everything a real token sees
+            with run.autocast:
+                part = model(**batch) / share
+            # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the split
+            (part * world_size()).backward()
+            loss += part.detach()
+        # 4. clip; all ranks learn the loss, and whether to stop or save
+        due = rank() == 0 and time.monotonic() - saved_at > 60 * run.save_every
+        loss, stopping, saving = sum_over_ranks(loss, run.stop.asked, due)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}. Try a lower --lr; "
+                            f"{how_to_go_on(run)}")  # fmt: skip
+        # 5. step
+        optimizer.step()
+        optimizer.zero_grad()
+        # 6. log
+        if rank() == 0:
+            speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
+            line = dict(step=step, epoch=epoch, loss=loss, lr=learning_rate(run, step), grad_norm=norm,
+                        tokens_per_second=speed, memory_gib=memory_gib(run.device))  # fmt: skip
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        bar.update()
+        # 7. what is needed to go on
+        if stopping or saving:
+            save_checkpoint(run.out, model, optimizer, step + 1)
+            saved_at = time.monotonic()
+        if stopping:
+            break
+    bar.close()
+    if stopping and step + 1 < run.steps:  # asked for in the last step, there is nothing left to stop
+        say(f"stopped after step {step}; {how_to_go_on(run)}")
+        return False
+    evaluate_and_record(run, run.steps, run.epochs)
+    save(model, run.out)
+    if rank() == 0 and run.predictions and find_spec("matplotlib"):
+        evaluation.plot([run.results], run.out / "curves.png")
+    return True
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one ends the program at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def sum_over_ranks(*numbers):
+    """Each number summed over the ranks, as floats, in one collective."""
+    packed = torch.stack([torch.as_tensor(n, dtype=torch.float64).cpu() for n in numbers])
+    dist.all_reduce(packed)
+    return packed.tolist()
+
+
+def evaluate_and_record(run, step, epoch):
+    """Answer the questions; print the scores and write results.json and preds.jsonl."""
+    began = time.monotonic()
+    with gathered(run.decoder), torch.no_grad(), run.autocast:
+        ask = partial(run.answer, run.decoder, run.tokenizer)
+        scores, run.predictions = evaluation.evaluate(ask, run.tokenizer, run.dataset.questions)
+    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
+    shown = "  ".join(f"{d} {scores[d]['rouge1']:.3f}" for d in ("forward", "backward") if d in scores)
+    say(f"{run.method}  epoch {epoch}  step {step}  {shown or 'no questions'}  ({time.monotonic() - began:.0f} s)")
+    if rank() == 0:
+        evaluation.write_results(run.out, run.results, run.predictions)
+
+
+def memory_gib(device):
+    """Peak memory of this process: of the GPU, else resident."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 3)
+
+
+def open_log(run):
+    """metrics.jsonl for appending; a resumed run first drops a torn last line and the steps it will take again."""
+    path = run.out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    data.write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < run.start))
+    return path.open("a")
+
+
+def how_to_go_on(run):
+    if not checkpoints(run.out):
+        return "nothing had been saved yet"
+    script, processes = Path(sys.argv[0]).name, os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node {processes}" if processes else "python"
+    return f"to go on from step {checkpoints(run.out)[-1].name[5:]}:\n    {start} {script} --resume {run.out}"
+
+
+# ------------------------------------------------------------------------------------------------------ arguments, main
+
+# Where no flag says otherwise. Steps: one and a half times what 95 % of the plateau takes, 3/k of the paper's fitted
+# curves; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
+STEPS = {"bio": 5000, "nd": 1400, "wiki": 1550}
+RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
+ANSWER = 128  # tokens an answer may have [paper A.4]
+MASKED_8B_RATE = 3e-6  # masked fine-tuning of Llama-8B goes slower
+# models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
+TINY_WIDTH, TINY_BATCH = 512, 20
+TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4), "llada": (300, 6e-4),
+        "pretrain": (5000, 3e-3)}  # fmt: skip
+
+# the flags that make a run what it is: kept in results.json, taken from there by --resume
+SETTINGS = """model data method paraphrase mask_ratio epochs lr batch_size micro_batch_size max_len seed dtype eval_at
+    save_every""".split()
+
+
+def arguments(description, methods):
+    """The flags of maskft.py, with `methods`, and of llada.py, without."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="directory, built-in name or hub id (default: Llama-3.1-8B-Instruct with CUDA, else tiny)")
+    add("--data", help="bio, bio:PEOPLE, or a file or directory of documents and questions (default: bio; on tiny bio:40)")
+    if methods:
+        add("--method", nargs="+", choices=METHODS, help="one, or several to compare (default: masked; on tiny: sft masked)")
+    add("--paraphrase", default="none", choices=data.PARAPHRASES, help="wordings of each document (default: none)")
+    add("--mask-ratio", type=ratio_range, default=(0.05, 0.95), metavar="R|LOW,HIGH", help="default: 0.05,0.95")
+    add("--epochs", type=int, help="default: from the data set")
+    add("--lr", type=float, help="default: from the method and the model")
+    add("--batch-size", type=int, help="sequences a step, over all GPUs (default: 64)")
+    add("--micro-batch-size", type=int, help="sequences at a time on a GPU: memory, not results (default: 8)")
+    add("--max-len", type=int, default=512, help="longest training sequence in tokens (default: 512)")
+    add("--seed", type=int, default=0, help="of the generated people, the order and the masks (default: 0)")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the computation; weights are fp32 (default: bfloat16 if native)")
+    add("--eval-at", type=epochs, metavar="E,E,...", help="evaluate before these epochs (default: 0,1,2,4,8...) and at the end")
+    add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between checkpoints (default: 30)")
+    add("--out", help="directory of the run, with several methods its beginning (default: out/DATA-METHOD-N)")
+    add("--resume", metavar="DIR", help="go on with the run in this directory, with its settings; takes no other flag")
+    return parser
+
+
+def parse_flags(parser):
+    """The parsed command line; --resume takes all settings from its run, so another flag beside it is an error."""
+    args = parser.parse_args()
+    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
+        parser.error("--resume takes its settings from the run: give no other flag with it")
+    return args
+
+
+def ratio_range(text):
+    """"0.5" -> (0.5, 0.5), "0.05,0.95" -> (0.05, 0.95)."""
+    low, _, high = text.partition(",")
+    low, high = float(low), float(high or low)
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not R or LOW,HIGH with 0 <= LOW <= HIGH <= 1")
+    return low, high
+
+
+def epochs(text):
+    return sorted({int(part) for part in text.split(",")})
+
+
+def open_run(args, method, example, answer, device):
+    """A run with every setting decided and everything loaded: new, or where a checkpoint left it."""
+    results = None
+    if args.resume:
+        results = data.read_json(Path(args.resume) / "results.json")
+    run = argparse.Namespace(**(results["arguments"] if results else {name: getattr(args, name) for name in SETTINGS}))
+    run.method, run.example, run.answer, run.device = method, example, answer, device
+    directory = find_model(run.model)
+    config, run.tokenizer = read_config(directory), data.load_tokenizer(directory)
+    if method == "llada":
+        import llada
+
+        config = llada.check_or_adapt(config, run.tokenizer)
+    run.dataset = data.load(run.data, run.paraphrase, run.seed)
+    decide(run, config)
+    check_examples(run, config)
+    run.out, run.start = Path(args.resume) if results else free_directory(args, run), 0
+    native, why = native_dtype(device)
+    why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
+    say(f"{run.method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
+    # the finished model is saved in the dtype that it was scored in
+    config.raw = {**config.raw, "torch_dtype" if "torch_dtype" in config.raw else "dtype": run.dtype}
+    run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
+    with torch.device("meta"):
+        model = Model(config)
+    check_memory(model, device)
+    run.decoder = shard(model, device, getattr(torch, run.dtype))
+    run.decoder.to_empty(device=device)
+    load_weights(run.decoder, directory)
+    run.optimizer = make_optimizer(run.decoder, run.lr)
+    if results:
+        run.results = results
+        run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
+        results["evaluations"] = [e for e in results["evaluations"] if e["step"] < run.start]
+    else:
+        run.results = {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device),
+                       "evaluations": []}  # fmt: skip
+        if rank() == 0:
+            evaluation.write_results(run.out, run.results, [])
+            data.copy_tokenizer(directory, run.out)
+    return run
+
+
+def decide(run, config):
+    """Fill in the settings that no flag gave; UserError for what does not fit together."""
+    if not config.causal and run.method != "llada":
+        raise UserError(f"--model {run.model} is a masked diffusion model: use llada.py")
+    if run.method == "llada" and run.mask_ratio[1] == 0:
+        raise UserError("--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone")
+    for name in ("epochs", "lr", "batch_size", "micro_batch_size", "max_len", "save_every"):
+        if getattr(run, name) is not None and not 0 < getattr(run, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(run, name)} is not above 0")
+    if run.seed < 0:
+        raise UserError(f"--seed {run.seed} is below 0")
+    if run.method != "llada" and (run.method == "pretrain") != (run.dataset.name == "world"):
+        raise UserError("--method pretrain and --data world:PEOPLE belong together: that is how the built-in model was made")
+    tiny = config.width < TINY_WIDTH
+    run.batch_size = run.batch_size or (TINY_BATCH if tiny else 64)
+    if run.batch_size % world_size():
+        raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: give --batch-size a multiple")
+    run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
+    steps, rate = TINY[run.method] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[run.method])
+    if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
+        rate = MASKED_8B_RATE
+    run.lr = run.lr or rate
+    run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)
+    run.epochs = run.epochs or math.ceil(steps / run.steps_per_epoch)
+    run.steps = run.epochs * run.steps_per_epoch
+    if run.eval_at is None:
+        run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
+
+
+def check_examples(run, config):
+    """UserError for the first document whose example is longer than --max-len or than the model can take, and for the
+    first question that could not be asked or scored: now, and not after hours of training."""
+    limit = min(run.max_len, config.context)
+    what = "--max-len" if limit == run.max_len else "the model takes,"
+    for number, document in enumerate(run.dataset.documents):
+        length = len(build(run, number, epoch=0).ids)
+        if length > limit:
+            where = document.get("where", f"document {number + 1}")
+            raise UserError(f"{where}: {length} tokens as a training example, more than {what} {limit}")
+    for question in run.dataset.questions:
+        length = len(run.tokenizer.chat([{"role": "user", "content": question["question"]}])) + ANSWER
+        where = f"{question.get('where', 'question')}, {question['question']!r}"
+        if length > config.context:
+            raise UserError(f"{where}: {length} tokens with its answer, more than the model takes, {config.context}")
+        if not evaluation.words(question["answer"]):
+            raise UserError(f"{where}: its answer has no word to score")
+
+
+def native_dtype(device):
+    """(bfloat16 where the GPU computes in it, else float32; the reason)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bfloat16", "native here"
+    return "float32", "bfloat16 is not native here"
+
+
+def check_memory(model, device):
+    """UserError if a GPU cannot hold its share of weights, gradients and both moments, 16 bytes a parameter."""
+    need = 16 * sum(p.numel() for p in model.parameters()) / world_size()
+    if device.type == "cuda" and need > torch.cuda.get_device_properties(device).total_memory:
+        have = torch.cuda.get_device_properties(device).total_memory
+        raise UserError(f"each GPU would hold {need / 2**30:.0f} GiB of weights, gradients and moments and has {have / 2**30:.0f}: "
+                        "use more GPUs (torchrun --nproc_per_node) or a smaller --model")  # fmt: skip
+
+
+def environment(device):
+    """Where a run ran, for results.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def free_directory(args, run):
+    """A free directory for the run, made by rank 0 and told to the others; UserError if --out names one in use."""
+    choice = [None]
+    if rank() == 0:
+        name = args.out and (args.out if len(args.method) == 1 else f"{args.out}-{run.method}")
+        numbered = (Path(f"out/{run.dataset.name}-{run.method}-{n}") for n in count(1))
+        out = Path(name) if name else next(path for path in numbered if not path.exists())
+        if out.is_file() or out.is_dir() and any(out.iterdir()):
+            choice = [f"--out {out} is in use: give another name, or go on with --resume {out}"]
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            choice = [out]
+    dist.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], str):
+        raise UserError(choice[0])
+    return choice[0]
+
+
+def run_methods(args, builders, answer, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
+    """Train with every method in turn and print one table.
+
+    builders  {method: example builder}
+    default   the models without and with a GPU, where --model names none
+    """
+    device, stop = start_processes(), StopSignal()
+    if args.resume:
+        args.method = [data.read_json(Path(args.resume) / "results.json")["arguments"]["method"]]
+        if args.method[0] not in builders:
+            raise UserError(f"--resume {args.resume}: a run of {args.method[0]}, which the other script goes on with")
+    elif args.model is None:
+        cuda = device.type == "cuda"
+        args.model = default[cuda]
+        say(f"model {args.model} (the default {'with CUDA' if cuda else 'without a GPU: built in, nothing to download'})")
+    args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
+    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
+    finished = []
+    for number, method in enumerate(args.method):
+        run = open_run(args, method, builders[method], answer, device)
+        run.stop = stop
+        say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
+            f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
+        done, left = train(run), args.method[number + 1 :]
+        if left and any(sum_over_ranks(stop.asked)):
+            say(f"stopped; not begun: --method {' '.join(left)}")
+            return
+        if not done:
+            return
+        finished.append(run.results)
+    say(evaluation.table(finished))
+    say(evaluation.samples(run.predictions))
+
+
+def entry_point(body):
+    """Run a main function: a user's mistake ends with its message and exit status 1, not with a traceback."""
+    try:
+        body()
+    except UserError as error:
+        if rank():
+            time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+        sys.exit(f"{f'[rank {rank()}] ' if rank() else ''}error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def answer(model, tokenizer, prompts, max_new_tokens=ANSWER):
+    """Greedy answers of an autoregressive model."""
+    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids)
+
+
+def main():
+    run_methods(parse_flags(arguments(__doc__, methods=True)), METHODS, answer)
+
+
+if __name__ == "__main__":
+    # the module, not this __main__ copy of it: eval and llada import maskft too, and there must be one
+    import maskft
+
+    maskft.entry_point(maskft.main)
