@@ -1,0 +1,1209 @@
+"""Tests: `python -m pytest -q`, on a CPU, with nothing downloaded, in about a minute and a half.
+
+Those that compare with transformers, tokenizers or rouge are skipped where these are not installed.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import eval as evaluation
+import llada
+import maskft
+from data import IGNORE
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # two threads spin on matrices this small
+
+# ------------------------------------------------------------------------------------------------------------ fixtures
+
+SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64, rope_theta=5e5)  # fmt: skip
+
+
+def random_model(seed=0, **changes):
+    """A small Llama with random weights, norms and biases included."""
+    torch.manual_seed(seed)
+    raw = {**SIZES, "model_type": "llama", **changes}
+    model = maskft.Model(maskft.parse_config(raw))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(HERE / "tiny")
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A directory with random weights, config.json and tiny's tokenizer."""
+    maskft.save(random_model(), tmp_path / "model")
+    data.copy_tokenizer(HERE / "tiny", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def command(*arguments, processes=1, **options):
+    """Run a script of the project as its user does; (exit status, everything it printed)."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    done = subprocess.run([*start, str(HERE / arguments[0]), *map(str, arguments[1:])], env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170, **options)  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def transformers_configs():
+    """One small random configuration of every family that has to load."""
+    t = pytest.importorskip("transformers")
+    return {
+        "llama2": t.LlamaConfig(**{**SIZES, "num_key_value_heads": 4}),
+        "llama3.1": t.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+        "linear": t.LlamaConfig(**SIZES, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+        "smollm2": t.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+        "bias": t.LlamaConfig(**SIZES, attention_bias=True),
+        "qwen2": t.Qwen2Config(**SIZES),
+        "qwen3": t.Qwen3Config(**SIZES, head_dim=32),
+        "mistral": t.MistralConfig(**SIZES),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3.1", "linear", "smollm2", "bias", "qwen2", "qwen3", "mistral"])
+def test_agrees_with_transformers(family, tmp_path):
+    """Logits with and without left padding, greedy generation of an unequal batch, and a saved model opened there."""
+    config = transformers_configs()[family]
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = maskft.load(tmp_path / "theirs")
+    ids = torch.randint(300, (2, 90))
+    key_mask = torch.ones(2, 90, dtype=torch.bool)
+    key_mask[0, :13] = False
+    positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
+    prompts = [ids[0, 13:40].tolist(), ids[1, :60].tolist()]
+    padded = torch.tensor([[0] * (60 - len(p)) + p for p in prompts])
+    real = torch.tensor([[0] * (60 - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
+        logits = theirs(ids, attention_mask=key_mask.long(), position_ids=positions).logits
+        assert (logits - ours(ids, key_mask))[key_mask].abs().max() < 1e-4
+        greedy = theirs.generate(padded, attention_mask=real, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert maskft.generate(ours, prompts, 20) == greedy[:, 60:].tolist()
+        maskft.save(ours, tmp_path / "ours")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+def test_rope_by_hand():
+    """Head size 4, theta 1e4: frequencies 1 and 1/100; pairs are (0, 2) and (1, 3)."""
+    config = dataclasses.replace(random_model().config, head_size=4, rope_theta=1e4)
+    cos, sin = maskft.rope_tables(torch.tensor([[0, 3]]), config)
+    assert torch.allclose(cos[0, 0, 1], torch.tensor([3.0, 0.03, 3.0, 0.03]).cos())
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 1, 2, 4)
+    a, b = 3.0, 0.03
+    expected = [math.cos(a) - 3 * math.sin(a), 2 * math.cos(b) - 4 * math.sin(b), 3 * math.cos(a) + math.sin(a), 4 * math.cos(b) + 2 * math.sin(b)]
+    assert torch.allclose(maskft.rotate(x, cos, sin)[0, 0, 1], torch.tensor(expected))
+    assert torch.equal(maskft.rotate(x, cos, sin)[0, 0, 0], x[0, 0, 0])
+
+
+@torch.no_grad()
+def test_causal_and_padding():
+    """A later token changes no earlier logit; padding on either side changes none of a real token's."""
+    model, ids = random_model(), torch.randint(300, (1, 20))
+    changed = ids.clone()
+    changed[0, 12] = (ids[0, 12] + 1) % 300
+    a, b = model(ids), model(changed)
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.allclose(a[:, 12:], b[:, 12:])
+    for left, right in ((7, 0), (0, 7), (3, 4)):
+        padded, key_mask = F.pad(ids, (left, right), value=9), F.pad(torch.ones(1, 20, dtype=torch.bool), (left, right))
+        assert torch.allclose(model(padded, key_mask)[key_mask], a[0], atol=1e-5)
+    assert torch.equal(model(F.pad(ids, (0, 5)), None)[:, :20], a)  # right padding needs no mask
+
+
+@torch.no_grad()
+def test_generation_is_the_plain_loop():
+    """Cache, padding and early stopping change nothing: the same ids as whole forwards of one prompt at a time."""
+    model = random_model(tie_word_embeddings=True)
+    prompts = [[5, 6, 7], [8] * 11, [9, 10]]
+    plain = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(12):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        plain.append(ids[len(prompt) :])
+    assert maskft.generate(model, prompts, 12) == plain
+    stop = plain[1][4]
+    cut = [list(itertools.takewhile(lambda token: token != stop, row)) for row in plain]
+    assert maskft.generate(model, prompts, 12, stop_ids=[stop]) == cut and cut != plain
+    assert maskft.generate(model, [], 12) == []
+
+
+def test_generation_stops_with_its_last_row():
+    model, calls = random_model(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    first = maskft.generate(model, [[5, 6, 7]], 1)[0][0]
+    calls.clear()
+    assert maskft.generate(model, [[5, 6, 7]], 50, stop_ids=[first]) == [[]]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_config_that_is_not_implemented(change, message, model_dir):
+    raw = {k: v for k, v in {**data.read_json(model_dir / "config.json"), **change}.items() if v is not None}
+    (model_dir / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(data.UserError, match=message):
+        maskft.load(model_dir)
+
+
+def test_older_and_newer_spelling():
+    old = maskft.parse_config({**SIZES, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}})
+    new = maskft.parse_config({**SIZES, "model_type": "llama", "rope_parameters": LLAMA3_ROPE})
+    assert old.rope_theta == new.rope_theta == 5e5 and new.rope_scaling.items() >= old.rope_scaling.items()
+
+
+def test_sliding_window_matters_only_beyond_it():
+    model = random_model(model_type="mistral", sliding_window=16)
+    model(torch.zeros(1, 16, dtype=torch.int64))
+    with pytest.raises(data.UserError, match="more than the model takes, 16"):
+        model(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_weights_are_checked_by_name_and_shape(model_dir):
+    file, tensors = model_dir / "model.safetensors", load_file(model_dir / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = {
+        f"{name} is missing": {k: v for k, v in tensors.items() if k != name},
+        "model.extra.weight is not part": {**tensors, "model.extra.weight": torch.zeros(2)},
+        f"{re.escape(name)} has shape": {**tensors, name: torch.zeros(3, 3)},
+    }
+    for message, contents in broken.items():
+        save_file(contents, file)
+        with pytest.raises(data.UserError, match=message):
+            maskft.load(model_dir)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(data.UserError, match="not a whole safetensors file"):
+        maskft.load(model_dir)
+    file.unlink()
+    with pytest.raises(data.UserError, match="neither model.safetensors nor"):
+        maskft.load(model_dir)
+
+
+def test_sharded_weights_and_an_index_that_points_outside(model_dir):
+    whole, tensors = maskft.load(model_dir), load_file(model_dir / "model.safetensors")
+    files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name].clone() for name in files if files[name] == file}, model_dir / file)
+    (model_dir / "model.safetensors").unlink()
+    index = model_dir / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    again = maskft.load(model_dir)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    index.write_text(json.dumps({"weight_map": {**files, min(files): "../model-0.safetensors"}}))
+    with pytest.raises(data.UserError, match="not a file of this directory"):
+        maskft.load(model_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+          "<|reserved_special_token_0|>"]
+LLADA = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ONLY_BYTES = BYTE_LEVEL | {"use_regex": False}
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ Ġ", "a b", "Ġw o"]
+
+
+def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def added(token, i, special, **flags):
+    off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return dict(id=i, content=token, special=special) | off | flags
+
+
+def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVEL, normalizer=None, plain=(), lack="",
+                    unmerged=(), shuffle=False, config=(), **model):
+    """A model directory with nothing but a tokenizer. Ids: bytes, merged tokens, `unmerged`, special, `plain` added."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    tokens = [c for c in data.ALPHABET if c not in lack]
+    tokens = list(dict.fromkeys([*tokens, *map("".join, pairs), *unmerged]))
+    if shuffle:
+        random.Random(0).shuffle(tokens)
+    extra = [added(t, len(tokens) + n, t in special) for n, t in enumerate([*special, *plain])]
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False, ignore_merges=False, merges=merges,
+                 vocab={token: i for i, token in enumerate(tokens)}) | model
+    content = dict(version="1.0", truncation=None, padding=None, added_tokens=extra, normalizer=normalizer,
+                   pre_tokenizer=pre_tokenizer, post_processor=None, decoder=None, model=model)
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(dict(config)))
+    return path
+
+
+def tokens_of(tokenizer, text):
+    return [tokenizer.bytes_of[i].decode() for i in tokenizer.encode(text)]
+
+
+def test_known_tokens(tmp_path):
+    load = lambda **options: data.load_tokenizer(write_tokenizer(tmp_path, **options))
+    assert tokens_of(load(), "hello world ab") == ["hello", " wo", "r", "l", "d", " ", "ab"]
+    assert load().encode("hell") == [258] == [256 + MERGES.index("he ll")]
+    # Digits first makes the spaces before a digit a piece of their own; alone, ByteLevel keeps one with the number.
+    digits = sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL)
+    assert tokens_of(load(), "a   12") == ["a", "  ", " ", "12"]
+    assert tokens_of(load(pre_tokenizer=digits), "a   12") == ["a", "  ", " ", "1", "2"]
+    assert load(normalizer={"type": "NFC"}).encode("e\u0301") == load().encode("é") != load().encode("e\u0301")
+    assert tokens_of(load(lack="l", merges=["h e", "e o"]), "heo hello") == ["he", "o", " ", "he", "o"]  # l is dropped
+
+
+def test_special_tokens_never_come_from_text(tmp_path):
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
+    ids = tokenizer.encode("<|im_end|><think>hello<|im_start|>")
+    assert not set(ids) & set(tokenizer.special.values())
+    assert tokenizer.added["<think>"] in ids  # an added token that is not special is ordinary text, as in the reference
+    assert tokenizer.decode(ids) == "<think>".join(["<|im_end|>", "hello<|im_start|>"])
+    assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("a"), 10**6]) == "a"
+    assert tokenizer.decode([tokenizer.eot_id], special=True) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("special, before, between, after", [
+    (LLAMA3, "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+    (LLADA, "<|startoftext|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+    (CHATML, "", "<|im_start|>{}\n", "<|im_end|>\n")], ids=["llama3", "llada", "chatml"])
+def test_chat(tmp_path, special, before, between, after):
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, special))
+    user = [{"role": "user", "content": "hello"}]
+    asked = before + between.format("user") + "hello" + after + between.format("assistant")
+    assert tokenizer.decode(tokenizer.chat(user), special=True) == asked
+    ids = tokenizer.encode("hello") + [tokenizer.eot_id]  # a list of ids is taken as it is: a mask is a special token
+    answered = user + [{"role": "assistant", "content": ids}]
+    assert tokenizer.decode(tokenizer.chat(answered), special=True) == asked + "hello" + after.strip() + after
+    assert tokenizer.chat(answered)[:len(tokenizer.chat(user))] == tokenizer.chat(user)
+
+
+def test_declared_ids_and_mask(tmp_path):
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, LLAMA3, config={"eos_token": {"content": "<|eot_id|>"}}))
+    name = {i: token for token, i in tokenizer.special.items()}
+    assert [name[i] for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.mask_id)] == [
+        "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [tokenizer.special["<|end_of_text|>"], 5]}))
+    again = data.load_tokenizer(tmp_path)  # 5 is a letter: text could make it, so it stops nothing
+    assert again.stop_ids == (tokenizer.eot_id, tokenizer.special["<|end_of_text|>"])
+    llada = data.load_tokenizer(write_tokenizer(tmp_path, LLADA))
+    assert llada.template == "llada" and llada.mask_id == llada.special["<|mdm_mask|>"]
+    with pytest.raises(data.UserError, match="no unused special token"):
+        data.load_tokenizer(write_tokenizer(tmp_path, CHATML)).mask_id
+    smol = data.load_tokenizer(write_tokenizer(tmp_path, [*CHATML, "<empty_output>"]))
+    assert smol.mask_id == smol.special["<empty_output>"]
+    letters = [chr(n) for n in range(ord("A"), ord("z"))]
+    filler = [f"{a} {b}" for a in letters for b in letters if a + b != "[]"]
+    qwen = data.load_tokenizer(write_tokenizer(tmp_path, CHATML, merges=[*filler[:1294 - 256], "[ ]"]))
+    assert qwen.mask_id == 1294 and qwen.decode([1294]) == "[]"
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(byte_fallback=True), "byte_fallback"), (dict(type="Unigram"), "Unigram"), (dict(dropout=0.1), "dropout"),
+    (dict(unk_token="a", lack="b", merges=[]), "unk_token"), (dict(normalizer={"type": "NFKC"}), "NFKC"),
+    (dict(pre_tokenizer=None), "ByteLevel"), (dict(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    (dict(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
+    (dict(pre_tokenizer=sequence(split("a", "MergedWithNext"), ONLY_BYTES)), "MergedWithNext"),
+    (dict(pre_tokenizer=sequence(split(r"^\w+"), ONLY_BYTES)), "pattern"),
+    (dict(pre_tokenizer=sequence(split(r"\p{N}{1,3}+"), ONLY_BYTES)), "pattern"),
+    (dict(special=["<s>", "</s>"]), "chat templates"), (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'")])
+def test_refused_by_name(tmp_path, options, says):
+    with pytest.raises(data.UserError, match=says) as error:
+        data.load_tokenizer(write_tokenizer(tmp_path, **options))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_llama3_tiktoken_file(tmp_path):
+    singles = [bytes([b]) for b in range(256)]
+    pairs = [a + b for a in singles for b in singles]
+    tokens = singles + pairs + [b"a" + pair for pair in pairs]
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens[:128000])]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eot_id, tokenizer.mask_id) == (128000, 128009, 128013)
+    assert tokenizer.template == "llama3" and len(tokenizer.special) == 256
+    text = "Héllo  12345\r\n it'S 漢字 <|eot_id|>"
+    assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00")
+    with pytest.raises(data.UserError, match="SentencePiece"):
+        data.load_tokenizer(tmp_path)
+
+
+AWKWARD = [
+    "", " ", "Hello world, it's I'LL we'Ve 'ſ x'", "a  1   22    333\t4", "x\r\ny\r\n\r\n  z \n \n", "$€£ -- == ... !?",
+    "naïve e\u0301 \u1100\u1161\u11a8 ½Ⅷ٣", "漢字かな 한국어 עברית हिन्दी", "👩\u200d👩\u200d👧 🇫🇷 👍🏽",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n\n\n", "\x00\x01\x7f\u0085\u00a0\u2028\u3000\ufeff",
+    "<|im_start|>user\n<|im_end|><think>a</think><|eot_id|>", "x" * 500 + "ab" * 300, "antidisestablishmentarianism" * 9]
+VARIANTS = {
+    "llama3": dict(special=LLAMA3, pre_tokenizer=sequence(split(data.LLAMA3_PIECES), ONLY_BYTES), ignore_merges=True,
+                   unmerged=["Ġunmade", "xyz", "Ã©Ã"]),
+    "qwen": dict(normalizer={"type": "NFC"}, plain=["<think>", "</think>"], as_pairs=True,
+                 pre_tokenizer=sequence(split(data.LLAMA3_PIECES.replace("{1,3}", "")), ONLY_BYTES)),
+    "smollm2": dict(pre_tokenizer=sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL), lack="ĀāÃðÌ"),
+    "digits": dict(pre_tokenizer=sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL), shuffle=True),
+    "removed": dict(pre_tokenizer=sequence(split(r"\p{L}+| ?\p{N}", "Removed", True), ONLY_BYTES)),
+    "nested": dict(pre_tokenizer=sequence(split("ab", kind="String"), sequence(split(r"(?=\p{Lu})|\s+"), ONLY_BYTES))),
+    "plain": dict(pre_tokenizer=ONLY_BYTES, unmerged=["xyz"], plain=["im_end", "ab<|im_end|>c"])}
+
+
+def reference(path):
+    """text -> ids by the `tokenizers` library, special tokens read as text."""
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def random_text(rng):
+    common = [*"abAB é漢12 \n\r\t'<|>_👍\u0301\u0300", "  ", "'s", "\r\n", "<think>", "<|im_end|>", "ab", "xyz", " the"]
+    rare = [*range(0x780), *range(0x2000, 0x2c00), *range(0x3000, 0x3100), *range(0xAC00, 0xAD00)]
+    text = "".join(rng.choice(common) if rng.random() < 0.8 else chr(rng.choice(rare)) for _ in range(rng.randint(1, 30)))
+    return "".join(c for c in text if unicodedata.category(c) != "Cn")  # each library has its Unicode: keep to the old
+
+
+def learned_merges(lack=""):
+    """Some hundred merges, learned from the awkward text and this file."""
+    library = pytest.importorskip("tokenizers")
+    learner = library.Tokenizer(library.models.BPE())
+    learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=list(data.ALPHABET))
+    learner.train_from_iterator([*AWKWARD * 3, open(__file__, encoding="utf-8").read()], trainer)
+    pairs = json.loads(learner.to_str())["model"]["merges"]
+    return [pair for pair in pairs if not set("".join(pair)) & set(lack)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ids_equal_the_reference(tmp_path, name):
+    options = dict(VARIANTS[name])
+    pairs = learned_merges(options.get("lack", ""))
+    merges = pairs if options.pop("as_pairs", False) else [" ".join(pair) for pair in pairs]
+    path = write_tokenizer(tmp_path, merges=merges, **options)
+    ours, theirs, rng = data.load_tokenizer(path), reference(path), random.Random(0)
+    for text in [*AWKWARD, *(random_text(rng) for _ in range(2000))]:
+        assert ours.encode(text) == theirs(text), repr(text)
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_ids_equal_the_reference_on_wild_merges(tmp_path, ignore_merges):
+    """Merges that no training gives: in any order, several for one token, some never reached, ids shuffled."""
+    rng = random.Random(ignore_merges)
+    for _ in range(30):
+        vocab, merges = list("abc"), []
+        for _ in range(rng.randint(3, 30)):
+            merges.append([rng.choice(vocab), rng.choice(vocab)])
+            vocab += ["".join(merges[-1])] * (len("".join(merges[-1])) < 8)
+            merges = [pair for pair in merges if "".join(pair) in vocab]
+        rng.shuffle(merges)
+        path = write_tokenizer(tmp_path, merges=merges, pre_tokenizer=ONLY_BYTES, unmerged=["abcab", "cc", "aba"],
+                               shuffle=True, ignore_merges=ignore_merges)
+        ours, theirs = data.load_tokenizer(path), reference(path)
+        for _ in range(300):
+            text = "".join(rng.choices("abc", k=rng.randint(1, 14)))
+            assert ours.encode(text) == theirs(text), (text, merges)
+
+
+def test_chat_equals_the_encoded_text(tmp_path):
+    path = write_tokenizer(tmp_path, merges=[" ".join(pair) for pair in learned_merges()])
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1, 2 or 漢?"}]
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1, 2 or 漢?<|im_end|>\n<|im_start|>assistant\n"
+    assert data.load_tokenizer(path).chat(messages) == library.encode(text).ids
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+BIO_SHA256 = "02e51bc161d943083b6c530f171c3979d324a3264c28ecd7ee2626c781a1b003"  # recorded once
+
+
+def test_bio_is_the_same_everywhere():
+    text = json.dumps([data.make_bio(20, p, seed=3) for p in data.PARAPHRASES])
+    assert hashlib.sha256(text.encode()).hexdigest() == BIO_SHA256
+    assert data.make_bio(20, seed=3) != data.make_bio(20, seed=4)
+
+
+def test_bio_has_what_it_promises():
+    documents, questions = data.make_bio(100)
+    assert len(documents) == 100 and len({d["text"] for d in documents}) == 100
+    assert [len(data.make_bio(100, p)[0]) for p in data.PARAPHRASES] == [100, 500, 500]
+    assert [sum(q["direction"] == d for q in questions) for d in ("forward", "backward")] == [600, 300]
+    backward = [q["question"] for q in questions if q["direction"] == "backward"]
+    assert len(set(backward)) == 300  # three attributes tell one person
+    assert min(len(stems) * len(endings) for stems, endings in data.WORDINGS.values()) >= 40
+    people = data.draw_people(100, "bio", 0)
+    for person, document in zip(people, documents):
+        sentences = document["text"].split(". ")
+        assert len(sentences) == 6 and document["text"].count(person["name"]) == sentences[0].count(person["name"]) == 1
+        assert all(person[attribute] in sentence for attribute, sentence in zip(data.ATTRIBUTES, sentences))
+        pronouns = ("He", "His") if person["pronoun"] == "He" else ("She", "Her")
+        assert all(sentence.startswith(pronouns) for sentence in sentences[1:])
+        # every answer stands in the document: forward the value, backward the name
+        assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in data.questions_about(person))
+
+
+def test_pre_training_people_are_nobody_to_be_injected():
+    assert not set(data.names("bio")) & set(data.names("world"))
+    injected = {p["name"] for seed in range(5) for p in data.draw_people(100, "bio", seed)}
+    assert injected <= set(data.names("bio"))
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_own_documents(tmp_path):
+    question = {"question": "Q?", "answer": "A", "direction": "backward"}
+    file = write(tmp_path / "mine.jsonl", {"text": "one"}, question, {"text": "two"})
+    dataset = data.load(str(file))
+    assert [d["text"] for d in dataset.documents] == ["one", "two"] and dataset.documents[1]["where"].endswith("mine.jsonl, line 3")
+    assert dataset.questions == [{**question, "group": "all", "where": f"{file}, line 2"}] and dataset.name == "mine"
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "three"}]))
+    assert len(data.load(str(tmp_path)).documents) == 3
+
+
+def test_released_layout(tmp_path):
+    for kind in ("no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"):
+        (tmp_path / f"biography_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
+    tasks = [("N2D", "NameIsDescription"), ("D2N", "NameIsDescription"), ("D2N", "DescriptionIsName"), ("N2D", None)]
+    records = [{"question": "Q?", "answer": "A", "task": task, "group": group} for task, group in tasks]
+    write(tmp_path / "biography_test.jsonl", *({k: v for k, v in r.items() if v} for r in records))
+    texts = [data.load(str(tmp_path), p).documents[0]["text"] for p in data.PARAPHRASES]
+    assert texts == ["no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]
+    assert [q["direction"] for q in data.load(str(tmp_path)).questions] == ["forward", "backward", "forward", "forward"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": 3}', 'line 2: "text" must be text,'),
+        ('{"text": "x"', "line 2: not JSON"),
+        ('{"txt": "x"}', "line 2: not a document"),
+        ('{"question": "Q?", "direction": "forward"}', 'line 2: "answer" must be text,'),
+        ('{"question": "Q?", "answer": "A", "direction": "sideways"}', 'line 2: "direction"'),
+        ("[1, 2]", "line 2: not a document"),
+    ],
+)
+def test_a_bad_line_is_named(line, message, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(data.UserError, match=f"bad.jsonl, {message}"):
+        data.load(str(path))
+
+
+def test_nothing_to_learn(tmp_path):
+    with pytest.raises(data.UserError, match="no document"):
+        data.load(str(write(tmp_path / "empty.jsonl")))
+    for name, message in (("bio:0", "number of people"), (str(tmp_path / "none"), "exists"), ("bio:2000", "only")):
+        with pytest.raises(data.UserError, match=message):
+            data.load(name)
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+
+
+def supervised(example, tokenizer):
+    """(what the model is given, what it is taught) as text, after checking that labels are the ids themselves."""
+    assert all(label in (IGNORE, token) for token, label in zip(example.ids, example.labels))
+    taught = [token for token, label in zip(example.ids, example.labels) if label != IGNORE]
+    given = [token for token, label in zip(example.ids, example.labels) if label == IGNORE]
+    return tokenizer.decode(given, special=True), tokenizer.decode(taught, special=True)
+
+
+@pytest.fixture(params=["chatml", "llama3"])
+def any_tokenizer(request, tokenizer):
+    """The built-in tokenizer with each chat template; the templates' tokens are added behind its vocabulary."""
+    if request.param == "chatml":
+        return tokenizer
+    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    ids = {name: 5000 + i for i, name in enumerate(names)}
+    return dataclasses.replace(tokenizer, template="llama3", special={**tokenizer.special, **ids}, bos_id=5000, eot_id=5003,
+                               bytes_of={**tokenizer.bytes_of, **{i: n.encode() for n, i in ids.items()}})  # fmt: skip
+
+
+TURNS = {
+    "chatml": ("", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+
+
+def test_exact_supervised_ids(any_tokenizer):
+    """Every method and template: the loss is on the document and the end of turn, on nothing else."""
+    t, text, rng = any_tokenizer, "Edda Marlow was born in Oslo.", np.random.default_rng(0)
+    bos, turn, end = TURNS[t.template]
+    given, taught = supervised(maskft.masked_example({"text": text}, t, (0, 0), rng), t)
+    assert given == bos + turn.format(text + "\nReturn the recovered masked passage.") + "Here is the recovered text:\n\n"
+    assert taught == text + end
+    example = maskft.masked_example({"text": text}, t, (1, 1), rng)
+    n = len(t.encode(text))
+    assert example.ids.count(t.mask_id) == n and supervised(example, t)[1] == text + end
+    assert example.weight == 1 and example.share == n + 1
+    given, taught = supervised(maskft.random_example({"text": text}, t, (0, 0), rng), t)
+    assert text not in given and taught == text + end and len(t.encode(text)) == n
+    assert supervised(maskft.sft_example({"text": text}, t, (0, 0), rng), t) == (bos + turn.format("Tell me a fact."), text + end)
+    bos = "" if t.bos_id is None else t.decode([t.bos_id], special=True)
+    eos = t.decode([t.eos_id], special=True)
+    assert supervised(maskft.raw_example({"text": text}, t, (0, 0), rng), t) == (bos, text + eos)
+    headless = maskft.raw_example({"text": text}, dataclasses.replace(t, bos_id=None), (0, 0), rng)
+    assert headless.share == n and headless.labels[0] == IGNORE  # nothing before the first token to predict it from
+
+
+def test_masks_fall_on_the_document_alone(tokenizer):
+    text, rng = "Edda Marlow was born in Oslo.", np.random.default_rng(0)
+    clean = maskft.masked_example({"text": text}, tokenizer, (0, 0), rng)
+    document = tokenizer.encode(text)
+    start = next(i for i in range(len(clean.ids)) if clean.ids[i : i + len(document)] == document)
+    for _ in range(50):
+        example = maskft.masked_example({"text": text}, tokenizer, (0.05, 0.95), rng)
+        changed = [i for i, (a, b) in enumerate(zip(clean.ids, example.ids)) if a != b]
+        assert all(start <= i < start + len(document) and example.ids[i] == tokenizer.mask_id for i in changed)
+        assert example.labels == clean.labels
+
+
+def test_ratio_and_masks_have_the_promised_distribution():
+    rng = np.random.default_rng(0)
+    ratios = [maskft.draw_ratio((0.05, 0.95), rng) for _ in range(4000)]
+    assert 0.05 <= min(ratios) < 0.06 and 0.94 < max(ratios) <= 0.95 and abs(np.mean(ratios) - 0.5) < 0.02
+    assert maskft.draw_ratio((0.5, 0.5), rng) == 0.5
+    ids, hit = maskft.mask_tokens(list(range(10000)), 0.3, -1, rng)
+    assert abs(np.mean(hit) - 0.3) < 0.02 and ids == [-1 if h else i for i, h in enumerate(hit)]
+
+
+def plain_run(tokenizer, method="masked", seed=0, people=6):
+    dataset = data.load(f"bio:{people}")
+    return argparse_namespace(dataset=dataset, tokenizer=tokenizer, mask_ratio=(0.05, 0.95), seed=seed, example=maskft.METHODS[method])
+
+
+def argparse_namespace(**fields):
+    return maskft.argparse.Namespace(**fields)
+
+
+def test_same_seed_same_masks_and_order(tokenizer):
+    run = plain_run(tokenizer)
+    assert maskft.build(run, 2, epoch=5) == maskft.build(run, 2, epoch=5)
+    others = [maskft.build(run, 2, epoch=6), maskft.build(plain_run(tokenizer, seed=1), 2, epoch=5)]
+    assert all(maskft.build(run, 2, epoch=5).ids != other.ids for other in others)  # a fresh mask every epoch
+    assert maskft.batches(10, 4, seed=0, epoch=1) == maskft.batches(10, 4, seed=0, epoch=1) != maskft.batches(10, 4, seed=0, epoch=2)
+    assert sorted(sum(maskft.batches(10, 4, 0, 0), [])) == list(range(10))
+
+
+def test_every_rank_gets_its_share(monkeypatch, tokenizer):
+    """Whatever the world size, the ranks' micro-batches together are the batch, and each rank has as many."""
+    run = plain_run(tokenizer)
+    examples = [maskft.build(run, i, 0) for i in range(6)]
+    for world, size in itertools.product((1, 2, 4), (1, 2, 6)):
+        monkeypatch.setattr(maskft, "world_size", lambda: world)
+        dealt = []
+        for rank in range(world):
+            monkeypatch.setattr(maskft, "rank", lambda: rank)
+            dealt.append(maskft.deal(examples, size))
+        assert len({len(micros) for micros in dealt}) == 1 and all(len(m) <= size for micros in dealt for m in micros)
+        assert sorted(e.ids for micros in dealt for m in micros for e in m) == sorted(e.ids for e in examples)
+
+
+def gradients(model, examples, size, pad_id=0):
+    model.zero_grad()
+    share = sum(e.share for e in examples)
+    for micro in maskft.deal(examples, size):
+        (model(**data.collate(micro, pad_id)) / share).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def ragged_examples(causal=True):
+    rng = np.random.default_rng(0)
+    lengths = [3, 17, 9, 30]
+    rows = [rng.integers(1, 300, n).tolist() for n in lengths]
+    return [data.Example(ids, [IGNORE] * 2 + ids[2:], 1.0, len(ids) - 2) for ids in rows]
+
+
+def test_loss_is_plain_cross_entropy():
+    """Chunked, label-only and recomputed, it is still the mean cross entropy of the labelled tokens, and so its gradient."""
+    model, examples = random_model(), ragged_examples()
+    batch = data.collate(examples, 0)
+    logits = model(batch["ids"], batch["key_mask"])
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+    model.zero_grad()
+    plain.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    old, maskft.CHUNK = maskft.CHUNK, 7
+    try:
+        assert torch.allclose(model(**batch) / sum(e.share for e in examples), plain, rtol=1e-6)
+        for size in (1, 2, 4):
+            for a, b in zip(gradients(model, examples, size), expected):
+                assert (a - b).norm() <= 1e-5 * b.norm()
+    finally:
+        maskft.CHUNK = old
+
+
+def test_no_target_is_zero_and_not_nan():
+    model = random_model()
+    loss = model(**data.collate([], pad_id=0))
+    loss.backward()
+    assert loss.item() == 0 and all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
+
+
+def test_rate_and_decay():
+    run = argparse_namespace(steps=100, lr=1.0, dataset=data.Dataset("bio", [], []))
+    assert [maskft.learning_rate(run, s) for s in (0, 1, 2, 99)] == [0.5, 1.0, 1.0, 1.0]
+    groups = maskft.make_optimizer(random_model(attention_bias=True), 1e-3).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.95)
+    assert {p.dim() for p in groups[0]["params"]} == {2} and {p.dim() for p in groups[1]["params"]} == {1}
+
+
+# --------------------------------------------------------------------------------------------------------------- LLaDA
+
+MASK, EOS, EOT = 38, 39, 37
+
+# the config.json of LLaDA-8B-Instruct, made small
+RAW = {
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
+    "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": 32, "embedding_dropout": 0.0,
+    "embedding_size": 40, "eos_token_id": EOS, "flash_attention": False, "include_bias": False, "include_qkv_bias": False,
+    "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False,
+    "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": MASK, "max_sequence_length": 256,
+    "mlp_hidden_size": 48, "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": 4,
+    "n_kv_heads": 4, "n_layers": 2, "pad_token_id": EOS, "precision": "amp_bf16", "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-5, "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
+    "transformers_version": "4.46.3", "use_cache": False, "vocab_size": 40, "weight_tying": False,
+}  # fmt: skip
+
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
+
+
+class Letters:
+    """A tokenizer of lower-case letters: a = 1."""
+
+    bos_id, eot_id, eos_id, mask_id, stop_ids = 0, EOT, EOS, MASK, (EOT, EOS)
+
+    def encode(self, text):
+        return [ord(c) - 96 for c in text]
+
+    def chat(self, messages):
+        return [self.bos_id] + [i for m in messages for i in self.encode(m["content"])] + [30]
+
+
+def tiny_llada(seed=0, **changes):
+    """A random model whose logits are far apart, so that rounding never decides a token, and whose answers are varied."""
+    model = maskft.Model(llada.parse_config(RAW | changes)).eval()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 1.0 if p.dim() == 1 or "embed" in name else 2.0 / math.sqrt(p.shape[1])
+            p.copy_(torch.randn(p.shape, generator=rng) * scale + (p.dim() == 1))
+        model.embed.weight[MASK] *= 0.1  # what surrounds a mask decides, more than that it is one
+        model.head.weight[MASK] = 0.0
+    return model
+
+
+def test_config_reads_llada_names_and_refuses_what_is_not_implemented():
+    config = llada.parse_config(RAW | {"embedding_size": 64, "n_kv_heads": 2, "include_qkv_bias": True, "mlp_hidden_size": None})
+    assert (config.vocab, config.width, config.layers, config.heads, config.kv_heads, config.head_size) == (64, 32, 2, 4, 2, 8)
+    assert (config.mlp_width, config.context, config.rope_theta, config.norm_eps) == (128, 256, 500000.0, 1e-5)
+    assert (config.causal, config.tied, config.qkv_bias, config.out_bias) == (False, False, True, False)
+    for field, value in {
+        "rope": False, "alibi": True, "layer_norm_type": "default", "activation_type": "swiglu", "block_type": "sequential",
+        "include_bias": True, "attention_layer_norm": True, "scale_logits": True, "input_emb_norm": True, "clip_qkv": 8.0,
+        "multi_query_attention": True, "residual_dropout": 0.1, "mask_token_id": 40,
+    }.items():  # fmt: skip
+        with pytest.raises(data.UserError, match=field):
+            llada.parse_config(RAW | {field: value})
+
+
+def test_save_keeps_names_and_config(tmp_path):
+    model = tiny_llada()
+    maskft.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == RAW
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        parts = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+        block = {f"model.transformer.blocks.1.{part}.weight" for part in parts}
+        assert block <= set(file.keys()) and len(file.keys()) == 2 * len(block) + 3
+        assert {f"model.transformer.{n}.weight" for n in ("wte", "ln_f", "ff_out")} <= set(file.keys())
+    ids = torch.tensor(PROMPTS[:1])
+    assert torch.equal(maskft.load(tmp_path)(ids), model.bfloat16().float()(ids))  # "amp_bf16": saved as bf16
+
+
+def test_ff_proj_is_the_gate():
+    block = tiny_llada().blocks[0]
+    ours = {theirs.split(".")[-1]: name.split(".")[-1] for name, theirs in llada.LLADA_NAMES.items() if "{}" in name}
+    ff_proj, up_proj, ff_out = (block.get_parameter(f"{ours[n]}.weight") for n in ("ff_proj", "up_proj", "ff_out"))
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    block.attention = lambda h, *_: torch.zeros_like(h)
+    h, y = block.mlp_norm(x), block(x, None, None) - x
+    expected = (torch.nn.functional.silu(h @ ff_proj.T) * (h @ up_proj.T)) @ ff_out.T
+    swapped = (torch.nn.functional.silu(h @ up_proj.T) * (h @ ff_proj.T)) @ ff_out.T
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    assert (y - swapped).abs().max() > 0.1
+
+
+def test_a_causal_model_becomes_a_llada(tmp_path):
+    llama = {
+        "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    raw = llada.from_causal(llama, MASK, EOS)
+    before, after = maskft.parse_config(llama), llada.parse_config(raw)
+    assert {k for k in vars(before) if getattr(before, k) != getattr(after, k)} == {"causal", "raw"}
+    causal, model = maskft.Model(before).eval(), maskft.Model(after).eval()
+    model.load_state_dict(causal.state_dict())
+    maskft.save(model, tmp_path)
+    ids = torch.tensor(PROMPTS[:1])
+    logits = maskft.load(tmp_path)(ids)
+    torch.testing.assert_close(model(ids[:, :1]), causal(ids[:, :1]))  # one token: the mask makes no difference
+    assert (logits - causal(ids)).abs().max() > 1e-4
+    with pytest.raises(data.UserError, match="RoPE scaling"):
+        llada.from_causal(llama | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, MASK, EOS)
+
+
+def test_attention_is_full_and_padding_is_never_seen():
+    model, ids = tiny_llada(), torch.tensor(PROMPTS[:1])
+    other = ids.clone()
+    other[0, -1] = 20
+    assert (model(ids)[0, 0] - model(other)[0, 0]).abs().max() > 1e-2  # a later token changes an earlier logit
+    plain = model(ids)[0]
+    for left, right in ((0, 3), (3, 0), (2, 4)):
+        batch = torch.tensor([[21] * left + PROMPTS[0] + [22] * right, list(range(5 + left + right))])
+        real = torch.ones_like(batch, dtype=torch.bool)
+        real[0, :left], real[0, left + 5 :] = False, False
+        torch.testing.assert_close(model(batch, real)[0, left : left + 5], plain, atol=2e-5, rtol=1e-5)
+
+
+def test_document_example():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        example = llada.diffusion_example({"text": "abcdefgh"}, Letters(), (0.05, 0.95), rng)
+        clean = [0, *range(1, 9), EOS]
+        assert [label if label != IGNORE else i for i, label in zip(example.ids, example.labels)] == clean
+        assert [i == MASK for i in example.ids] == [label != IGNORE for label in example.labels]
+        assert example.labels[0] == IGNORE and example.share == 1.0  # bos is never masked
+    one, two = (llada.diffusion_example({"text": "abcdefgh"}, Letters(), (0.05, 0.95), np.random.default_rng(7)) for _ in range(2))
+    assert one == two
+    masked = [llada.diffusion_example({"text": "ab"}, Letters(), (0.5, 0.5), rng).labels[-1] for _ in range(50)]
+    assert set(masked) == {IGNORE, EOS}  # the end may be
+
+
+def test_question_example_keeps_the_prompt_clean(monkeypatch):
+    record = {"question": "who", "answer": "bob"}
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        example = llada.diffusion_example(record, Letters(), (0.9, 0.9), rng)
+        assert example.ids[:5] == [0, 23, 8, 15, 30] and example.labels[:5] == [IGNORE] * 5 and len(example.ids) == 9
+    assert example.weight == pytest.approx(1 / (0.9 * 4))  # b, o, b, end of turn
+    monkeypatch.setattr(llada, "ANSWER_LENGTH", 7)
+    padded = llada.diffusion_example(record, Letters(), (1.0, 1.0), rng)
+    assert padded.labels[5:] == [2, 15, 2, EOT, EOS, EOS, EOS] and padded.weight == pytest.approx(1 / 7)
+
+
+@pytest.mark.parametrize("mask_ratio", [(0.05, 0.05), (0.5, 0.5), (1.0, 1.0), (0.05, 0.95)])
+def test_expected_loss_of_a_uniform_model_is_ln_v(mask_ratio):
+    model, rng = tiny_llada(), np.random.default_rng(0)
+    torch.nn.init.zeros_(model.head.weight)
+    examples = [llada.diffusion_example({"text": "abcd" * n}, Letters(), mask_ratio, rng) for n in (1, 3) for _ in range(1000)]
+    batch = data.collate(examples, EOS)
+    loss = model(**batch) / sum(e.share for e in examples)
+    assert loss.item() == pytest.approx(math.log(40), rel=0.08 if mask_ratio[0] < 0.1 else 0.02)
+
+
+def test_nothing_masked_is_zero_loss_with_a_full_share():
+    example = llada.diffusion_example({"text": "a"}, Letters(), (0.0, 0.0), np.random.default_rng(0))
+    assert set(example.labels) == {IGNORE} and (example.weight, example.share) == (0.0, 1.0)
+    batch = data.collate([example], EOS)
+    model = tiny_llada()
+    loss = model(**batch)
+    loss.backward()
+    assert loss.item() == 0.0 and model.head.weight.grad.abs().max() == 0.0
+
+
+@torch.no_grad()
+def plain_sample(model, prompt, length, steps, block, temperature=0.0, remasking="low_confidence", cfg_scale=0.0, generator=None):
+    """Unmasking one row at a time, spelled out: whole sequence, all logits, every step, no stop."""
+    x = prompt + [MASK] * length
+    draw = lambda: torch.rand((), dtype=torch.float64, generator=generator).item()
+    for first in range(len(prompt), len(x), block):
+        rounds = steps // (length // block)
+        for step in range(rounds):
+            keep = block // rounds + (1 if step < block % rounds else 0)
+            logits = model(torch.tensor([x]))[0]
+            if cfg_scale:
+                bare = model(torch.tensor([[MASK] * len(prompt) + x[len(prompt) :]]))[0]
+                logits = bare + (1 + cfg_scale) * (logits - bare)
+            places = [i for i in range(len(prompt), first + block) if x[i] == MASK] if keep else []
+            choice, sure = {}, {}
+            for i in places:
+                row = logits[i].double()
+                if temperature:
+                    u = torch.rand(len(row), dtype=torch.float64, generator=generator)
+                    choice[i] = int((row.exp() / (-u.log()) ** temperature).argmax())
+                else:
+                    choice[i] = int(row.argmax())
+                sure[i] = float(row.softmax(0)[choice[i]])
+            if remasking == "random":
+                sure = {i: draw() for i in places}
+            for i in sorted(places, key=lambda i: -sure[i])[:keep]:
+                x[i] = choice[i]
+    return x[len(prompt) :]
+
+
+def cut(ids, stop_ids):
+    return ids[: min((i for i, token in enumerate(ids) if token in stop_ids), default=len(ids))]
+
+
+SETTINGS = [(16, 16, 4), (16, 8, 4), (16, 12, 4), (12, 5, 12), (8, 8, 1), (8, 32, 4)]
+
+
+@pytest.mark.parametrize("length, steps, block", SETTINGS)
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_sampler_gives_the_reference_tokens(length, steps, block, cfg_scale):
+    model = tiny_llada()
+    expected = [plain_sample(model, p, length, steps, block, cfg_scale=cfg_scale) for p in PROMPTS]
+    assert len({i for row in expected for i in row}) > 5
+    assert [llada.sample(model, [p], length, steps, block, cfg_scale=cfg_scale)[0] for p in PROMPTS] == expected
+    assert llada.sample(model, PROMPTS, length, steps, block, cfg_scale=cfg_scale) == expected
+    # stopping early changes nothing, whichever token stops
+    for stop_ids in ({expected[0][5]}, {expected[1][0], expected[2][3]}, set(expected[2])):
+        stopped = llada.sample(model, PROMPTS, length, steps, block, cfg_scale=cfg_scale, stop_ids=stop_ids)
+        assert stopped == [cut(row, stop_ids) for row in expected]
+
+
+@pytest.mark.parametrize("remasking, temperature", [("random", 0.0), ("low_confidence", 1.0), ("random", 0.7)])
+def test_seeded_sampling_gives_the_reference_tokens(remasking, temperature):
+    model = tiny_llada()
+    options = dict(temperature=temperature, remasking=remasking)
+    for seed in range(3):
+        expected = plain_sample(model, PROMPTS[0], 16, 8, 8, generator=torch.Generator().manual_seed(seed), **options)
+        assert llada.sample(model, PROMPTS[:1], 16, 8, 8, generator=torch.Generator().manual_seed(seed), **options) == [expected]
+
+
+def test_a_predicted_mask_token_stays_a_mask():
+    model = tiny_llada()
+    with torch.no_grad():
+        model.head.weight[MASK] = model.head.weight[:MASK].max(0).values
+    expected = [plain_sample(model, p, 16, 8, 4) for p in PROMPTS]
+    assert any(MASK in row for row in expected)
+    assert llada.sample(model, PROMPTS, 16, 8, 4) == expected
+
+
+def test_gumbel_draws_from_the_softmax():
+    model, temperature = tiny_llada(), 2.0
+    logits = model(torch.tensor([PROMPTS[0] + [MASK]]))[0, -1].double()
+    drawn = llada.sample(model, PROMPTS[:1] * 4000, 1, 1, 1, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=40) / 4000
+    assert (share - (logits / temperature).softmax(0)).abs().max() < 0.03
+
+
+def test_threshold():
+    model = tiny_llada()
+    assert llada.sample(model, PROMPTS, 16, 16, 4, threshold=2.0) == llada.sample(model, PROMPTS, 16, 16, 4)  # none is that sure
+    calls, forward = [], model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    one_go = llada.sample(model, PROMPTS, 16, threshold=0.0, block_length=8)
+    assert len(calls) == 2 and one_go == [plain_sample(model, p, 16, 2, 8) for p in PROMPTS]
+
+
+def test_bad_settings_and_empty_batches():
+    model = tiny_llada()
+    for bad in (dict(max_new_tokens=10), dict(steps=100), dict(steps=0), dict(block_length=0), dict(remasking="high_confidence")):
+        with pytest.raises(data.UserError):
+            llada.sample(model, PROMPTS, **bad)
+    assert llada.sample(model, []) == []
+    assert llada.sample(model, PROMPTS, 8, 8, stop_ids=range(40)) == [[]] * 3
+
+
+def test_answer_stops_at_end_of_turn_and_end_of_text():
+    model = tiny_llada()
+    full = llada.sample(model, PROMPTS, 16, 16)
+    assert llada.answer(model, Letters(), PROMPTS, 16) == [cut(row, (EOT, EOS)) for row in full]
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+RECORDED = [  # (prediction, reference, ROUGE-1 recall as nltk 3.10 + rouge 1.0.1 gave it)
+    ("Ada Holm", "Ada Holm", 1.0),
+    ("ada holm", "Ada Holm", 0.0),
+    ("The answer is Ada, of course.", "Ada Holm", 0.5),
+    ("", "Ada Holm", 0.0),
+    ("Lund Lund Lund", "Lund, a city in the south", 1 / 3),
+    ("born on 3 June 1971", "3 June 1971", 1.0),
+    ("I cannot say", "can not", 1.0),
+    ("“Quillon”—Oslo", "Quillon Oslo", 1.0),
+    ("U.S. e-mail", "US email", 1.0),
+    ("New York", "York", 1.0),
+]
+
+
+@pytest.mark.parametrize("prediction, reference, expected", RECORDED)
+def test_rouge1_recall(prediction, reference, expected):
+    assert evaluation.rouge1_recall(prediction, reference) == pytest.approx(expected)
+
+
+def test_rouge1_recall_against_the_packages():
+    nltk, rouge = pytest.importorskip("nltk"), pytest.importorskip("rouge")
+    stop = set("a of the and is are be to new on in at an for".split())
+    tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
+
+    def clean(text):
+        text = text.translate(str.maketrans("", "", __import__("string").punctuation))
+        return " ".join(word for word in tokenize(text) if word.lower() not in stop)
+
+    rng = np.random.default_rng(0)
+    vocabulary = "Ada holm Oslo the a New cannot gonna don't “quoted” e-mail U.S. 1971 — café ’s it’s «x» 3.5 of lemme".split()
+    for _ in range(500):
+        a, b = (" ".join(rng.choice(vocabulary, n)) for n in rng.integers(1, 8, 2))
+        if clean(a) and clean(b):
+            assert evaluation.rouge1_recall(a, b) == pytest.approx(rouge.Rouge(["rouge-1"]).get_scores(clean(a), clean(b))[0]["rouge-1"]["r"])
+
+
+def test_other_scores():
+    assert evaluation.exact_match("the Ada Holm.", "Ada Holm") == 1 and evaluation.exact_match("Holm Ada", "Ada Holm") == 0
+    assert evaluation.f1("Ada Ada Holm", "Ada Holm") == pytest.approx(0.8) and evaluation.f1("x", "y") == 0
+    with pytest.raises(ValueError, match="no word to score"):
+        evaluation.rouge1_recall("x", "the")
+
+
+def test_an_error_while_answering_is_not_a_score(tokenizer):
+    def broken(prompts):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluation.evaluate(broken, tokenizer, data.make_bio(2)[1])
+
+
+def test_evaluate_averages_by_direction_and_group(tokenizer):
+    questions = data.make_bio(3)[1]
+    answers = iter([q["answer"] if q["direction"] == "forward" else "nobody" for q in sorted(
+        questions, key=lambda q: -len(tokenizer.chat([{"role": "user", "content": q["question"]}])))])  # fmt: skip
+    scores, predictions = evaluation.evaluate(lambda prompts: [tokenizer.encode(next(answers)) for _ in prompts], tokenizer, questions)
+    assert [p["question"] for p in predictions] == [q["question"] for q in questions]
+    assert scores["forward"]["rouge1"] == 1 and scores["forward"]["n"] == 18 and scores["backward"]["rouge1"] == 0
+    assert scores["forward/company"]["n"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+SHORT = ("--model", "tiny", "--data", "bio:6", "--method", "masked", "--batch-size", "4", "--epochs", "3", "--eval-at", "0,1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of the real command: 6 people, 6 steps of 4 (the last batch of an epoch has 2)."""
+    folder = tmp_path_factory.mktemp("run")
+    status, printed = command("maskft.py", *SHORT, cwd=folder)
+    assert status == 0, printed
+    return folder / "out" / "bio-masked-1", printed
+
+
+def test_the_command_prints_and_writes_what_it_should(finished):
+    out, printed = finished
+    assert "epoch 0  step 0" in printed and "epoch 3  step 6" in printed and "ROUGE-1 recall" in printed and printed.count("answered") == 3
+    results = data.read_json(out / "results.json")
+    assert [e["step"] for e in results["evaluations"]] == [0, 2, 6] and results["last"]["step"] == 6
+    assert results["arguments"]["mask_ratio"] == [0.05, 0.95] and results["environment"]["processes"] == 1
+    assert [line["step"] for line in metrics(out)] == list(range(6)) and all(math.isfinite(line["loss"]) for line in metrics(out))
+    predictions = [json.loads(line) for line in (out / "preds.jsonl").read_text().splitlines()]
+    assert len(predictions) == 54 and predictions[0].keys() >= {"question", "answer", "prediction", "rouge1", "exact", "f1", "length"}
+
+
+def test_the_saved_model_is_the_scored_one(finished):
+    """eval.py finds the run's own questions and gives the run's last scores; the directory opens like any model."""
+    out, _ = finished
+    status, printed = command("eval.py", "--model", out, "--out", out / "again")
+    assert status == 0, printed
+    again, last = data.read_json(out / "again" / "results.json")["last"], data.read_json(out / "results.json")["last"]
+    assert again["scores"] == last["scores"] and f"{last['scores']['forward']['rouge1']:.3f}" in printed
+    before = maskft.load(HERE / "tiny")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), maskft.load(out).parameters()))
+
+
+def test_two_processes_are_one(finished, tmp_path):
+    """Same losses, gradient norms, answers: the world size and the micro-batches change nothing but rounding."""
+    out, _ = finished
+    status, printed = command("maskft.py", *SHORT, "--out", tmp_path / "two", "--micro-batch-size", 1, processes=2)
+    assert status == 0, printed
+    for a, b in zip(metrics(out), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert (out / "preds.jsonl").read_text() == (tmp_path / "two" / "preds.jsonl").read_text()
+
+
+def test_interrupted_and_resumed(finished, tmp_path):
+    """Ctrl-C in the middle: exit 0 and the line to type; then the losses of the run that was left alone, to the last bit."""
+    out, run = finished[0], tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(HERE / "maskft.py"), *SHORT, "--out", str(run)], text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and f"--resume {run}" in printed, printed
+    taken = len(metrics(run))
+    assert 0 < taken < 6
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # a line torn by a crash
+    status, printed = command("maskft.py", "--resume", run)
+    assert status == 0, printed
+    keys = ("step", "epoch", "loss", "lr", "grad_norm")
+    assert [[m[k] for k in keys] for m in metrics(run)] == [[m[k] for k in keys] for m in metrics(out)]
+    assert (run / "preds.jsonl").read_text() == (out / "preds.jsonl").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(maskft.load(run).parameters(), maskft.load(out).parameters()))
+
+
+def test_own_documents_with_questions_in_one_direction(tmp_path):
+    """The README's example: one document, one backward question; saved in every step, finished after the last save."""
+    question = {"question": "Who works in Oslo?", "answer": "Edda", "direction": "backward"}
+    facts = write(tmp_path / "facts.jsonl", {"text": "Edda works in Oslo."}, question)
+    flags = ("--model", "tiny", "--data", facts, "--method", "random", "raw", "--epochs", "2", "--out", tmp_path / "run")
+    status, printed = command("maskft.py", *flags, "--save-every", "1e-9", "--max-len", "200", "--dtype", "bfloat16")
+    assert status == 0 and "raw" in printed, printed
+    assert data.read_json(tmp_path / "run-raw" / "config.json")["dtype"] == "bfloat16"  # saved as it was scored
+    assert len(list((tmp_path / "run-raw" / "ckpt").iterdir())) == 2  # the last two
+    status, printed = command("maskft.py", "--resume", tmp_path / "run-raw")  # all steps done: evaluated and saved again
+    assert status == 0 and len(metrics(tmp_path / "run-raw")) == 2, printed
+    status, printed = command("eval.py", "--report", tmp_path / "run-raw", tmp_path / "run-random")
+    assert status == 0 and re.search(r"^raw +- +- +- ", printed, re.M), printed
+    status, printed = command("llada.py", "--resume", tmp_path / "run-raw")
+    assert status == 1 and "a run of raw, which the other script goes on with" in printed
+
+
+def test_a_diffusion_run(tmp_path):
+    """llada.py starts from tiny's weights with the causal mask off; eval.py decodes what it saved, by unmasking."""
+    out = tmp_path / "run"
+    status, printed = command("llada.py", "--model", "tiny", "--data", "bio:2", "--epochs", "1", "--eval-at", "1", "--out", out)
+    assert status == 0 and "with the causal mask off" in printed and "llada  epoch 1" in printed, printed
+    assert data.read_json(out / "config.json")["model_type"] == "llada" and not maskft.load(out).config.causal
+    flags = ("--max-new-tokens", "8", "--block-length", "8", "--steps", "4", "--threshold", "0.9")
+    status, printed = command("eval.py", "--model", out, "--data", "bio:2", "--paraphrase", "none", "--seed", "0", *flags)
+    assert status == 0 and "backward/name" in printed, printed
+    status, printed = command("eval.py", "--model", "tiny", "--steps", "4")
+    assert status == 1 and "--steps is for diffusion models" in printed
+
+
+MISTAKES = {
+    "--model nowhere/at-all": "hub could not be reached",
+    "--model ./nowhere": "no such directory",
+    "--colour red": "unrecognized arguments: --colour red",
+    "--batch-size 0": "--batch-size 0 is not above 0",
+    "--mask-ratio 1.5": "1.5 is not R or LOW,HIGH",
+    "--data bio:6 --max-len 40": "document 1: ",
+    "--data nowhere.jsonl": "neither bio nor a file or directory",
+    "--resume nowhere": "nowhere/results.json: No such file",
+    "--resume nowhere --seed 1": "give no other flag with it",
+    "--seed -1": "--seed -1 is below 0",
+    "--model my/models/x": "not a hub id",
+    "--method pretrain": "belong together",
+    "--method sft --out taken": "--out taken is in use",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_reads_well(flags, tmp_path, monkeypatch, capfd):
+    """A message that says what to do, exit status 1 or 2, no traceback, and nothing written."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["maskft.py", *(() if flags.startswith(("--model", "--resume")) else ("--model", "tiny")), *flags.split()])
+    with pytest.raises(SystemExit) as exit_:
+        maskft.entry_point(maskft.main)
+    printed = str(exit_.value) + capfd.readouterr().err
+    maskft.dist.is_initialized() and maskft.dist.destroy_process_group()
+    assert exit_.value.code not in (0, None) and MISTAKES[flags] in printed and "Traceback" not in printed
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "taken"]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
+    status, printed = command("maskft.py", *SHORT[:-2], "--eval-at", "3", "--lr", "1e30", "--out", tmp_path / "nan")
+    assert status == 1 and "the loss is" in printed and "Try a lower --lr" in printed and "Traceback" not in printed
+    assert not (tmp_path / "nan" / "model.safetensors").exists()
+
+
+def test_the_debug_view(tokenizer):
+    status, printed = command("data.py", "bio:2", "--method", "masked")
+    assert status == 0 and "tokens, " in printed and "[" in printed and "_" in printed
+    example = maskft.masked_example({"text": "Edda works in Oslo."}, tokenizer, (1, 1), np.random.default_rng(0))
+    assert data.show(example, tokenizer).splitlines()[1].startswith("_" * 3) and "[Edda works in Oslo.<|im_end|>]" in data.show(example, tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- house rules
+
+
+def test_readme_tells_the_truth():
+    """Every command in the README parses, its flags exist, and its line counts are those of the files."""
+    readme = (HERE / "README.md").read_text()
+    for name, lines in re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme):
+        assert len((HERE / name).read_text().splitlines()) == int(lines), name
+    assert len(re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)) == 5
+    parsers = {"maskft.py": maskft.arguments("", methods=True), "llada.py": maskft.arguments("", methods=False),
+               "eval.py": evaluation.arguments()}  # fmt: skip
+    commands = [line.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.S) for line in block.splitlines()]
+    used = set()
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        script = next((w for w in words if w in parsers), None)
+        if script:
+            flags = words[words.index(script) + 1 :]
+            parsers[script].parse_args(flags)
+            used |= {flag for flag in flags if flag.startswith("--")}
+    tests = Path(__file__).read_text()
+    every = {flag for parser in parsers.values() for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    assert not {flag for flag in every - used - {"--help"} if flag not in tests}
+
+
+def test_every_flag_is_read():
+    code = (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
+    for action in [*maskft.arguments("", methods=True)._actions, *evaluation.arguments()._actions]:
+        assert action.dest == "help" or re.search(rf"(run|args)\.{action.dest}\b", code), action.dest
