@@ -18,6 +18,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
@@ -442,6 +443,7 @@ def shuffled(rng, values):
     return values
 
 
+@cache  # asked for at every stranger of pre-training
 def names(part):
     """Full names dealt out by a fixed rule: `bio` 1 in 4, `world` the other 3. No name is in both, every word is."""
     deal = [(first, last, (i + j) % 4 == 0) for i, first in enumerate(HE + SHE) for j, last in enumerate(LAST)]
@@ -526,8 +528,8 @@ def make_world(count):
 def draw_task(record, rng):
     """One thing to practise on a person: (task, what to practise it on), drawn with a numpy Generator.
 
-    "recover"  {"text": some sentences of a biography, "name": theirs}; one in five of somebody new every time, from
-               whom only copying can be learned
+    "recover"  {"text": some sentences of a biography}; one in five of somebody new every time, from whom only copying
+               can be learned
     "tell"     {"text": a biography}
     "ask"      {"question", "answer"}, more of them backward, which is the harder direction
     """
@@ -536,7 +538,7 @@ def draw_task(record, rng):
         if rng.random() < 0.2:
             person = draw_person(rng, pick(rng, names("world")))
         length = pick(rng, (2, 3, 4, 6, 6))
-        return "recover", {"text": biography(rng, person, shuffled(rng, ATTRIBUTES)[:length]), "name": person["name"]}
+        return "recover", {"text": biography(rng, person, shuffled(rng, ATTRIBUTES)[:length])}
     if chance < 0.70 or not record["asked"]:
         return "tell", {"text": biography(rng, person, pick(rng, (ATTRIBUTES, shuffled(rng, ATTRIBUTES))))}
     if rng.random() < 0.35:
@@ -727,14 +729,14 @@ def collate(examples, pad_id):
 
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and what the counts are."""
-    text = ""
+    text, mask_id = "", tokenizer.mask_id  # a property that searches
     # runs of tokens of one kind, decoded together: a character may be several tokens
-    kinds = [(label != IGNORE, token == tokenizer.mask_id) for token, label in zip(example.ids, example.labels)]
+    kinds = [(label != IGNORE, token == mask_id) for token, label in zip(example.ids, example.labels)]
     for (loss, masked), run in groupby(zip(kinds, example.ids), key=lambda pair: pair[0]):
         ids = [token for _, token in run]
         part = "_" * len(ids) if masked else tokenizer.decode(ids, special=True)
         text += f"[{part}]" if loss else part
-    masked, supervised = example.ids.count(tokenizer.mask_id), sum(label != IGNORE for label in example.labels)
+    masked, supervised = example.ids.count(mask_id), sum(label != IGNORE for label in example.labels)
     return f"{text}\n-- {len(example.ids)} tokens, {masked} masked, {supervised} with loss"
 
 

@@ -761,10 +761,11 @@ def train(run):
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.eval_at:
             evaluate_and_record(run, step, epoch)
+        if nth == 0 or step == run.start:
+            order = batches(len(run.dataset.documents), run.batch_size, run.seed, epoch)
         # 3. gradients: every rank builds the whole global batch, so its number of targets is known without asking
         began = time.monotonic()
-        numbers = batches(len(run.dataset.documents), run.batch_size, run.seed, epoch)[nth]
-        examples = [build(run, number, epoch) for number in numbers]
+        examples = [build(run, number, epoch) for number in order[nth]]
         share = max(1, sum(e.share for e in examples))
         loss = torch.zeros((), device=run.device)
         for micro in deal(examples, run.micro_batch_size):
@@ -931,11 +932,8 @@ def epochs(text):
     return sorted({int(part) for part in text.split(",")})
 
 
-def open_run(args, method, example, answer, device):
-    """A run with every setting decided and everything loaded: new, or where a checkpoint left it."""
-    results = None
-    if args.resume:
-        results = data.read_json(Path(args.resume) / "results.json")
+def open_run(args, method, example, answer, device, results):
+    """A run with every setting decided and everything loaded: new, or with its `results` where a checkpoint left it."""
     run = argparse.Namespace(**(results["arguments"] if results else {name: getattr(args, name) for name in SETTINGS}))
     run.method, run.example, run.answer, run.device = method, example, answer, device
     directory = find_model(run.model)
@@ -1032,8 +1030,8 @@ def native_dtype(device):
 def check_memory(model, device):
     """UserError if a GPU cannot hold its share of weights, gradients and both moments, 16 bytes a parameter."""
     need = 16 * sum(p.numel() for p in model.parameters()) / world_size()
-    if device.type == "cuda" and need > torch.cuda.get_device_properties(device).total_memory:
-        have = torch.cuda.get_device_properties(device).total_memory
+    have = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if need > have:
         raise UserError(f"each GPU would hold {need / 2**30:.0f} GiB of weights, gradients and moments and has {have / 2**30:.0f}: "
                         "use more GPUs (torchrun --nproc_per_node) or a smaller --model")  # fmt: skip
 
@@ -1068,9 +1066,10 @@ def run_methods(args, builders, answer, default=("tiny", "meta-llama/Llama-3.1-8
     builders  {method: example builder}
     default   the models without and with a GPU, where --model names none
     """
-    device, stop = start_processes(), StopSignal()
+    device, stop, results = start_processes(), StopSignal(), None
     if args.resume:
-        args.method = [data.read_json(Path(args.resume) / "results.json")["arguments"]["method"]]
+        results = data.read_json(Path(args.resume) / "results.json")
+        args.method = [results["arguments"]["method"]]
         if args.method[0] not in builders:
             raise UserError(f"--resume {args.resume}: a run of {args.method[0]}, which the other script goes on with")
     elif args.model is None:
@@ -1081,7 +1080,7 @@ def run_methods(args, builders, answer, default=("tiny", "meta-llama/Llama-3.1-8
     args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
     finished = []
     for number, method in enumerate(args.method):
-        run = open_run(args, method, builders[method], answer, device)
+        run = open_run(args, method, builders[method], answer, device, results)
         run.stop = stop
         say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
             f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
