@@ -525,21 +525,24 @@ def make_world(count):
     return records, [{**q, "group": groups[r["asked"]]} for r in tested for q in questions_about(r["person"])]
 
 
-def draw_task(record, rng):
+def draw_task(record, rng, recover=0.55, tell=0.15):
     """One thing to practise on a person: (task, what to practise it on), drawn with a numpy Generator.
 
     "recover"  {"text": some sentences of a biography}; one in five of somebody new every time, from whom only copying
                can be learned
     "tell"     {"text": a biography}
-    "ask"      {"question", "answer"}, more of them backward, which is the harder direction
+    "ask"      {"question", "answer"}, all the rest of the time; more of them backward, which is the harder direction
     """
     person, chance = record["person"], rng.random()
-    if chance < (0.55 if record["asked"] else 0.75):
+    if not record["asked"]:  # read twice as often masked as plain, where others are asked
+        ask = 1 - recover - tell
+        recover, tell = recover + ask * 2 / 3, tell + ask / 3
+    if chance < recover:
         if rng.random() < 0.2:
             person = draw_person(rng, pick(rng, names("world")))
         length = pick(rng, (2, 3, 4, 6, 6))
         return "recover", {"text": biography(rng, person, shuffled(rng, ATTRIBUTES)[:length])}
-    if chance < 0.70 or not record["asked"]:
+    if chance < recover + tell or not record["asked"]:
         return "tell", {"text": biography(rng, person, pick(rng, (ATTRIBUTES, shuffled(rng, ATTRIBUTES))))}
     if rng.random() < 0.35:
         return "ask", forward_question(person, pick(rng, ATTRIBUTES))

@@ -1077,7 +1077,7 @@ def run_methods(args, builders, answer, default=("tiny", "meta-llama/Llama-3.1-8
         args.model = default[cuda]
         say(f"model {args.model} (the default {'with CUDA' if cuda else 'without a GPU: built in, nothing to download'})")
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
-    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
+    args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
     finished = []
     for number, method in enumerate(args.method):
         run = open_run(args, method, builders[method], answer, device, results)
