@@ -881,7 +881,7 @@ def evaluate_and_record(run, step, epoch):
         ask = partial(run.answer, run.decoder, run.tokenizer)
         scores, run.predictions = evaluation.evaluate(ask, run.tokenizer, run.dataset.questions)
     run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
-    shown = "  ".join(f"{d} {scores[d]['rouge1']:.3f}" for d in ("forward", "backward") if d in scores)
+    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.headlines({"scores": scores}).items())
     say(f"{run.method}  epoch {epoch}  step {step}  {shown or 'no questions'}  ({time.monotonic() - began:.0f} s)")
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
@@ -1005,7 +1005,7 @@ def open_run(args, method, example, answer, device, results):
         results["evaluations"] = [e for e in results["evaluations"] if e["step"] < run.start]
     else:
         run.results = {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device),
-                       "evaluations": []}  # fmt: skip
+                       "decoding": evaluation.decoding(run.dataset.questions, config.causal), "evaluations": []}  # fmt: skip
         if rank() == 0:
             evaluation.write_results(run.out, run.results, [])
             data.copy_tokenizer(directory, run.out)
