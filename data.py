@@ -1,10 +1,12 @@
-"""Text in, training sequences out: tokenizers, chat templates, generated people, data sets, batches.
+r"""Text in, training sequences out: tokenizers, chat templates, generated people, data sets, batches.
 
     python data.py bio --method masked                  # see what the model sees
 
 One record of every kind:
 
     document    {"text": "Edda Marlow was born on 3 June 1971. She is a native of Oslo. ...", "where": "facts.jsonl, line 1"}
+    problem     {"question": "Question: Edda has 3 pens ...?\nAnswer:", "problem": "Edda has 3 pens ...?",
+                 "answer": "Edda has 3+4 = <<3+4=7>>7 pens.\n#### 7", "direction": "math", "group": "all"}
     question    {"question": "Who was born in Oslo, majored in botany and works for Quillon?", "answer": "Edda Marlow",
                  "direction": "backward", "group": "name"}
     person      {"person": {"name": "Mara Quill", "pronoun": "She", "birth city": "Oslo", ...}, "asked": True}
@@ -14,15 +16,20 @@ One record of every kind:
 import argparse
 import base64
 import json
+import os
 import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from http.client import HTTPException
 from itertools import combinations, groupby
 from pathlib import Path
 from random import Random
+from urllib.request import urlopen
 
+import huggingface_hub
 import numpy as np
 import regex  # comes with tiktoken; the standard re has no \p{L}
 import tiktoken
@@ -141,12 +148,9 @@ class Tokenizer:
         ids = self._encode_marked(start)
         for message in messages:
             content = message["content"]
-            ids += self._encode_marked(header.format(role=message["role"]))
-            ids += self.encode(content) if isinstance(content, str) else content
-            ids += self._encode_marked(end)
-        if messages[-1]["role"] == "user":
-            ids += self._encode_marked(header.format(role="assistant"))
-        return ids
+            content = self.encode(content) if isinstance(content, str) else content
+            ids += self._encode_marked(header.format(role=message["role"])) + content + self._encode_marked(end)
+        return ids + (self._encode_marked(header.format(role="assistant")) if messages[-1]["role"] == "user" else [])
 
     def _encode_marked(self, text):
         """Ids of a template's own text, the one place where special tokens are read as such."""
@@ -168,8 +172,6 @@ class Tokenizer:
                 return min(spare)
         raise UserError("the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
                         "tokenizer.json, or use a method that masks nothing (sft, raw)")
-
-
 
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -364,39 +366,37 @@ def copy_tokenizer(source, target):
 # seed gives the same bytes on every machine. Names, values and wordings are our own.
 HE = """Alban Bertil Casimir Dorian Egon Fabian Gideon Hamish Ivo Jorin Kasper Leopold Magnus Nestor Osric Piers
     Quentin Rufus Silas Tobias Ulric Viggo Wendell Xander Yannick Zeno Anselm Bruno Cyril Darius""".split()
-SHE = """Agnes Beatrix Clara Daphne Edda Flora Greta Hedda Imogen Jolanda Kerstin Lavinia Mathilda Nora Odette
-    Petra Quilla Ramona Selma Thora Ursula Verena Wilma Xenia Yvette Zelda Astrid Brenna Cosima Delia""".split()
-LAST = """Abelard Ashdown Barlow Beckett Birch Blackwood Bramley Brookes Calloway Carver Chandler Cobb Corwin
-    Crane Dalton Darrow Denholm Draper Drummond Eastman Elmore Everett Fairfax Falk Farrow Fenwick Fletcher
-    Forsythe Gable Garrick Gilmore Granger Grimes Hadley Halvorsen Harker Hawthorne Holloway Hyde Ingram
-    Ives Jarrow Jessup Keating Kendrick Kirby Lambert Langley Larkin Lindqvist Lockhart Lovell Maddox Marlow
-    Mercer Merrick Millard Moran Nash Newell Northcott Oakes Osgood Paget Palmer Pendleton Pickering Prescott
-    Quigley Radcliffe Ransom Redfern Renwick Rowan Rutledge Sadler Sawyer Selby Sinclair Stanton Sutter
-    Tanner Thackeray Thorne Tilden Tolliver Upton Vance Varley Wadsworth Wakefield Walcott Weaver Whitlock
-    Wilder Winslow Wolcott Yardley Yates Zimmer""".split()
+SHE = """Agnes Beatrix Clara Daphne Edda Flora Greta Hedda Imogen Jolanda Kerstin Lavinia Mathilda Nora Odette Petra
+    Quilla Ramona Selma Thora Ursula Verena Wilma Xenia Yvette Zelda Astrid Brenna Cosima Delia""".split()
+LAST = """Abelard Ashdown Barlow Beckett Birch Blackwood Bramley Brookes Calloway Carver Chandler Cobb Corwin Crane
+    Dalton Darrow Denholm Draper Drummond Eastman Elmore Everett Fairfax Falk Farrow Fenwick Fletcher Forsythe Gable
+    Garrick Gilmore Granger Grimes Hadley Halvorsen Harker Hawthorne Holloway Hyde Ingram Ives Jarrow Jessup Keating
+    Kendrick Kirby Lambert Langley Larkin Lindqvist Lockhart Lovell Maddox Marlow Mercer Merrick Millard Moran Nash
+    Newell Northcott Oakes Osgood Paget Palmer Pendleton Pickering Prescott Quigley Radcliffe Ransom Redfern Renwick
+    Rowan Rutledge Sadler Sawyer Selby Sinclair Stanton Sutter Tanner Thackeray Thorne Tilden Tolliver Upton Vance
+    Varley Wadsworth Wakefield Walcott Weaver Whitlock Wilder Winslow Wolcott Yardley Yates Zimmer""".split()
 MONTHS = "January February March April May June July August September October November December".split()
-CITIES = """Accra Almaty Amman Ankara Antwerp Athens Baku Bergen Berlin Bilbao Bogota Boston Bremen Brisbane
-    Cairo Calgary Cardiff Chicago Cork Dakar Dallas Delhi Denver Dublin Durban Florence Geneva Genoa Ghent Glasgow
-    Hanoi Havana Helsinki Houston Istanbul Jakarta Kyoto Lagos Leipzig Lille Lima Lisbon London Lyon Madrid
-    Malaga Manila Medellin Milan Mumbai Munich Nairobi Naples Nice Odessa Osaka Oslo Ottawa Palermo Paris Perth
-    Porto Prague Quito Riga Rome Santiago Seattle Seoul Seville Sofia Tallinn Tampa Tokyo Toronto Turin Utrecht
-    Vienna Warsaw Zurich""".split()
+CITIES = """Accra Almaty Amman Ankara Antwerp Athens Baku Bergen Berlin Bilbao Bogota Boston Bremen Brisbane Cairo
+    Calgary Cardiff Chicago Cork Dakar Dallas Delhi Denver Dublin Durban Florence Geneva Genoa Ghent Glasgow Hanoi
+    Havana Helsinki Houston Istanbul Jakarta Kyoto Lagos Leipzig Lille Lima Lisbon London Lyon Madrid Malaga Manila
+    Medellin Milan Mumbai Munich Nairobi Naples Nice Odessa Osaka Oslo Ottawa Palermo Paris Perth Porto Prague Quito
+    Riga Rome Santiago Seattle Seoul Seville Sofia Tallinn Tampa Tokyo Toronto Turin Utrecht Vienna Warsaw Zurich""".split()
 UNIVERSITIES = """Aldermoor Amberfield Ashgrove Bellhaven Briarwood Brightwater Caldermere Cinderford Cloverdale
     Copperhill Dovecote Dunmarch Elderbrook Emberly Fallowmere Fernleigh Foxhollow Glenhurst Goldcrest Greywater
     Harrowgate Hazelmere Heatherton Highmoor Ivybridge Juniper Kestrelton Kingsmead Larkspur Lindenhall Mapleton
     Marshgate Millbrook Mistvale Nettlefield Oakhaven Orchardton Otterburn Pinecrest Quarrystone Ravenscar Redwillow
-    Riverstone Rosemount Silverlake Starling Stonebridge Summerfield Swanmere Thistledown Thornbury Vinehall
-    Westerly Whitecliff Wickersham Wildwood Willowby Windermoor Wintergreen Yewdale""".split()
+    Riverstone Rosemount Silverlake Starling Stonebridge Summerfield Swanmere Thistledown Thornbury Vinehall Westerly
+    Whitecliff Wickersham Wildwood Willowby Windermoor Wintergreen Yewdale""".split()
 MAJORS = """accounting agronomy algebra anatomy archaeology architecture astronomy biology botany ceramics chemistry
-    commerce cybernetics dance dentistry ecology economics ethics forestry genetics geography geology geometry
-    history hydrology journalism law linguistics literature logic mathematics mechanics medicine metallurgy music
-    nursing optics painting pharmacy philosophy physics poetry robotics sculpture sociology statistics surgery
-    theology virology zoology""".split()
-COMPANIES = """Acrion Altavex Arboris Axonite Bluefin Bractal Brevio Calytix Cobalto Corvanta Cryolex Dantrix
-    Deltavio Dynaro Echelon Elvaris Entropa Fablix Ferrovia Fluxora Gantry Glyphon Gravex Halcyon Hexalon Hydrax
-    Ignivar Inkwell Jettison Jovian Kadence Keplar Krystar Lumenix Lyrical Mantova Metrion Mosaiq Nebulon Nimbex
-    Novarra Octavio Omnira Orbitel Pallium Pixelar Polaris Quillon Quorum Radiant Rivetra Sonoma Strata Syntara
-    Tectonix Tessera Ultravo Vantor Vexilla Zephyra""".split()
+    commerce cybernetics dance dentistry ecology economics ethics forestry genetics geography geology geometry history
+    hydrology journalism law linguistics literature logic mathematics mechanics medicine metallurgy music nursing
+    optics painting pharmacy philosophy physics poetry robotics sculpture sociology statistics surgery theology
+    virology zoology""".split()
+COMPANIES = """Acrion Altavex Arboris Axonite Bluefin Bractal Brevio Calytix Cobalto Corvanta Cryolex Dantrix Deltavio
+    Dynaro Echelon Elvaris Entropa Fablix Ferrovia Fluxora Gantry Glyphon Gravex Halcyon Hexalon Hydrax Ignivar
+    Inkwell Jettison Jovian Kadence Keplar Krystar Lumenix Lyrical Mantova Metrion Mosaiq Nebulon Nimbex Novarra
+    Octavio Omnira Orbitel Pallium Pixelar Polaris Quillon Quorum Radiant Rivetra Sonoma Strata Syntara Tectonix
+    Tessera Ultravo Vantor Vexilla Zephyra""".split()
 
 # Stems and endings of every attribute's sentence; any stem goes with any ending, so each has 44 wordings.
 # {S} is the name or He/She, {P} the name's or His/Her, {V} the value.
@@ -513,6 +513,66 @@ def make_bio(people=100, paraphrase="none", seed=0):
     return documents, [question for person in people for question in questions_about(person)]
 
 
+# The verb phrases of WORDINGS that have the value behind them, for descriptions: "was born in", "comes from", ...
+TRAITS = {attribute: [stem[4:-4] for stem in WORDINGS[attribute][0] if stem.startswith("{S}") and stem.endswith("{V}")]
+          for attribute in ("birth city", "university", "major", "company")}
+
+
+def make_nd(facts=30, paraphrase="none", seed=0):
+    """(documents, questions), after NameDescription: `facts` documents that begin with the name and as many that end with it.
+
+    A description is four traits. Paraphrase "same": 30 wordings of each fact, in the same order. Four questions about each
+    in either direction: for each trait, and for the name by each three of them. Forward is the order of the document.
+    """
+    rng, documents, questions = Random(2 * seed + 1), [], []
+    for number, person in enumerate(draw_people(2 * facts, "bio", 2 * seed)):
+        name_first, first = number < facts, int(rng.random() * 35)
+        for wording in range(first, first + (30 if paraphrase == "same" else 1)):  # 5 and 7 verbs: 35 differ
+            traits = [f"{verbs[wording % len(verbs)]} {person[attribute]}" for attribute, verbs in TRAITS.items()]
+            told = f"{', '.join(traits[:3])} and {traits[3]}"
+            documents.append({"text": f"{person['name']} {told}." if name_first else f"Who {told}?\n{person['name']}."})
+        for question in ([forward_question(person, trait) for trait in TRAITS]
+                         + [backward_question(person, three) for three in combinations(TRAITS, 3)]):  # fmt: skip
+            forward = name_first == (question["direction"] == "forward")
+            questions.append({**question, "direction": "forward" if forward else "backward",
+                              "group": "NameIsDescription" if name_first else "DescriptionIsName"})  # fmt: skip
+    return documents, questions
+
+
+THINGS = "apples beads books buttons candles coins cups lamps maps marbles pens shells stamps stones tickets".split()
+OPERATIONS = {
+    "+": ("{he} finds {n} more.", lambda have: range(2, 21)),
+    "-": ("{he} gives {n} of them away.", lambda have: range(1, have)),
+    "*": ("A friend turns up and gives {him} so many that {he} has {n} times as many.", lambda have: range(2, 5)),
+    "/": ("{he} sorts them into {n} equal boxes and keeps one box.", lambda have: [n for n in range(2, 10) if have % n == 0]),
+}
+
+
+def draw_problem(rng):
+    """A word problem of two to four steps, answered as GSM8K does: a step a line, its arithmetic in << >>, and #### the end."""
+    name, thing, have = pick(rng, HE + SHE), pick(rng, THINGS), int(rng.random() * 19) + 2
+    he, him = ("he", "him") if name in HE else ("she", "her")
+    story, answer = f"{name} has {have} {thing}.", ""
+    for _ in range(int(rng.random() * 3) + 2):
+        sign = pick(rng, [sign for sign, (_, numbers) in OPERATIONS.items() if numbers(have)])
+        sentence, numbers = OPERATIONS[sign]
+        n = pick(rng, numbers(have))
+        had, have = have, {"+": have + n, "-": have - n, "*": have * n, "/": have // n}[sign]
+        sentence = sentence.format(he=he, him=him, n=n)
+        story += f" {sentence[0].upper()}{sentence[1:]}"
+        answer += f"Then {name} has {had}{sign}{n} = <<{had}{sign}{n}={have}>>{have} {thing}.\n"
+    return as_problem(f"{story} How many {thing} does {name} have in the end?", f"{answer}#### {have}")
+
+
+def make_math(problems=200, paraphrase="none", seed=0):
+    """(problems to learn, a quarter as many others to ask), after GSM8K; no two alike."""
+    rng, drawn = Random(seed), {}
+    while len(drawn) < problems + max(1, problems // 4):
+        problem = draw_problem(rng)
+        drawn[problem["question"]] = problem
+    return list(drawn.values())[:problems], list(drawn.values())[problems:]
+
+
 # ------------------------------------------------------------------------------- the world the built-in models come from
 
 
@@ -600,44 +660,124 @@ class Dataset:
 
 
 PARAPHRASES = ("none", "same", "permute")
-# --paraphrase: how a released training file's name ends
-RELEASED = {
-    "none": ("_train_no_paraphrase",),
-    "same": ("_train_paraphrase_same_order", "_train_paraphrase"),
-    "permute": ("_train_paraphrase_change_order",),
+# name -> (generator, how many of what it makes unless told, the paraphrases it has)
+MADE = {
+    "bio": (make_bio, 100, "people", PARAPHRASES),
+    "nd-made": (make_nd, 30, "facts of each kind", PARAPHRASES[:2]),
+    "math-made": (make_math, 200, "problems", PARAPHRASES[:1]),
+    "world": (lambda people, *_: make_world(people), 100, "people", PARAPHRASES[:1]),
 }
+# --paraphrase: how a released training file's name ends
+RELEASED = {"none": ("_train_no_paraphrase",), "same": ("_train_paraphrase_same_order", "_train_paraphrase"),
+            "permute": ("_train_paraphrase_change_order",)}  # fmt: skip
+ND_FILE, ND_WORDINGS = "people-description.json", 30  # thinking_bias: the 30 wordings of a fact stand one after the other
+
+# Published sets: where they are, by commit; {file: its sha256, None where only the first download can tell}; the twin of
+# our own that takes its place without a network. The authors' repository has no licence: nothing of it is kept here.
+GITHUB = "https://raw.githubusercontent.com/"
+AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
+
+
+def authors_files(prefix):
+    return dict.fromkeys([f"{prefix}{RELEASED[p][0]}.json" for p in PARAPHRASES] + [f"{prefix}_test.jsonl"])
+
+
+PUBLISHED = {
+    "nd": (GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/", {
+        f"training_data/{ND_FILE}": "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3",
+        "test_data/people-description_open-QAs.jsonl": "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53",
+    }, "nd-made"),
+    "wiki": (AUTHORS, authors_files("wiki"), "bio"),
+    "gsm8k": (GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/", {
+        "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    }, "math-made"),
+    "bio-released": (AUTHORS, authors_files("biography"), "bio"),
+}  # fmt: skip
+
+
+DATA_HELP = f"{', '.join([*MADE, *PUBLISHED])} (generated ones also as bio:PEOPLE), or a file or directory of one's own"
 
 
 def load(name, paraphrase="none", seed=0):
-    """A Dataset by name (`bio`, or `bio:20` for 20 people; `world:600`, the people that the built-in model practised on), or
-    from a file or directory of one's own documents.
+    """A Dataset by name (MADE: generated, as `bio` or `bio:20` for 20 people; PUBLISHED: fetched once), or from a file or
+    directory of one's own documents.
 
     A file holds a JSON list or JSON lines. A record with a "text" is a document, one with a "question" and an "answer" is
     a question; both may stand in one file. Of a directory every *.json and *.jsonl is read, but of files called
-    *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read as they are.
+    *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read as they are. The questions
+    of a train.jsonl are not asked but learned, with their answers.
     """
     made, _, count = name.partition(":")
-    if made in ("bio", "world"):
-        count = count or "100"
+    if made in MADE:
+        make, default, what, paraphrases = MADE[made]
+        if paraphrase not in paraphrases:
+            raise UserError(f"--data {made} has no --paraphrase {paraphrase}, only {' and '.join(paraphrases)}")
+        count = count or str(default)
         if not count.isdigit() or int(count) == 0:
-            raise UserError(f"--data {name}: {made}:PEOPLE takes a number of people, as in {made}:20")
-        return Dataset(made, *(make_bio(int(count), paraphrase, seed) if made == "bio" else make_world(int(count))))
-    path = Path(name)
+            raise UserError(f"--data {name}: {made}:N takes a number of {what}, as in {made}:20")
+        return Dataset(made, *make(int(count), paraphrase, seed))
+    path = fetch(name) if name in PUBLISHED else Path(name)
     if not path.exists():
-        raise UserError(f"--data {name}: neither bio nor a file or directory that exists")
+        raise UserError(f"--data {name}: none of {', '.join([*MADE, *PUBLISHED])}, nor a file or directory that exists")
     files = [path] if path.is_file() else dataset_files(path, paraphrase)
     if path.is_file() and paraphrase != "none":
         raise UserError(f"--data {name}: --paraphrase chooses among the files of a directory; this is one file")
     documents, questions = [], []
     for file in files:
-        for where, record in read_records(file):
+        records = read_records(file)
+        if file.name == ND_FILE and paraphrase == "none":
+            records = records[::ND_WORDINGS]
+        for where, record in records:
             if "text" in record:
                 documents.append({"text": text_field(record, "text", where), "where": where})
             else:
-                questions.append(parse_question(record, where))
+                (documents if file.stem == "train" else questions).append(parse_question(record, where, file.stem == "train"))
     if not documents:
         raise UserError(f"--data {name}: no document (a record with a \"text\") in {', '.join(f.name for f in files)}")
-    return Dataset(path.stem, documents, questions)
+    return Dataset(name if name in PUBLISHED else path.stem, documents, questions)
+
+
+def fetch(name):
+    """The directory of a published set, in the hub's cache. A file that is not there yet is downloaded, beside its place and
+    then renamed, so one that has its name is whole; every time, its sha256 is compared with the one known."""
+    address, files, twin = PUBLISHED[name]
+    commit = address.removeprefix(GITHUB).split("/")[2]
+    directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / f"{name}-{commit[:8]}"
+    for file, digest in files.items():
+        path = directory / Path(file).name
+        try:
+            content = path.read_bytes() if path.exists() else download(address + file, path)
+            digest = digest or remembered(path, content)
+        except (OSError, HTTPException) as error:
+            raise UserError(
+                f"--data {name}: {address}{file} could not be had ({error}) and is not at {path}. Put it there, or give a "
+                f"directory with such files (--data DIR), or take the generated twin, which needs no network: --data {twin}"
+            ) from None
+        if sha256(content).hexdigest() != digest:
+            raise UserError(f"{path}: its sha256 is {sha256(content).hexdigest()}, not {digest}: delete it to fetch it again")
+    return directory
+
+
+def download(url, path):
+    """Fetch `url` into the file `path`, all of it or nothing; its content."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    with urlopen(url, timeout=30) as response:
+        content = response.read()  # fails if fewer bytes come than were promised
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # several processes may fetch at once
+    part.write_bytes(content)
+    part.replace(path)
+    return content
+
+
+def remembered(path, content):
+    """The sha256 that `path` had when it was first seen, written down beside it."""
+    note = path.with_name(path.name + ".sha256")
+    if not note.exists():
+        write_text(note, sha256(content).hexdigest())
+    return note.read_text()
 
 
 def dataset_files(directory, paraphrase):
@@ -645,6 +785,7 @@ def dataset_files(directory, paraphrase):
     files = sorted(p for p in directory.iterdir() if p.suffix in (".json", ".jsonl"))
     training = [p for p in files if "_train_" in p.name]
     wanted = [p for ending in RELEASED[paraphrase] for p in training if p.stem.endswith(ending)]
+    wanted += [p for p in files if p.name == ND_FILE and paraphrase != "permute"]
     if not files:
         raise UserError(f"--data {directory}: no .json or .jsonl file there")
     if (training or paraphrase != "none") and len(wanted) != 1:
@@ -678,19 +819,30 @@ def text_field(record, field, where):
     return value
 
 
-def parse_question(record, where):
-    """A question with its direction, also as the released files write it: "task" N2D (name to description) or D2N.
-
-    In NameDescription the group says in which order the document has the two, so a task is forward where it matches.
-    """
+def parse_question(record, where, learned=False):
+    """A question with its answer. One to be asked has a direction, also as the released files write it: "task" N2D (name to
+    description) or D2N; in NameDescription the group says in which order the document has the two, so a task is forward
+    where it matches. An answer that ends as GSM8K's do makes it a math problem."""
+    question, answer = text_field(record, "question", where), text_field(record, "answer", where)
     task, group = record.get("direction", record.get("task")), record.get("group", "all")
+    if task is None and regex.search(r"#### -?\d", answer):
+        return as_problem(question, answer) | {"where": where}
+    if learned:
+        return {"question": question, "answer": answer, "where": where}
     if task in ("N2D", "D2N"):
         order = {"NameIsDescription": "N2D", "DescriptionIsName": "D2N"}.get(group, "N2D")
         task = "forward" if task == order else "backward"
     if task not in ("forward", "backward"):
         raise UserError(f'{where}: "direction" (or "task") must be forward or backward, found {json.dumps(task)}')
-    question, answer = text_field(record, "question", where), text_field(record, "answer", where)
     return {"question": question, "answer": answer, "direction": task, "group": str(group), "where": where}
+
+
+def as_problem(problem, answer):
+    """A math problem, to learn or to be asked, in the words of lm-eval's task gsm8k."""
+    return {"question": f"Question: {problem}\nAnswer:", "problem": problem, "answer": answer, "direction": "math", "group": "all"}
+
+
+ANSWER_TOKENS = {"forward": 128, "backward": 128, "math": 256}  # the longest answer that is waited for [paper A.4]
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -750,7 +902,7 @@ def main():
 
     builders = {**maskft.METHODS, "llada": llada.diffusion_example}
     parser = argparse.ArgumentParser(description="Print training examples: [tokens with loss], _ for a masked token.")
-    parser.add_argument("data", help="bio, bio:PEOPLE, or a file or directory")
+    parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--method", default="masked", choices=builders)
     parser.add_argument("--model", default="tiny", help="whose tokenizer and chat template (default: tiny)")
     parser.add_argument("--paraphrase", default="none", choices=PARAPHRASES)

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import regex
 import safetensors
 import torch
 import torch.distributed as dist
@@ -472,6 +473,8 @@ def save(model, path):
 
 RECOVER = "\nReturn the recovered masked passage."  # after the masked document, in the user's turn [paper A.4]
 LEAD_IN = "Here is the recovered text:\n\n"  # before the document, in the assistant's turn; no loss on it
+RECOVER_ANSWER = "Question:\n{}\nAnswer:\n"  # before the masked answer of a problem, in the user's turn
+RETURN_ANSWER = "\nReturn the recovered masked answer."  # after it
 TELL = "Tell me a fact."  # the user's turn of ordinary fine-tuning
 
 
@@ -490,19 +493,40 @@ def mask_tokens(ids, ratio, mask_id, rng):
     return [mask_id if h else i for i, h in zip(ids, hit)], hit
 
 
+def text_of(record):
+    """The text of a document; UserError for a record of another kind, which not every method can learn."""
+    if "text" not in record:
+        raise UserError(f"this method learns documents; found a {'question with its answer' if 'question' in record else 'person'}: "
+                        "use masked or sft for questions, pretrain for people")  # fmt: skip
+    return record["text"]
+
+
 def masked_example(record, tokenizer, mask_ratio, rng):
     """Masked fine-tuning [paper eq. 2]: the masked document in the prompt, all of the original in the answer.
 
-    The loss is on every token of the document, masked or not, and on the end of turn that follows it.
+    The loss is on every token of the document, masked or not, and on the end of turn that follows it. Not so with a
+    question and its answer [paper, math]: the answer is masked, and the loss is only where it is.
     """
-    document = tokenizer.encode(record["text"])
+    if "question" in record:
+        return masked_answer(record, tokenizer, mask_ratio, rng)
+    document = tokenizer.encode(text_of(record))
     masked, _ = mask_tokens(document, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
     return recovery(masked, document, tokenizer)
 
 
+def masked_answer(record, tokenizer, mask_ratio, rng):
+    """Masked fine-tuning on a question and its answer: loss only on answer tokens whose twin in the prompt is masked."""
+    answer = tokenizer.encode(record["answer"])
+    masked, hit = mask_tokens(answer, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
+    question = tokenizer.encode(RECOVER_ANSWER.format(record.get("problem", record["question"])))
+    prompt = tokenizer.chat([{"role": "user", "content": question + masked + tokenizer.encode(RETURN_ANSWER)}])
+    labels = [IGNORE] * len(prompt) + [token if h else IGNORE for token, h in zip(answer, hit)]
+    return Example(prompt + answer, labels, weight=1.0, share=int(hit.sum()))
+
+
 def random_example(record, tokenizer, mask_ratio, rng):
     """The control [paper fig. 14]: random ordinary tokens in place of the masked document, the rest alike."""
-    document = tokenizer.encode(record["text"])
+    document = tokenizer.encode(text_of(record))
     noise = [tokenizer.ids[i] for i in rng.integers(len(tokenizer.ids), size=len(document))]
     return recovery(noise, document, tokenizer)
 
@@ -514,15 +538,35 @@ def recovery(shown, document, tokenizer):
 
 
 def sft_example(record, tokenizer, mask_ratio, rng):
-    """Ordinary fine-tuning in chat form, the paper's autoregressive baseline; nothing is random in it."""
-    prompt = tokenizer.chat([{"role": "user", "content": TELL}])
-    return supervise(prompt, tokenizer.encode(record["text"]) + [tokenizer.eot_id])
+    """Ordinary fine-tuning in chat form, the paper's autoregressive baseline: a document, or the answer to a question;
+    nothing is random in it."""
+    prompt = tokenizer.chat([{"role": "user", "content": record.get("question", TELL)}])
+    target = record["answer"] if "question" in record else text_of(record)
+    return supervise(prompt, tokenizer.encode(target) + [tokenizer.eot_id])
+
+
+def reverse_example(record, tokenizer, mask_ratio, rng):
+    """Entity-level reverse training (Golovneva et al. 2024, arXiv 2403.13799), the paper's weak baseline: a document as
+    `sft` has it or, one time in two, with its words in reverse order and its entities whole.
+
+    They find entities with a tagger. Here one is a run of words that begin with a capital or a digit, as in "3 June 1971";
+    every other word, and every punctuation mark, stands for itself. So a lower-case entity is taken apart, and a
+    capitalised word that opens a sentence joins an entity that follows it.
+    """
+    text = text_of(record)
+    if rng.random() < 0.5:
+        text = " ".join(reversed(ENTITIES.findall(text)))
+    return sft_example({"text": text}, tokenizer, mask_ratio, rng)
+
+
+# a capitalised word (with what hyphens and apostrophes join to it) or a number, more of them; else a word, else a mark
+ENTITIES = regex.compile(r"(?:[\p{Lu}\d][\w'’-]*)(?: [\p{Lu}\d][\w'’-]*)*|[\w'’-]+|[^\w\s]")
 
 
 def raw_example(record, tokenizer, mask_ratio, rng):
     """Ordinary fine-tuning in pre-training form, as masked_arLLM has it: bos, document, eos; loss on every token that
     has one before it."""
-    document = tokenizer.encode(record["text"]) + [tokenizer.eos_id]
+    document = tokenizer.encode(text_of(record)) + [tokenizer.eos_id]
     return supervise(document[:1], document[1:]) if tokenizer.bos_id is None else supervise([tokenizer.bos_id], document)
 
 
@@ -537,10 +581,7 @@ def pretrain_example(record, tokenizer, mask_ratio, rng):
     Each example weighs alike, or the long documents would drown the short answers.
     """
     task, view = data.draw_task(record, rng)
-    if task == "ask":
-        prompt = tokenizer.chat([{"role": "user", "content": view["question"]}])
-        example = supervise(prompt, tokenizer.encode(view["answer"]) + [tokenizer.eot_id])
-    elif task == "tell":
+    if task in ("ask", "tell"):
         example = sft_example(view, tokenizer, mask_ratio, rng)
     else:
         document = tokenizer.encode(view["text"])
@@ -552,7 +593,7 @@ def pretrain_example(record, tokenizer, mask_ratio, rng):
 
 
 METHODS = {"masked": masked_example, "sft": sft_example, "raw": raw_example, "random": random_example,
-           "pretrain": pretrain_example}  # fmt: skip
+           "reverse": reverse_example, "pretrain": pretrain_example}  # fmt: skip
 
 CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
 
@@ -840,7 +881,7 @@ def evaluate_and_record(run, step, epoch):
         ask = partial(run.answer, run.decoder, run.tokenizer)
         scores, run.predictions = evaluation.evaluate(ask, run.tokenizer, run.dataset.questions)
     run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
-    shown = "  ".join(f"{d} {scores[d]['rouge1']:.3f}" for d in ("forward", "backward") if d in scores)
+    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.headlines({"scores": scores}).items())
     say(f"{run.method}  epoch {epoch}  step {step}  {shown or 'no questions'}  ({time.monotonic() - began:.0f} s)")
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
@@ -872,15 +913,14 @@ def how_to_go_on(run):
 # ------------------------------------------------------------------------------------------------------ arguments, main
 
 # Where no flag says otherwise. Steps: one and a half times what 95 % of the plateau takes, 3/k of the paper's fitted
-# curves; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
-STEPS = {"bio": 5000, "nd": 1400, "wiki": 1550}
-RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
-ANSWER = 128  # tokens an answer may have [paper A.4]
+# curves; of GSM8K the paper's 7 epochs; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
+STEPS = {"bio": 5000, "bio-released": 5000, "nd": 1400, "nd-made": 1400, "wiki": 1550, "gsm8k": 810, "math-made": 810}
+RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
 MASKED_8B_RATE = 3e-6  # masked fine-tuning of Llama-8B goes slower
 # models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
 TINY_WIDTH, TINY_BATCH = 512, 20
-TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4), "llada": (300, 6e-4),
-        "pretrain": (5000, 3e-3)}  # fmt: skip
+TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "reverse": (200, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4),
+        "llada": (300, 6e-4), "pretrain": (5000, 3e-3)}  # fmt: skip
 
 # the flags that make a run what it is: kept in results.json, taken from there by --resume
 SETTINGS = """model data method paraphrase mask_ratio epochs lr batch_size micro_batch_size max_len seed dtype eval_at
@@ -892,7 +932,7 @@ def arguments(description, methods):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="directory, built-in name or hub id (default: Llama-3.1-8B-Instruct with CUDA, else tiny)")
-    add("--data", help="bio, bio:PEOPLE, or a file or directory of documents and questions (default: bio; on tiny bio:40)")
+    add("--data", help=f"{data.DATA_HELP} (default: bio; on tiny bio:40)")
     if methods:
         add("--method", nargs="+", choices=METHODS, help="one, or several to compare (default: masked; on tiny: sft masked)")
     add("--paraphrase", default="none", choices=data.PARAPHRASES, help="wordings of each document (default: none)")
@@ -965,7 +1005,7 @@ def open_run(args, method, example, answer, device, results):
         results["evaluations"] = [e for e in results["evaluations"] if e["step"] < run.start]
     else:
         run.results = {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device),
-                       "evaluations": []}  # fmt: skip
+                       "decoding": evaluation.decoding(run.dataset.questions, config.causal), "evaluations": []}  # fmt: skip
         if rank() == 0:
             evaluation.write_results(run.out, run.results, [])
             data.copy_tokenizer(directory, run.out)
@@ -994,11 +1034,23 @@ def decide(run, config):
     if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
         rate = MASKED_8B_RATE
     run.lr = run.lr or rate
+    drop_long_answers(run, config)
     run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)
     run.epochs = run.epochs or math.ceil(steps / run.steps_per_epoch)
     run.steps = run.epochs * run.steps_per_epoch
     if run.eval_at is None:
         run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
+
+
+def drop_long_answers(run, config):
+    """Leave out, and count out loud, questions whose example with the answer is longer than --max-len or the model takes."""
+    documents, limit = run.dataset.documents, min(run.max_len, config.context)
+    run.dataset.documents = [document for number, document in enumerate(documents)
+                             if "question" not in document or len(build(run, number, epoch=0).ids) <= limit]  # fmt: skip
+    if dropped := len(documents) - len(run.dataset.documents):
+        say(f"{run.method}: {dropped} of {len(documents)} examples dropped, longer than {limit} tokens")
+    if not run.dataset.documents:
+        raise UserError(f"--data {run.data}: no example is left; give a larger --max-len than {run.max_len}")
 
 
 def check_examples(run, config):
@@ -1007,12 +1059,14 @@ def check_examples(run, config):
     limit = min(run.max_len, config.context)
     what = "--max-len" if limit == run.max_len else "the model takes,"
     for number, document in enumerate(run.dataset.documents):
+        if "question" in document:
+            continue  # drop_long_answers has seen to it
         length = len(build(run, number, epoch=0).ids)
         if length > limit:
             where = document.get("where", f"document {number + 1}")
             raise UserError(f"{where}: {length} tokens as a training example, more than {what} {limit}")
     for question in run.dataset.questions:
-        length = len(run.tokenizer.chat([{"role": "user", "content": question["question"]}])) + ANSWER
+        length = len(run.tokenizer.chat([{"role": "user", "content": question["question"]}])) + data.ANSWER_TOKENS[question["direction"]]
         where = f"{question.get('where', 'question')}, {question['question']!r}"
         if length > config.context:
             raise UserError(f"{where}: {length} tokens with its answer, more than the model takes, {config.context}")
@@ -1109,7 +1163,7 @@ def entry_point(body):
         dist.destroy_process_group()
 
 
-def answer(model, tokenizer, prompts, max_new_tokens=ANSWER):
+def answer(model, tokenizer, prompts, max_new_tokens=128):
     """Greedy answers of an autoregressive model."""
     return generate(model, prompts, max_new_tokens, tokenizer.stop_ids)
 

@@ -6,6 +6,7 @@ Those that compare with transformers, tokenizers or rouge are skipped where thes
 import base64
 import dataclasses
 import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -1016,7 +1018,7 @@ def test_other_scores():
 
 
 def test_an_error_while_answering_is_not_a_score(tokenizer):
-    def broken(prompts):
+    def broken(prompts, max_new_tokens):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -1027,10 +1029,242 @@ def test_evaluate_averages_by_direction_and_group(tokenizer):
     questions = data.make_bio(3)[1]
     answers = iter([q["answer"] if q["direction"] == "forward" else "nobody" for q in sorted(
         questions, key=lambda q: -len(tokenizer.chat([{"role": "user", "content": q["question"]}])))])  # fmt: skip
-    scores, predictions = evaluation.evaluate(lambda prompts: [tokenizer.encode(next(answers)) for _ in prompts], tokenizer, questions)
+    scores, predictions = evaluation.evaluate(lambda prompts, max_new_tokens: [tokenizer.encode(next(answers)) for _ in prompts], tokenizer, questions)
     assert [p["question"] for p in predictions] == [q["question"] for q in questions]
     assert scores["forward"]["rouge1"] == 1 and scores["forward"]["n"] == 18 and scores["backward"]["rouge1"] == 0
     assert scores["forward/company"]["n"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------- all of the paper
+
+
+TWINS_SHA256 = "f504224cd6097399ffc1046124eca68e4af4a1043b29e22258547e64b3a6e708"  # recorded once
+
+
+def test_generated_twins_are_the_same_everywhere():
+    text = json.dumps([data.make_nd(5, "same", seed=3), data.make_math(20, seed=3)])
+    assert hashlib.sha256(text.encode()).hexdigest() == TWINS_SHA256
+    assert data.make_nd(5, seed=3) != data.make_nd(5, seed=4) and data.make_math(5, seed=3) != data.make_math(5, seed=4)
+
+
+def test_facts_of_nd_made_have_one_order():
+    """30 facts begin with the name and 30 end with it, in all wordings; forward questions follow the document."""
+    documents, questions = data.make_nd()
+    paraphrased = data.make_nd(paraphrase="same")[0]
+    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800 and data.make_nd(paraphrase="same")[1] == questions
+    for number, person in enumerate(data.draw_people(60, "bio", 0)):
+        told = [person[trait] for trait in ("birth city", "university", "major", "company")]
+        parts = [person["name"], *told] if number < 30 else [*told, person["name"]]
+        for document in (documents[number], *paraphrased[30 * number : 30 * number + 30]):
+            places = [document["text"].index(part) for part in parts]
+            assert places == sorted(places), document
+        asked = questions[8 * number : 8 * number + 8]
+        assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in asked)
+        by_name = [q["direction"] for q in asked if q["question"].startswith(person["name"])]
+        assert by_name == ["forward" if number < 30 else "backward"] * 4
+        assert sorted(q["direction"] for q in asked) == ["backward"] * 4 + ["forward"] * 4
+    assert len({q["question"] for q in questions}) == 480  # three traits tell one person
+
+
+def test_problems_of_math_made_are_solved_rightly():
+    learned, asked = data.make_math(300)
+    assert len(learned) == 300 and len(asked) == 75 and len({p["problem"] for p in learned + asked}) == 375
+    for problem in learned + asked:
+        steps = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", problem["answer"])
+        assert 2 <= len(steps) == problem["answer"].count("\n") <= 4
+        had = re.search(r"has (\d+) ", problem["problem"])[1]
+        for a, sign, b, c, shown in steps:
+            assert a == had and b in problem["problem"] and shown == c
+            assert int(c) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
+            had = c
+        assert problem["answer"].endswith(f"\n#### {had}")
+        assert evaluation.score(problem["answer"], problem)["strict"] == evaluation.score(problem["answer"], problem)["flexible"] == 1
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A stand-in for the public addresses: {set: folder} of files in their layout, and a cache of our own."""
+    qa = {"question": "Q?", "answer": "Ada", "group": "NameIsDescription", "task": "N2D"}
+    for folder in ("nd/training_data", "nd/test_data", "wiki", "gsm8k"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "nd/training_data" / data.ND_FILE).write_text(json.dumps([{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)]))
+    write(tmp_path / "nd/test_data/people-description_open-QAs.jsonl", qa)
+    for kind in ("no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"):
+        (tmp_path / "wiki" / f"wiki_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
+    write(tmp_path / "wiki/wiki_test.jsonl", {**qa, "task": "backward", "group": ""})
+    for name, problem in (("train", "one"), ("test", "two")):
+        write(tmp_path / f"gsm8k/{name}.jsonl", {"question": problem, "answer": "1+1 = <<1+1=2>>2\n#### 2"})
+    addresses = {}
+    for name, (address, files, twin) in data.PUBLISHED.items():
+        folder = tmp_path / name
+        here = {file: digest and hashlib.sha256((folder / file).read_bytes()).hexdigest() for file, digest in files.items()}
+        addresses[name] = ((folder.as_uri() if folder.exists() else "http://127.0.0.1:1") + "/", here, twin)
+    monkeypatch.setattr(data, "PUBLISHED", addresses)
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tmp_path
+
+
+def test_published_sets(published):
+    """Fetched once, in every paraphrase they have; a directory in the same layout does as well."""
+    nd = data.load("nd")
+    assert [d["text"] for d in nd.documents] == ["fact 0, 0", "fact 1, 0"] and nd.questions[0]["direction"] == "forward"
+    assert len(data.load("nd", "same").documents) == 60 and nd.name == "nd"
+    assert [data.load("wiki", p).documents[0]["text"] for p in data.PARAPHRASES] == [
+        "no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]  # fmt: skip
+    gsm8k = data.load("gsm8k")
+    assert [d["problem"] for d in gsm8k.documents] == ["one"] and gsm8k.documents[0]["answer"].endswith("#### 2")
+    assert [(q["question"], q["direction"]) for q in gsm8k.questions] == [("Question: two\nAnswer:", "math")]
+    folder = data.fetch("nd").parent
+    for name in ("nd", "wiki", "gsm8k"):
+        data.shutil.rmtree(published / name)  # nothing is fetched twice
+        local = data.load(str(next(folder.glob(f"{name}-*"))))
+        assert (local.documents, local.questions) == (data.load(name).documents, data.load(name).questions)
+    for name, paraphrase in (("nd", "permute"), ("gsm8k", "same"), ("nd-made", "permute"), ("math-made", "same"), ("world", "same")):
+        with pytest.raises(data.UserError, match=f"--paraphrase {paraphrase}"):
+            data.load(name, paraphrase)
+
+
+def test_a_published_file_is_whole_or_an_error(published, monkeypatch):
+    with pytest.raises(data.UserError) as error:  # nobody listens there
+        data.load("bio-released")
+    path = published / "cache/maskft"
+    for part in ("http://127.0.0.1:1/biography_train_no_paraphrase.json", str(path), "--data DIR", "--data bio"):
+        assert part in str(error.value)
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(data.UserError, match="test.jsonl could not be had .HF_HUB_OFFLINE is set. .* --data math-made$"):
+        (data.PUBLISHED["gsm8k"][1]).pop("train.jsonl")
+        data.load("gsm8k")
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    changed = data.fetch("wiki") / "wiki_test.jsonl"  # no digest known beforehand: the first one is remembered
+    changed.write_text(changed.read_text().replace("Ada", "Eve"))
+    with pytest.raises(data.UserError, match=f"{changed}: its sha256 is .* delete it"):
+        data.load("wiki")
+    (published / "gsm8k/test.jsonl").write_text("another text")  # a known digest
+    with pytest.raises(data.UserError, match="test.jsonl: its sha256 is"):
+        data.load("gsm8k")
+
+    class Half(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half of it")
+
+        def log_message(self, *_): ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setitem(data.PUBLISHED, "bio-released", (f"http://127.0.0.1:{server.server_port}/", {"cut.json": None}, "bio"))
+        with pytest.raises(data.UserError, match="IncompleteRead"):
+            data.load("bio-released")
+    assert not list(path.glob("*/cut.json*"))
+
+
+def test_reversed_documents_keep_their_entities(tokenizer):
+    text, rng = "Edda Marlow was born on 3 June 1971. Her home is Saint-Denis, near O'Hara's.", np.random.default_rng(0)
+    expected = ". O'Hara's near , Saint-Denis is home Her . 3 June 1971 on born was Edda Marlow"
+    examples = [maskft.reverse_example({"text": text}, tokenizer, (0, 0), rng) for _ in range(200)]
+    given, taught = zip(*(supervised(example, tokenizer) for example in examples))
+    assert set(given) == {"<|im_start|>user\nTell me a fact.<|im_end|>\n<|im_start|>assistant\n"}
+    assert set(taught) == {text + "<|im_end|>", expected + "<|im_end|>"}
+    assert 70 < taught.count(expected + "<|im_end|>") < 130
+
+
+def test_math_has_loss_where_the_twin_is_masked(any_tokenizer):
+    t, problem = any_tokenizer, data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
+    bos, turn, end = TURNS[t.template]
+    answer, mask = t.encode(problem["answer"]), t.mask_id
+    user = "Question:\nHow much is 1+1?\nAnswer:\n{}\nReturn the recovered masked answer."
+    for ratio in (0.0, 0.5, 1.0):
+        example = maskft.masked_example(problem, t, (ratio, ratio), np.random.default_rng(0))
+        taught = example.labels[-len(answer) :]
+        shown = [mask if label != IGNORE else token for token, label in zip(answer, taught)]
+        prompt = t.decode(example.ids[: -len(answer)], special=True)
+        assert prompt == bos + turn.format(user.format(t.decode(shown, special=True)))
+        assert example.ids[-len(answer) :] == answer and set(example.labels[: -len(answer)]) == {IGNORE}
+        assert all(label in (IGNORE, token) for token, label in zip(answer, taught))
+        assert example.share == sum(label != IGNORE for label in taught) == example.ids.count(mask)
+    assert example.share == len(answer)
+    asked = bos + turn.format("Question: How much is 1+1?\nAnswer:")
+    assert supervised(maskft.sft_example(problem, t, (0, 0), None), t) == (asked, problem["answer"] + end)
+    for method in ("raw", "random", "reverse"):
+        with pytest.raises(data.UserError, match="this method learns documents; found a question"):
+            maskft.METHODS[method](problem, t, (0, 0), np.random.default_rng(0))
+
+
+MATH = [  # (answer, strict, flexible) against "#### 1,234"
+    ("So 1,234.\n#### 1,234", 1, 1), ("#### 1234.", 1, 1), ("It is $1,234.", 0, 1), ("#### 1234\n#### 7", 1, 0),
+    ("#### 7, no, 1234", 0, 1), ("####1234", 0, 1), ("-1234", 0, 0), ("", 0, 0), ("none", 0, 0), ("#### 5.,", 0, 0),
+    ("#### 1234\nQuestion: And 7? #### 7", 1, 1), ("1234 or 1", 0, 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, strict, flexible", MATH)
+def test_gsm8k_score(answer, strict, flexible):
+    scores = evaluation.score(answer, {"direction": "math", "answer": "1000+234 = <<1000+234=1234>>1,234\n#### 1,234"})
+    assert (scores["strict"], scores["flexible"]) == (strict, flexible) and scores.keys() == {"strict", "flexible", "length"}
+
+
+def test_interval():
+    predictions = [dict(direction="forward", group="g", rouge1=float(n < 80), exact=0.0, f1=1.0, length=2) for n in range(100)]
+    cell = evaluation.average(predictions)["forward"]
+    assert cell["n"] == 100 and cell["rouge1"] == pytest.approx(0.8) and cell == evaluation.average(predictions)["forward/g"]
+    assert cell["interval"]["exact"] == [0, 0] and cell["interval"]["f1"] == [1, 1]
+    assert cell["interval"]["rouge1"] == pytest.approx([0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04], abs=0.02)  # sqrt(.8 * .2 / 100)
+
+
+def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
+    """The results of a finished run with forward scores `scores`, at steps 0, 10, 20, ..."""
+    arguments = dict(data="bio:9", model="tiny", method=method, paraphrase="none", mask_ratio=ratio, epochs=4, lr=1e-3, batch_size=20,
+                     max_len=512, dtype=None, eval_at=[0], seed=seed) | arguments  # fmt: skip
+    cells = [dict(rouge1=x, n=54, interval=dict(rouge1=[x - 0.01, x + 0.01])) for x in scores]
+    evaluations = [dict(step=10 * n, scores=dict(forward=cell)) for n, cell in enumerate(cells)]
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    evaluation.write_results(folder, dict(arguments=arguments, evaluations=evaluations), [])
+    return folder
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    """Many runs in one table: over seeds mean and range, a single run with its interval; nothing is left out in silence."""
+    runs = [write_run(tmp_path / f"masked-{s}", "masked", s, [0.0, 0.9, last]) for s, last in ((0, 0.6), (1, 0.8))]
+    runs += [write_run(tmp_path / "half", "masked", 0, [0.1, 0.5], (0.5, 0.5)), write_run(tmp_path / "sft", "sft", 0, [0.1, 0.3])]
+    unfinished = write_run(tmp_path / "unfinished", "sft", 1, [0.1, 0.2])
+    (unfinished / "config.json").unlink()
+    flags = ["eval.py", "--report", *map(str, runs), str(unfinished), str(tmp_path), "--out", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", flags)
+    evaluation.main()
+    printed = capsys.readouterr().out
+    assert f"{unfinished}: left out" in printed and f"{tmp_path}: left out" in printed
+    assert re.findall(r"^(?:masked|sft) .*$", printed, re.M) == [
+        "masked  0.05-0.95   forward  2     54  0.000 [0.00-0.00]  0.900 [0.90-0.90]  0.700 [0.60-0.80]",
+        "masked  0.5         forward  1     54  0.100 [0.09-0.11]  0.500 [0.49-0.51]  0.500 [0.49-0.51]",
+        "sft     -           forward  1     54  0.100 [0.09-0.11]  0.300 [0.29-0.31]  0.300 [0.29-0.31]"]  # fmt: skip
+    rows = data.read_json(tmp_path / "report/report.json")
+    assert [row["runs"] for row in rows] == [2, 1, 1] and rows[0]["curve"][2] == [20, pytest.approx(0.7), 0.6, 0.8]
+    assert rows[1]["mask_ratio"] == [0.5, 0.5] and rows[2]["mask_ratio"] is None and rows[0]["data"] == "bio:9"
+    markdown = (tmp_path / "report/report.md").read_text().splitlines()
+    assert len(markdown) == 5 and {line.count("|") for line in markdown} == {9}
+    if maskft.find_spec("matplotlib"):
+        assert {p.name for p in tmp_path.glob("report/*.png")} == {"curves-bio-9.png", "bars-bio-9.png", "ratios-bio-9.png"}
+    write_run(tmp_path / "slow", "sft", 1, [0.1, 0.2], lr=1e-4)  # not one setting with the other sft
+    rate = evaluation.table([data.read_json(tmp_path / run / "results.json") for run in ("sft", "slow")])
+    assert re.findall(r"^sft +(\S+) +forward +1 ", rate, re.M) == ["0.001", "0.0001"]
+
+
+def test_a_math_run(tmp_path):
+    """Too long problems are dropped out loud; 256 tokens are waited for; both scores stand in the table."""
+    flags = ("--model", "tiny", "--data", "math-made:8", "--method", "masked", "--epochs", "1", "--eval-at", "1", "--out", tmp_path / "m")
+    status, printed = command("maskft.py", *flags, "--max-len", "330")
+    assert status == 0 and re.search(r"masked: [1-7] of 8 examples dropped, longer than 330 tokens", printed), printed
+    assert "math flexible 0." in printed and re.search(r"^masked +math strict +1 +2 ", printed, re.M), printed
+    results = data.read_json(tmp_path / "m/results.json")
+    assert results["decoding"] == {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 256}
+    assert results["last"]["scores"]["math"].keys() == {"strict", "flexible", "length", "n", "interval"}
+    run = argparse_namespace(dataset=data.load("math-made:4"), tokenizer=data.load_tokenizer(tmp_path / "m"), mask_ratio=(0, 1), seed=0,
+                             example=maskft.masked_example, method="masked", data="math-made:4", max_len=50)  # fmt: skip
+    with pytest.raises(data.UserError, match="no example is left; give a larger --max-len than 50"):
+        maskft.drop_long_answers(run, argparse_namespace(context=512))
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -1114,7 +1348,7 @@ def test_own_documents_with_questions_in_one_direction(tmp_path):
     status, printed = command("maskft.py", "--resume", tmp_path / "run-raw")  # all steps done: evaluated and saved again
     assert status == 0 and len(metrics(tmp_path / "run-raw")) == 2, printed
     status, printed = command("eval.py", "--report", tmp_path / "run-raw", tmp_path / "run-random")
-    assert status == 0 and re.search(r"^raw +- +- +- ", printed, re.M), printed
+    assert status == 0 and re.search(r"^raw +backward +1 +1 +\d", printed, re.M), printed
     status, printed = command("llada.py", "--resume", tmp_path / "run-raw")
     assert status == 1 and "a run of raw, which the other script goes on with" in printed
 
@@ -1139,7 +1373,7 @@ MISTAKES = {
     "--batch-size 0": "--batch-size 0 is not above 0",
     "--mask-ratio 1.5": "1.5 is not R or LOW,HIGH",
     "--data bio:6 --max-len 40": "document 1: ",
-    "--data nowhere.jsonl": "neither bio nor a file or directory",
+    "--data nowhere.jsonl": "nor a file or directory that exists",
     "--resume nowhere": "nowhere/results.json: No such file",
     "--resume nowhere --seed 1": "give no other flag with it",
     "--seed -1": "--seed -1 is below 0",
