@@ -267,7 +267,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=128, steps=None, block_leng
 def main():
     args = maskft.parse_flags(maskft.arguments(__doc__, methods=False))
     args.method = ["llada"]
-    maskft.run_methods(args, {"llada": diffusion_example}, answer, default=("tiny", "GSAI-ML/LLaDA-8B-Instruct"))
+    maskft.run_methods(args, {"llada": diffusion_example}, default=("tiny", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":
