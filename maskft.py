@@ -14,6 +14,7 @@ H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions 
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -42,10 +43,14 @@ import torch.nn.functional as F
 from huggingface_hub import errors
 from huggingface_hub.utils import tqdm
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -76,6 +81,12 @@ class Config:
     causal: bool = True  # False: every token sees every other (LLaDA)
     raw: dict = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "context"):
+            size, most = getattr(self, name), 2**10 if name == "layers" else 2**30
+            if not isinstance(size, int) or not 0 < size <= most:  # before anything of that size is made
+                raise UserError(f"{name} = {size!r} is not a size from 1 to {most}")
+
 
 def read_config(directory):
     """The Config of a model directory; UserError for a family or a setting that is not implemented."""
@@ -87,7 +98,7 @@ def read_config(directory):
         return parse_config(raw)
     except KeyError as missing:
         raise UserError(f"{path}: the field {missing} is missing") from None
-    except UserError as error:
+    except (UserError, ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a list for a number, say
         raise UserError(f"{path}: {error}") from None
 
 
@@ -227,6 +238,7 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         # a tied model has no head of its own: two names for one tensor come apart under to_empty and FSDP
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.recompute = False  # True: training keeps the input of each block alone, and runs it again in backward
 
     def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None):
         """Logits, or with `labels` the summed loss.
@@ -244,7 +256,10 @@ class Model(nn.Module):
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            if self.recompute and labels is not None and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache, layer)
         if cache is not None:
             cache.used += ids.shape[1]
         head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
@@ -619,6 +634,30 @@ def shard(model, device, dtype):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def memory(model, gpus, sequences, tokens, size=2, recompute=False):
+    """{part: bytes} of the peak of one GPU in training. Computed; a test holds it against the measured peak of small models.
+
+    sequences, tokens  of a micro-batch of one GPU
+    size               of an element in the computation: 2 = bfloat16, 4 = float32
+    """
+    c, rows = model.config, sequences * tokens
+    layer, n = (sum(p.numel() for p in module.parameters()) for module in (model.blocks[0], model))
+    rest = n - c.layers * layer  # embedding, norm and head stay gathered, with their gradients
+    # what a layer keeps of a row for backward: four vectors of the width (the inputs of norms and of what follows them),
+    # queries and their answers, keys, values; gate, silu(gate), up and their product
+    kept = size * rows * (4 * c.width + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.mlp_width)
+    logits = min(CHUNK, rows) * c.vocab * (8 + size % 4)  # fp32 logits and softmax, and where it is not fp32 what they are made of
+    return {
+        "weights": 4 * n / gpus,
+        "gradients": 4 * n / gpus,
+        "optimizer": 8 * n / gpus,
+        # a layer and its gradients; on several GPUs also the next layer on its way and the last one's sum in fp32
+        "gathered": 2 * size * (rest + layer) + (gpus > 1) * (2 * size + 8) * layer,
+        "activations": size * rows * c.width * c.layers + kept if recompute else kept * c.layers,
+        "logits": max(0, logits - kept) if recompute else logits,  # recompute: the two are never there together
+    }
+
+
 @contextmanager
 def gathered(model):
     """All parameters whole on every rank, so that ranks may make different numbers of forward calls inside."""
@@ -811,6 +850,47 @@ def gradients(run, examples):
     return loss, nn.utils.clip_grad_norm_(run.decoder.parameters(), 1.0).full_tensor().item()
 
 
+def bench(run):
+    """{what: figure} of a training step, the smaller of two, and of 16 answers of 64 tokens to prompts of 40; of one GPU."""
+    documents, rng, dtype = len(run.dataset.documents), np.random.default_rng(0), getattr(torch, run.dtype)
+    examples = [build(run, i % documents, epoch=0) for i in range(run.batch_size)]
+    prompts = rng.integers(run.decoder.config.vocab, size=(16, 40)).tolist()
+    matrix = torch.randn(2048, 2048, device=run.device, dtype=dtype)
+
+    def step():
+        gradients(run, examples)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    def seconds(work):
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # waits for the GPU, warms up
+        return min(timer.timeit(1).mean for _ in range(2))
+
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    with FlopCounterMode(display=False) as counter:
+        step()
+    peak = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
+    taken, gib, flops = seconds(step), memory_gib(run.device), counter.get_total_flops()
+    with gathered(run.decoder), torch.no_grad():
+        answering = seconds(lambda: run.decode(run.decoder, prompts, 64))
+    tokens = sum(len(e.ids) for e in examples)
+    return {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": flops / 1e12, "peak GiB": gib,
+            "of matmul peak": flops / taken / peak, "answers: tokens/s": 16 * 64 / answering}  # fmt: skip
+
+
+def bench_table(rows):
+    """A line of figures a method, and their ratios to the first method's."""
+    names = list(rows[0])[1:]
+    lines = [f"{'':10}" + "".join(f"{name:>20}" for name in names)]
+    for row in rows:
+        cells = (f"{row[name]:.3g} ({row[name] / rows[0][name]:.2f} x)" for name in names)
+        lines.append(f"{row['method']:10}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
 def listen_for_stop():
     """A list that a Ctrl-C or SIGTERM makes non-empty: stop after the step at hand. A second one ends the program at once."""
     asked = []
@@ -904,6 +984,7 @@ def arguments(description, methods):
     add("--eval-at", type=epochs, metavar="E,E,...", help="evaluate before these epochs (default: 0,1,2,4,8...) and at the end")
     add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between checkpoints (default: 30)")
     add("--out", help="directory of the run, with several methods its beginning (default: out/DATA-METHOD-N)")
+    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, speed of its answers")
     add("--resume", metavar="DIR", help="go on with the run in this directory, with its settings; takes no other flag")
     return parser
 
@@ -932,17 +1013,18 @@ def epochs(text):
 def open_run(args, method, example, device, results):
     """A run with every setting decided and everything loaded: new, or with its `results` where a checkpoint left it."""
     run = argparse.Namespace(**(results["arguments"] if results else {name: getattr(args, name) for name in SETTINGS}))
-    run.method, run.example, run.answer, run.device, run.start = method, example, answer, device, 0
+    run.method, run.example, run.device, run.start, run.answer, run.decode = method, example, device, 0, answer, generate
     directory = find_model(run.model)
-    config, run.tokenizer = read_config(directory), data.load_tokenizer(directory)
+    lent = args.bench and not any(directory.glob("tokenizer.*"))
+    config, run.tokenizer = read_config(directory), data.load_tokenizer(find_model("tiny") if lent else directory)
     if method == "llada":
         import llada
 
-        config, run.answer = llada.check_or_adapt(config, run.tokenizer), llada.answer
+        config, run.answer, run.decode = llada.check_or_adapt(config, run.tokenizer), llada.answer, llada.sample
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
     check_examples(run, config)
-    run.out = Path(args.resume) if results else free_directory(args, run)
+    run.out = Path(args.resume) if results else None if args.bench else free_directory(args, run)
     native, why = native_dtype(device)
     why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
     say(f"{run.method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
@@ -950,15 +1032,22 @@ def open_run(args, method, example, device, results):
     config.raw = {**config.raw, "torch_dtype" if "torch_dtype" in config.raw else "dtype": run.dtype}
     with torch.device("meta"):
         model = Model(config)
-    check_memory(model, device)
+    model.recompute = must_recompute(run, model)
+    if model.recompute:
+        say("memory is short: blocks are run again in backward")
     run.decoder = shard(model, device, getattr(torch, run.dtype))
-    load_weights(run.decoder, directory, device)
+    if args.bench and not any(directory.glob("*.safetensors")):  # for its speed a model needs a config.json alone
+        run.decoder.to_empty(device=device)
+        for parameter in run.decoder.parameters():
+            nn.init.normal_(parameter.to_local(), std=0.02)
+    else:
+        load_weights(run.decoder, directory, device)
     run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
         run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
     run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device)}
     run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
-    if rank() == 0 and not results:
+    if rank() == 0 and run.out and not results:
         data.copy_tokenizer(directory, run.out)
         evaluation.write_results(run.out, run.results, [])
     return run
@@ -1019,13 +1108,23 @@ def native_dtype(device):
     return "float32", "bfloat16 is not native here"
 
 
-def check_memory(model, device):
-    """UserError if a GPU cannot hold its share of weights, gradients and both moments, 16 bytes a parameter."""
-    need = 16 * sum(p.numel() for p in model.parameters()) / world_size()
-    have = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    if need > have:
-        raise UserError(f"each GPU would hold {need / 2**30:.0f} GiB of weights, gradients and moments and has {have / 2**30:.0f}: "
-                        "use more GPUs (torchrun --nproc_per_node) or a smaller --model")  # fmt: skip
+def must_recompute(run, model):
+    """Whether blocks have to be run again in backward for training to fit into memory; UserError if it cannot fit."""
+    size, tokens = getattr(torch, run.dtype).itemsize, min(run.max_len, model.config.context)
+    if run.device.type == "cuda":
+        have = torch.cuda.get_device_properties(run.device).total_memory
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needs = []
+    for recompute in (False, True):
+        parts = memory(model, world_size(), run.micro_batch_size, tokens, size, recompute)
+        answering = parts["weights"] + parts["optimizer"] + size * sum(p.numel() for p in model.parameters())
+        needs.append(max(sum(parts.values()), answering) / 0.9)  # libraries and holes take their share
+    if needs[1] > have:
+        shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
+        raise UserError(f"each process needs {needs[1] / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more "
+                        "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size or a smaller --model")  # fmt: skip
+    return needs[0] > have
 
 
 def environment(device):
@@ -1070,25 +1169,35 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
     args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
     for number, method in enumerate(args.method):
+        run = None  # the last method's model and moments go before the next one's come
+        gc.collect()
         run = open_run(args, method, builders[method], device, results)
+        if args.bench:
+            finished.append({"method": method, **bench(run)})
+            continue
         run.stop = stop
         say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
             f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
-        done, left = train(run), args.method[number + 1 :]
+        try:
+            done, left = train(run), args.method[number + 1 :]
+        except (OSError, CheckpointException) as error:  # of files, training only writes
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
         if left and any(sum_over_ranks(len(stop))):
             say(f"stopped; not begun: --method {' '.join(left)}")
             return
         if not done:
             return
         finished.append(run.results)
-    say(f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
+    say(bench_table(finished) if args.bench else f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
 
 
+@record  # any other error: torchrun ends the run, and shows the traceback of the rank that failed first
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1, not with a traceback."""
     try:
         body()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a directory that may not be written
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
         sys.exit(f"{f'[rank {rank()}] ' if rank() else ''}error: {error}")
