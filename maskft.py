@@ -701,8 +701,10 @@ def checkpoints(run):
 
 
 def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file's contents; None where there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(run, model, optimizer):
@@ -712,8 +714,9 @@ def load_checkpoint(run, model, optimizer):
         return 0
     path, damaged = saved[-1], [None] * world_size()
     # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks its share of the files
-    files = sorted({".metadata"} | {file.name.removesuffix(".sha256") for file in path.iterdir()})
-    dist.all_gather_object(damaged, [path / f for f in files[rank() :: world_size()] if not is_whole(path / f)])
+    files = sorted({path / ".metadata"} | {path / file.name.removesuffix(".sha256") for file in path.iterdir()})
+    noted = {file: Path(f"{file}.sha256") for file in files[rank() :: world_size()]}
+    dist.all_gather_object(damaged, [f for f, note in noted.items() if not note.exists() or sha256(f) != note.read_text()])
     for file in sum(damaged, []):
         older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
         raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {path} and give the same "
@@ -723,13 +726,6 @@ def load_checkpoint(run, model, optimizer):
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(path.name[5:])
-
-
-def is_whole(file):
-    try:
-        return sha256(file) == Path(f"{file}.sha256").read_text()
-    except OSError:  # not there, or not to be read
-        return False
 
 
 # --------------------------------------------------------------------------------------------------- the training loop
@@ -1046,7 +1042,9 @@ def open_run(args, method, example, device, results):
     run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
         run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
-    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": {
+        "device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}}  # fmt: skip
     run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
     if rank() == 0 and run.out and not results:
         data.copy_tokenizer(directory, run.out)
@@ -1126,12 +1124,6 @@ def must_recompute(run, model):
         raise UserError(f"each process needs {needs[1] / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more "
                         "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size or a smaller --model")  # fmt: skip
     return needs[0] > have
-
-
-def environment(device):
-    """Where a run ran, for results.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
 def free_directory(args, run):

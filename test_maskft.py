@@ -1497,7 +1497,7 @@ def cost_of(which):
         loss = lambda: model(ids, labels=labels).loss
         answer = lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=64, min_new_tokens=64,
                                         do_sample=False, pad_token_id=0)  # fmt: skip
-    optimizer = maskft.make_optimizer(model, 1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
         loss().backward()
