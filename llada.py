@@ -277,8 +277,9 @@ def answer(model, tokenizer, prompts, max_new_tokens=128, steps=None, block_leng
 
 def main():
     args = maskft.parse_flags(maskft.arguments(__doc__, methods=False))
-    args.method = ["llada"]
-    maskft.run_methods(args, {"llada": diffusion_example}, answer, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
+    args.method = ["sft", "llada"] if args.bench else ["llada"]  # measured beside ordinary fine-tuning
+    builders = {"sft": maskft.sft_example, "llada": diffusion_example}
+    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions 
 
 import argparse
 import dataclasses
+import gc
+import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -38,13 +41,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import errors
 from huggingface_hub.utils import tqdm
-from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -75,6 +82,12 @@ class Config:
     causal: bool = True  # False: every token sees every other (LLaDA)
     raw: dict = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "context"):
+            size, most = getattr(self, name), 2**10 if name == "layers" else 2**30
+            if not isinstance(size, int) or not 0 < size <= most:  # before anything of that size is made
+                raise UserError(f"{name} = {size!r} is not a size from 1 to {most}")
+
 
 def read_config(directory):
     """The Config of a model directory; UserError for a family or a setting that is not implemented."""
@@ -82,24 +95,23 @@ def read_config(directory):
     if not path.is_file():
         raise UserError(f"{path}: not found. A model is a directory with config.json, *.safetensors and a tokenizer")
     raw = data.read_json(path)
-    family = raw.get("model_type")
     try:
-        if family == "llada":
-            import llada  # it imports this file, so not before this file is read
-
-            return llada.parse_config(raw)
-        if family in ("llama", "mistral", "qwen2", "qwen3"):
-            return parse_config(raw)
+        return parse_config(raw)
     except KeyError as missing:
         raise UserError(f"{path}: the field {missing} is missing") from None
-    except UserError as error:
+    except (UserError, ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a list for a number, say
         raise UserError(f"{path}: {error}") from None
-    raise UserError(f"{path}: model_type {family!r} is not one of llama, mistral, qwen2, qwen3, llada")
 
 
 def parse_config(raw):
-    """The Config in a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
-    family = raw["model_type"]
+    """The Config in the Hugging Face config of any supported family; both spellings of the RoPE fields."""
+    family = raw.get("model_type")
+    if family == "llada":
+        import llada  # it imports this file, so not before this file is read
+
+        return llada.parse_config(raw)
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UserError(f"model_type {family!r} is not one of llama, mistral, qwen2, qwen3, llada")
     refuse_unless(raw, hidden_act=("silu",), mlp_bias=(False, None), quantization_config=(None,))
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -109,23 +121,14 @@ def parse_config(raw):
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
     sliding = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
     return Config(
-        vocab=raw["vocab_size"],
-        width=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-        mlp_width=raw["intermediate_size"],
-        context=min(raw.get("max_position_embeddings", 2048), sliding or math.inf),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        vocab=raw["vocab_size"], width=raw["hidden_size"], layers=raw["num_hidden_layers"],
+        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads,
+        head_size=raw.get("head_dim") or raw["hidden_size"] // heads, mlp_width=raw["intermediate_size"],
+        context=min(raw.get("max_position_embeddings", 2048), sliding or math.inf), norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling={} if kind == "default" else {**rope, "rope_type": kind},
-        tied=raw.get("tie_word_embeddings", False),
-        qkv_bias=bias or family == "qwen2",
-        out_bias=bias,
-        qk_norm=family == "qwen3",
-        raw=raw,
-    )
+        rope_scaling={} if kind == "default" else {**rope, "rope_type": kind}, tied=raw.get("tie_word_embeddings", False),
+        qkv_bias=bias or family == "qwen2", out_bias=bias, qk_norm=family == "qwen3", raw=raw,
+    )  # fmt: skip
 
 
 def refuse_unless(raw, **allowed):
@@ -138,17 +141,11 @@ def refuse_unless(raw, **allowed):
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """torch's, which returns fp32 under autocast, after which every linear would cast again: back to the input's dtype."""
 
     def forward(self, x):
-        # in fp32 and back by hand: F.rms_norm under autocast returns fp32, and every linear after it would cast again
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.type_as(x)
+        return super().forward(x).type_as(x)
 
 
 def rope_tables(positions, config):
@@ -187,18 +184,17 @@ class KVCache:
     """Keys and values of the tokens already seen, one pair of (B, G, S, K) a layer, in the dtype they were made in."""
 
     def __init__(self, layers, size):
-        self.keys, self.values = [None] * layers, [None] * layers
-        self.size, self.used = size, 0
+        self.layers, self.size, self.used = [None] * layers, size, 0
 
     def extend(self, layer, k, v):
         """Append (B, G, T, K) to a layer; all keys and values so far. `used` is moved on by the model, once a forward."""
-        if self.keys[layer] is None:
+        if self.layers[layer] is None:
             room = (k.shape[0], k.shape[1], self.size, k.shape[3])
-            self.keys[layer], self.values[layer] = k.new_zeros(room), v.new_zeros(room)
+            self.layers[layer] = k.new_empty(room), v.new_empty(room)
         end = self.used + k.shape[2]
-        self.keys[layer][:, :, self.used : end] = k
-        self.values[layer][:, :, self.used : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        for whole, new in zip(self.layers[layer], (k, v)):
+            whole[:, :, self.used : end] = new
+        return [whole[:, :, :end] for whole in self.layers[layer]]
 
 
 class Block(nn.Module):
@@ -206,16 +202,16 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, K, F_ = config.width, config.head_size, config.mlp_width
+        D, K, F_, norm = config.width, config.head_size, config.mlp_width, partial(RMSNorm, eps=config.norm_eps)
         self.config = config
-        self.attn_norm = RMSNorm(D, config.norm_eps)
+        self.attn_norm = norm(D)
         self.q = nn.Linear(D, config.heads * K, bias=config.qkv_bias)
         self.k = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
         self.v = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
         self.o = nn.Linear(config.heads * K, D, bias=config.out_bias)
-        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.mlp_norm = RMSNorm(D, config.norm_eps)
+        self.q_norm = norm(K) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(K) if config.qk_norm else nn.Identity()
+        self.mlp_norm = norm(D)
         self.gate = nn.Linear(D, F_, bias=False)
         self.up = nn.Linear(D, F_, bias=False)
         self.down = nn.Linear(F_, D, bias=False)
@@ -247,9 +243,10 @@ class Model(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         # a tied model has no head of its own: two names for one tensor come apart under to_empty and FSDP
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.recompute = False  # True: training keeps the input of each block alone, and runs it again in backward
 
     def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None):
         """Logits, or with `labels` the summed loss.
@@ -267,7 +264,10 @@ class Model(nn.Module):
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            if self.recompute and labels is not None and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache, layer)
         if cache is not None:
             cache.used += ids.shape[1]
         head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
@@ -327,29 +327,22 @@ def checkpoint_names(model, family):
         table = llada.LLADA_NAMES
     for name, _ in model.named_parameters():
         stem, kind = name.rsplit(".", 1)  # "blocks.7.q", "weight"
-        layer = "".join(filter(str.isdigit, stem))
-        names[name] = f"{table[stem.replace(layer, '{}') if layer else stem].format(layer)}.{kind}"
+        names[name] = f"{table[re.sub(r'[0-9]+', '{}', stem)].format(re.sub('[^0-9]', '', stem))}.{kind}"
     return names
 
 
 def write_new_model(directory):
     """Where pre-training starts: a model directory of the built-in model's size, with random weights and a tokenizer of
     its world's words."""
-    directory = Path(directory)
-    directory.mkdir(parents=True)
-    data.write_world_tokenizer(directory / "tokenizer.json")
-    vocab = len(data.load_tokenizer(directory).bytes_of)
-    raw = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": vocab,
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "dtype": "float32",
-    }  # fmt: skip
+    Path(directory).mkdir(parents=True)
+    data.write_world_tokenizer(Path(directory) / "tokenizer.json")
+    raw = data.read_json(find_model("tiny") / "config.json")
+    raw["vocab_size"] = len(data.load_tokenizer(directory).bytes_of)
     model, rng = Model(parse_config(raw)), torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:  # what adds to the residual stream starts smaller, by the number of additions
-            deep = (2 * raw["num_hidden_layers"]) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1
-            nn.init.normal_(parameter, std=0.5 * raw["hidden_size"] ** -0.5 * deep, generator=rng)
+            deep = (2 * model.config.layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1
+            nn.init.normal_(parameter, std=0.5 * model.config.width**-0.5 * deep, generator=rng)
     save(model, directory)
 
 
@@ -357,116 +350,115 @@ def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id; UserError says what is wrong with it."""
     directory = find_model(path_or_id)
     with torch.device("meta"):
-        model = Model(read_config(directory))
-    model.to(dtype).to_empty(device=device)
-    load_weights(model, directory)
+        model = Model(read_config(directory)).to(dtype)
+    load_weights(model, directory, device)
     return model.eval()
 
 
 def find_model(name):
     """The local directory of a model: the path itself, one beside this file (`tiny`), or a download from the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    built_in = Path(__file__).parent / name
-    if built_in.is_dir():
-        return built_in
+    for directory in (Path(name), Path(__file__).parent / name):
+        if directory.is_dir():
+            return directory
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
         raise UserError(f"--model {name}: no such directory, and not a hub id (owner/name)")
     try:
         # names only what is read: never pickled weights, never code
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]))
-    except huggingface_hub.errors.GatedRepoError:
-        raise UserError(
-            f"--model {name} is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`, "
-            "or give a local directory or the built-in model (--model tiny)"
-        ) from None
-    except huggingface_hub.errors.HFValidationError as error:
-        raise UserError(f"--model {name}: no such directory, and not a hub id ({error})") from None
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise UserError(f"--model {name}: no such model on the hub (a private one needs `hf auth login`)") from None
-    except (huggingface_hub.errors.LocalEntryNotFoundError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"--model {name} is not in the local cache and the hub could not be reached ({type(error).__name__}). On a "
-            f"machine with a network: `hf download {name} --local-dir DIR`, then --model DIR; or --model tiny"
-        ) from None
+    except errors.GatedRepoError:
+        why = (f"is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`, "
+               "or give a local directory or the built-in model (--model tiny)")  # fmt: skip
+    except errors.HFValidationError as error:
+        why = f"is no directory, and not a hub id ({error})"
+    except errors.RepositoryNotFoundError:
+        why = "is no model on the hub (a private one needs `hf auth login`)"
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        why = (f"is not in the local cache and the hub could not be reached ({type(error).__name__}). On a machine with a "
+               f"network: `hf download {name} --local-dir DIR`, then --model DIR; or --model tiny")  # fmt: skip
+    raise UserError(f"--model {name} {why}")
 
 
-def tensor_files(directory):
-    """{checkpoint name: safetensors file} of a model directory, single or sharded with an index."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.is_file():
-        with open_tensors(single) as file:
-            return {name: single for name in file.keys()}
-    if not index.is_file():
-        raise UserError(f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)")
-    files = {}
-    for name, file in data.read_json(index).get("weight_map", {}).items():
-        if Path(file).name != file or not (directory / file).is_file():
-            raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
-        files[name] = directory / file
-    return files
+def open_tensors(directory):
+    """{checkpoint name: (slice, file)} of a model directory, single or sharded with an index; no tensor is read yet."""
+    index, tensors = directory / "model.safetensors.index.json", {}
+    paths = [directory / "model.safetensors"]
+    if not paths[0].is_file():
+        if not index.is_file():
+            raise UserError(f"{directory}: neither {paths[0].name} nor {index.name} (pickled weights are never read)")
+        for name, file in data.read_json(index).get("weight_map", {}).items():
+            if Path(file).name != file or not (directory / file).is_file():
+                raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+            paths.append(directory / file)
+    for path in dict.fromkeys(paths[-1:] if len(paths) == 1 else paths[1:]):
+        try:
+            file = safetensors.safe_open(path, framework="pt", device="cpu")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}): download it again") from None
+        tensors |= {name: (file.get_slice(name), path) for name in file.keys()}
+    return tensors
 
 
-def open_tensors(path):
-    try:
-        return safetensors.safe_open(path, framework="pt", device="cpu")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}): download it again") from None
-
-
-def load_weights(model, directory):
-    """Fill every parameter by name, each rank reading only the rows it holds; UserError names a tensor that is missing,
-    extra or of another shape."""
-    family = data.read_json(directory / "config.json")["model_type"]
-    files, names = tensor_files(directory), checkpoint_names(model, family)
+def load_weights(model, directory, device):
+    """Make room for a model built on `meta` and fill every parameter by name, each rank reading only the rows it holds;
+    UserError names a tensor that is missing, extra or of another shape, before there is any room."""
+    tensors, names = open_tensors(directory), checkpoint_names(model, data.read_json(directory / "config.json")["model_type"])
     # what some checkpoints carry and no model reads: RoPE buffers of early Llama 2, a copy of the tied head
-    unread = {n for n in files if n.endswith("rotary_emb.inv_freq") or (model.config.tied and n == "lm_head.weight")}
-    missing, extra = set(names.values()) - set(files), set(files) - set(names.values()) - unread
+    unread = {n for n in tensors if n.endswith("rotary_emb.inv_freq") or (model.config.tied and n == "lm_head.weight")}
+    missing, extra = set(names.values()) - set(tensors), set(tensors) - set(names.values()) - unread
     if missing or extra:
         what, which = ("is missing", missing) if missing else ("is not part of this model", extra)
         raise UserError(f"{directory}: the tensor {min(which)} {what} ({len(which)} such); is config.json of the same model?")
-    handles = {path: open_tensors(path) for path in set(files.values())}
     for name, parameter in model.named_parameters():
-        rows = handles[files[names[name]]].get_slice(names[name])
-        if tuple(rows.get_shape()) != tuple(parameter.shape):
-            raise UserError(
-                f"{files[names[name]]}: {names[name]} has shape {rows.get_shape()}, config.json says {list(parameter.shape)}"
-            )
-        local, start = parameter, 0
+        rows, path = tensors[names[name]]
+        if rows.get_shape() != list(parameter.shape):
+            raise UserError(f"{path}: {names[name]} has shape {rows.get_shape()}, config.json says {list(parameter.shape)}")
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        local, start = parameter.detach(), 0
         if isinstance(parameter, DTensor):  # FSDP2 cuts as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
-            local, mesh, n = parameter.to_local(), parameter.device_mesh, parameter.shape[0]
+            local, mesh, n = local.to_local(), parameter.device_mesh, parameter.shape[0]
             start = min(mesh.get_local_rank() * math.ceil(n / mesh.size()), n)
-        if local.shape[0]:
-            with torch.no_grad():  # into the shard in place: no rank ever holds a second copy of anything
-                local.copy_(rows[start : start + local.shape[0]])
+        if local.shape[0]:  # into the shard in place: no rank ever holds a second copy of anything
+            local.copy_(tensors[names[name]][0][start : start + local.shape[0]])
+
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names of dtypes: those of safetensors
 
 
 def save(model, path):
     """Write config.json and safetensors of at most 5 GB, in the dtype the config declares (what was loaded as bf16 is
-    saved as bf16). Sharded models are gathered tensor by tensor; call it on every rank, rank 0 writes."""
+    saved as bf16). Call it on every rank: sharded models are gathered and written tensor by tensor, by rank 0."""
     path, raw = Path(path), model.config.raw
-    declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision")  # LLaDA's is "amp_bf16"
-    dtype = getattr(torch, {None: "float32", "amp_bf16": "bfloat16"}.get(declared, declared))
+    declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
+    declared = declared.replace("amp_bf16", "bfloat16")  # LLaDA's word for it
     parameters, names = dict(model.named_parameters()), checkpoint_names(model, raw["model_type"])
-    meta = {names[n]: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    dtype, ours = getattr(torch, declared), {theirs: name for name, theirs in names.items()}
+    meta = {theirs: torch.empty(parameters[name].shape, dtype=dtype, device="meta") for theirs, name in ours.items()}
     plan = huggingface_hub.split_torch_state_dict_into_shards(meta)
-    ours = {theirs: name for name, theirs in names.items()}
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        data.write_text(path / "config.json", json.dumps(raw, indent=2) + "\n")
     for file, members in plan.filename_to_tensors.items():
-        tensors = {}
+        # the format: length of the header, header, tensors in its order; by hand, as save_file wants all tensors at once
+        header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in members:
-            tensor = parameters[ours[name]].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if rank() == 0:
-                tensors[name] = tensor.to("cpu", dtype).contiguous()
+            start, end = end, end + meta[name].nbytes
+            header[name] = {"dtype": STORED[declared], "shape": list(meta[name].shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        part = path / f"{file}.part" if rank() == 0 else os.devnull
+        with open(part, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in members:
+                tensor = parameters[ours[name]].detach()
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # on every rank
+                if rank() == 0:
+                    out.write(tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
         if rank() == 0:
-            save_file(tensors, path / f"{file}.part", metadata={"format": "pt"})
-            os.replace(path / f"{file}.part", path / file)  # a file that has its name is whole
+            os.replace(part, path / file)  # a file that has its name is whole
     if rank() == 0 and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        data.write_text(path / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------- the paper: masking and the loss
@@ -611,9 +603,10 @@ def loss_sum(x, norm, head, labels, weights):
         return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
     total = x.float().sum() * 0.0
-    for chunk in zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)):
+    *chunks, last = zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK))
+    for chunk in chunks:
         total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
-    return total
+    return total + chunk_loss(*last)  # not made again: backward begins with it
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -690,6 +683,30 @@ def shard(model, device, dtype):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def memory(model, gpus, sequences, tokens, size=2, recompute=False):
+    """{part: bytes} of the peak of one GPU in training. Computed; a test holds it against the measured peak of small models.
+
+    sequences, tokens  of a micro-batch of one GPU
+    size               of an element in the computation: 2 = bfloat16, 4 = float32
+    """
+    c, rows = model.config, sequences * tokens
+    layer, n = (sum(p.numel() for p in module.parameters()) for module in (model.blocks[0], model))
+    rest = n - c.layers * layer  # embedding, norm and head stay gathered, with their gradients
+    # what a layer keeps of a row for backward: four vectors of the width (the inputs of norms and of what follows them),
+    # queries and their answers, keys, values; gate, silu(gate), up and their product
+    kept = size * rows * (4 * c.width + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.mlp_width)
+    logits = min(CHUNK, rows) * c.vocab * (8 + size % 4)  # fp32 logits and softmax, and where it is not fp32 what they are made of
+    return {
+        "weights": 4 * n / gpus,
+        "gradients": 4 * n / gpus,
+        "optimizer": 8 * n / gpus,
+        # a layer and its gradients; on several GPUs also the next layer on its way and the last one's sum in fp32
+        "gathered": 2 * size * (rest + layer) + (gpus > 1) * (2 * size + 8) * layer,
+        "activations": size * rows * c.width * c.layers + kept if recompute else kept * c.layers,
+        "logits": max(0, logits - kept) if recompute else logits,  # recompute: the two are never there together
+    }
+
+
 @contextmanager
 def gathered(model):
     """All parameters whole on every rank, so that ranks may make different numbers of forward calls inside."""
@@ -706,16 +723,20 @@ def gathered(model):
 
 
 def save_checkpoint(run, model, optimizer, step):
-    """Write out/.../ckpt/step-N beside and rename it when whole; keep the last two."""
+    """Write out/.../ckpt/step-N beside, a checksum with every file, and rename it when whole; keep the last two."""
     folder = Path(run) / "ckpt"
     part, whole = folder / f"part-{step}", folder / f"step-{step}"
     if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.glob("part-*"):  # of a save that was cut short
+            shutil.rmtree(left)
         part.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
-    if rank() == 0 and not whole.exists():
+    for file in [*part.glob(f"__{rank()}_*"), *([part / ".metadata"] if rank() == 0 else [])]:
+        Path(f"{file}.sha256").write_text(sha256(file))
+    dist.barrier()
+    if rank() == 0:
         os.replace(part, whole)
         for old in checkpoints(run)[:-2]:
             shutil.rmtree(old)
@@ -724,19 +745,35 @@ def save_checkpoint(run, model, optimizer, step):
 
 def checkpoints(run):
     """The whole checkpoints of a run, oldest first."""
-    return sorted((Path(run) / "ckpt").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    return sorted((Path(run) / "ckpt").glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def sha256(path):
+    """Of a file's contents; None where there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint(run, model, optimizer):
-    """Fill model and optimizer from the newest checkpoint of a run directory; the number of the step to go on with."""
-    if not checkpoints(run):
-        raise UserError(f"--resume {run}: no checkpoint there; a run saves one every --save-every minutes and on Ctrl-C")
-    path = checkpoints(run)[-1]
+    """Fill model and optimizer from the newest checkpoint of a run; the step to go on with, 0 where none was saved yet."""
+    saved = checkpoints(run)
+    if not saved:
+        return 0
+    path, damaged = saved[-1], [None] * world_size()
+    # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks its share of the files
+    files = sorted({path / ".metadata"} | {path / file.name.removesuffix(".sha256") for file in path.iterdir()})
+    noted = {file: Path(f"{file}.sha256") for file in files[rank() :: world_size()]}
+    dist.all_gather_object(damaged, [f for f, note in noted.items() if not note.exists() or sha256(f) != note.read_text()])
+    for file in sum(damaged, []):
+        older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
+        raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {path} and give the same "
+                        f"--resume again: it goes on from {older}")  # fmt: skip
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(path.name.split("-")[1])
+    return int(path.name[5:])
 
 
 # --------------------------------------------------------------------------------------------------- the training loop
@@ -791,12 +828,11 @@ def train(run):
     Epochs run 0..N-1; the model is evaluated before the epochs in run.eval_at and once after the last, so what is saved
     was scored. differs from masked_arLLM, which trains one epoch past its last evaluation.
     """
-    model, optimizer, stopping, saved_at = run.decoder, run.optimizer, False, time.monotonic()
-    log = open_log(run) if rank() == 0 else None
+    stopping, saved_at, log = False, time.monotonic(), open_log(run) if rank() == 0 else None
     bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True)
     for step in range(run.start, run.steps):
         # 1. the rate of this step
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run, step)
         # 2. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
@@ -804,31 +840,19 @@ def train(run):
             evaluate_and_record(run, step, epoch)
         if nth == 0 or step == run.start:
             order = batches(len(run.dataset.documents), run.batch_size, run.seed, epoch)
-        # 3. gradients: every rank builds the whole global batch, so its number of targets is known without asking
+        # 3. gradients; all ranks learn the loss, and whether to stop or save
         began = time.monotonic()
         examples = [build(run, number, epoch) for number in order[nth]]
-        share = max(1, sum(e.share for e in examples))
-        loss = torch.zeros((), device=run.device)
-        for micro in deal(examples, run.micro_batch_size):
-            batch = {k: v.to(run.device) for k, v in data.collate(micro, run.tokenizer.pad_id).items()}
-            if model.config.causal:
-                batch["key_mask"] = None  # padding is on the right, behind everything a real token sees
-            with run.autocast:
-                part = model(**batch) / share
-            # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the split
-            (part * world_size()).backward()
-            loss += part.detach()
-        # 4. clip; all ranks learn the loss, and whether to stop or save
+        loss, norm = gradients(run, examples)
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.save_every
-        loss, stopping, saving = sum_over_ranks(loss, run.stop.asked, due)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+        loss, stopping, saving = sum_over_ranks(loss, len(run.stop), due)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}. Try a lower --lr; "
                             f"{how_to_go_on(run)}")  # fmt: skip
-        # 5. step
-        optimizer.step()
-        optimizer.zero_grad()
-        # 6. log
+        # 4. step
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        # 5. log
         if rank() == 0:
             speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
             line = dict(step=step, epoch=epoch, loss=loss, lr=learning_rate(run, step), grad_norm=norm,
@@ -837,34 +861,93 @@ def train(run):
             log.flush()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
-        # 7. what is needed to go on
+        # 6. what is needed to go on
         if stopping or saving:
-            save_checkpoint(run.out, model, optimizer, step + 1)
+            save_checkpoint(run.out, run.decoder, run.optimizer, step + 1)
             saved_at = time.monotonic()
-        if stopping:
-            break
+        if stopping and step + 1 < run.steps:  # asked for in the last step, there is nothing left to stop
+            bar.close()
+            say(f"stopped after step {step}; {how_to_go_on(run)}")
+            return False
     bar.close()
-    if stopping and step + 1 < run.steps:  # asked for in the last step, there is nothing left to stop
-        say(f"stopped after step {step}; {how_to_go_on(run)}")
-        return False
     evaluate_and_record(run, run.steps, run.epochs)
-    save(model, run.out)
+    save(run.decoder, run.out)
     if rank() == 0 and run.predictions and find_spec("matplotlib"):
         evaluation.plot([run.results], run.out / "curves.png")
     return True
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one ends the program at once."""
+def gradients(run, examples):
+    """Leave the gradients of a global batch in the model, clipped; this rank's part of the loss, and the norm before.
 
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+    Every rank builds the whole global batch, so its number of targets is known without asking.
+    """
+    share = max(1, sum(e.share for e in examples))
+    loss = torch.zeros((), device=run.device)
+    for micro in deal(examples, run.micro_batch_size):
+        batch = {k: v.to(run.device) for k, v in data.collate(micro, run.tokenizer.pad_id).items()}
+        if run.decoder.config.causal:
+            batch["key_mask"] = None  # padding is on the right, behind everything a real token sees
+        with run.autocast:
+            part = run.decoder(**batch) / share
+        # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the split
+        (part * world_size()).backward()
+        loss += part.detach()
+    return loss, nn.utils.clip_grad_norm_(run.decoder.parameters(), 1.0).full_tensor().item()
 
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+def bench(run):
+    """{what: figure} of a training step, the smaller of two, and of 16 answers of 64 tokens to prompts of 40; of one GPU."""
+    documents, rng, dtype = len(run.dataset.documents), np.random.default_rng(0), getattr(torch, run.dtype)
+    examples = [build(run, i % documents, epoch=0) for i in range(run.batch_size)]
+    prompts = rng.integers(run.decoder.config.vocab, size=(16, 40)).tolist()
+    matrix = torch.randn(2048, 2048, device=run.device, dtype=dtype)
+
+    def step():
+        gradients(run, examples)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    def seconds(work):
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # waits for the GPU, warms up
+        return min(timer.timeit(1).mean for _ in range(2))
+
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    with FlopCounterMode(display=False) as counter:
+        step()
+    peak = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
+    taken, gib, flops = seconds(step), memory_gib(run.device), counter.get_total_flops()
+    with gathered(run.decoder), torch.no_grad(), run.autocast:
+        answering = seconds(lambda: run.decode(run.decoder, prompts, 64))
+    tokens = sum(len(e.ids) for e in examples)
+    return {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": flops / 1e12, "peak GiB": gib,
+            "of matmul peak": flops / taken / peak, "answers: tokens/s": 16 * 64 / answering}  # fmt: skip
+
+
+def bench_table(rows):
+    """A line of figures a method, and their ratios to the first method's."""
+    names = list(rows[0])[1:]
+    lines = [f"{'':10}" + "".join(f"{name:>20}" for name in names)]
+    for row in rows:
+        cells = (f"{row[name]:.3g} ({row[name] / rows[0][name]:.2f} x)" for name in names)
+        lines.append(f"{row['method']:10}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def listen_for_stop():
+    """A list that a Ctrl-C or SIGTERM makes non-empty: stop after the step at hand. A second one ends the program at once."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return asked
 
 
 def sum_over_ranks(*numbers):
@@ -903,11 +986,10 @@ def open_log(run):
 
 
 def how_to_go_on(run):
-    if not checkpoints(run.out):
-        return "nothing had been saved yet"
-    script, processes = Path(sys.argv[0]).name, os.environ.get("LOCAL_WORLD_SIZE")
+    saved, processes = checkpoints(run.out), os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {processes}" if processes else "python"
-    return f"to go on from step {checkpoints(run.out)[-1].name[5:]}:\n    {start} {script} --resume {run.out}"
+    where = f"step {saved[-1].name[5:]}" if saved else "the beginning"
+    return f"to go on from {where}:\n    {start} {Path(sys.argv[0]).name} --resume {run.out}"
 
 
 # ------------------------------------------------------------------------------------------------------ arguments, main
@@ -947,6 +1029,7 @@ def arguments(description, methods):
     add("--eval-at", type=epochs, metavar="E,E,...", help="evaluate before these epochs (default: 0,1,2,4,8...) and at the end")
     add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between checkpoints (default: 30)")
     add("--out", help="directory of the run, with several methods its beginning (default: out/DATA-METHOD-N)")
+    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, speed of its answers")
     add("--resume", metavar="DIR", help="go on with the run in this directory, with its settings; takes no other flag")
     return parser
 
@@ -972,43 +1055,51 @@ def epochs(text):
     return sorted({int(part) for part in text.split(",")})
 
 
-def open_run(args, method, example, answer, device, results):
+def open_run(args, method, example, device, results):
     """A run with every setting decided and everything loaded: new, or with its `results` where a checkpoint left it."""
     run = argparse.Namespace(**(results["arguments"] if results else {name: getattr(args, name) for name in SETTINGS}))
-    run.method, run.example, run.answer, run.device = method, example, answer, device
+    run.method, run.example, run.device, run.start, run.answer, run.decode = method, example, device, 0, answer, generate
     directory = find_model(run.model)
-    config, run.tokenizer = read_config(directory), data.load_tokenizer(directory)
+    lent = args.bench and not any(directory.glob("tokenizer.*"))
+    config, run.tokenizer = read_config(directory), data.load_tokenizer(find_model("tiny") if lent else directory)
     if method == "llada":
         import llada
 
-        config = llada.check_or_adapt(config, run.tokenizer)
+        config, run.answer, run.decode = llada.check_or_adapt(config, run.tokenizer), llada.answer, llada.sample
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
     check_examples(run, config)
-    run.out, run.start = Path(args.resume) if results else free_directory(args, run), 0
+    run.out = Path(args.resume) if results else None if args.bench else free_directory(args, run)
     native, why = native_dtype(device)
     why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
     say(f"{run.method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
     config.raw = {**config.raw, "torch_dtype" if "torch_dtype" in config.raw else "dtype": run.dtype}
+    # the policy makes the parameters bf16 already: autocast copies no weight, and covers what is not a parameter
     run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     with torch.device("meta"):
         model = Model(config)
-    check_memory(model, device)
+    model.recompute = must_recompute(run, model)
+    if model.recompute:
+        say("memory is short: blocks are run again in backward")
     run.decoder = shard(model, device, getattr(torch, run.dtype))
-    run.decoder.to_empty(device=device)
-    load_weights(run.decoder, directory)
+    if args.bench and not any(directory.glob("*.safetensors")):  # for its speed a model needs a config.json alone
+        run.decoder.to_empty(device=device)
+        for parameter in run.decoder.parameters():
+            nn.init.normal_(parameter.to_local(), std=0.02)
+    else:
+        load_weights(run.decoder, directory, device)
     run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
-        run.results = results
         run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
-        results["evaluations"] = [e for e in results["evaluations"] if e["step"] < run.start]
-    else:
-        run.results = {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment(device),
-                       "decoding": evaluation.decoding(run.dataset.questions, config.causal), "evaluations": []}  # fmt: skip
-        if rank() == 0:
-            evaluation.write_results(run.out, run.results, [])
-            data.copy_tokenizer(directory, run.out)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": {
+        "device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]},
+        "decoding": evaluation.decoding(run.dataset.questions, config.causal)}  # fmt: skip
+    run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
+    if rank() == 0 and run.out and not results:
+        data.copy_tokenizer(directory, run.out)
+        evaluation.write_results(run.out, run.results, [])
     return run
 
 
@@ -1081,19 +1172,23 @@ def native_dtype(device):
     return "float32", "bfloat16 is not native here"
 
 
-def check_memory(model, device):
-    """UserError if a GPU cannot hold its share of weights, gradients and both moments, 16 bytes a parameter."""
-    need = 16 * sum(p.numel() for p in model.parameters()) / world_size()
-    have = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    if need > have:
-        raise UserError(f"each GPU would hold {need / 2**30:.0f} GiB of weights, gradients and moments and has {have / 2**30:.0f}: "
-                        "use more GPUs (torchrun --nproc_per_node) or a smaller --model")  # fmt: skip
-
-
-def environment(device):
-    """Where a run ran, for results.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}
+def must_recompute(run, model):
+    """Whether blocks have to be run again in backward for training to fit into memory; UserError if it cannot fit."""
+    size, tokens = getattr(torch, run.dtype).itemsize, min(run.max_len, model.config.context)
+    if run.device.type == "cuda":
+        have = torch.cuda.get_device_properties(run.device).total_memory
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needs = []
+    for recompute in (False, True):
+        parts = memory(model, world_size(), run.micro_batch_size, tokens, size, recompute)
+        answering = parts["weights"] + parts["optimizer"] + size * sum(p.numel() for p in model.parameters())
+        needs.append(max(sum(parts.values()), answering) / 0.9)  # libraries and holes take their share
+    if needs[1] > have:
+        shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
+        raise UserError(f"each process needs {needs[1] / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more "
+                        "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size or a smaller --model")  # fmt: skip
+    return needs[0] > have
 
 
 def free_directory(args, run):
@@ -1114,46 +1209,53 @@ def free_directory(args, run):
     return choice[0]
 
 
-def run_methods(args, builders, answer, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
+def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
     """Train with every method in turn and print one table.
 
     builders  {method: example builder}
     default   the models without and with a GPU, where --model names none
     """
-    device, stop, results = start_processes(), StopSignal(), None
+    device, stop, results, finished = start_processes(), listen_for_stop(), None, []
     if args.resume:
         results = data.read_json(Path(args.resume) / "results.json")
         args.method = [results["arguments"]["method"]]
         if args.method[0] not in builders:
             raise UserError(f"--resume {args.resume}: a run of {args.method[0]}, which the other script goes on with")
     elif args.model is None:
-        cuda = device.type == "cuda"
-        args.model = default[cuda]
-        say(f"model {args.model} (the default {'with CUDA' if cuda else 'without a GPU: built in, nothing to download'})")
+        args.model, why = list(zip(default, ("without a GPU: built in, nothing to download", "with CUDA")))[device.type == "cuda"]
+        say(f"model {args.model} (the default {why})")
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
     args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
-    finished = []
     for number, method in enumerate(args.method):
-        run = open_run(args, method, builders[method], answer, device, results)
+        run = None  # the last method's model and moments go before the next one's come
+        gc.collect()
+        run = open_run(args, method, builders[method], device, results)
+        if args.bench:
+            finished.append({"method": method, **bench(run)})
+            continue
         run.stop = stop
         say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
             f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
-        done, left = train(run), args.method[number + 1 :]
-        if left and any(sum_over_ranks(stop.asked)):
+        try:
+            done, left = train(run), args.method[number + 1 :]
+        except (OSError, CheckpointException) as error:  # of files, training only writes
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
+        if left and any(sum_over_ranks(len(stop))):
             say(f"stopped; not begun: --method {' '.join(left)}")
             return
         if not done:
             return
         finished.append(run.results)
-    say(evaluation.table(finished))
-    say(evaluation.samples(run.predictions))
+    say(bench_table(finished) if args.bench else f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
 
 
+@record  # any other error: torchrun ends the run, and shows the traceback of the rank that failed first
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1, not with a traceback."""
     try:
         body()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a directory that may not be written
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
         sys.exit(f"{f'[rank {rank()}] ' if rank() else ''}error: {error}")
@@ -1169,7 +1271,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=128):
 
 
 def main():
-    run_methods(parse_flags(arguments(__doc__, methods=True)), METHODS, answer)
+    run_methods(parse_flags(arguments(__doc__, methods=True)), METHODS)
 
 
 if __name__ == "__main__":
