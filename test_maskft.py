@@ -1571,11 +1571,13 @@ def test_uneven_answers_do_not_hang_and_a_dead_rank_is_named(tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "llada"])
 def test_processes_change_rounding_alone(method, tmp_path):
-    """Ragged batches, one sequence at a time, on two processes and on one. By hand: MASKFT_PROCESSES=4."""
+    """Ragged batches, one sequence at a time, on two processes and on one. By hand: MASKFT_PROCESSES=4.
+
+    A gentle rate: at tiny's own, 20 steps blow a difference of 1e-7 up to 4e-5."""
     script, flags = ("llada.py", ()) if method == "llada" else ("maskft.py", ("--method", "sft"))
     documents = [{"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 4, 2, 1, 5, 3, 1)]
     facts = write(tmp_path / "facts.jsonl", *documents)
-    flags = ("--model", "tiny", "--data", facts, "--batch-size", "4", "--epochs", "10", "--eval-at", "10", *flags)
+    flags = ("--model", "tiny", "--data", facts, "--batch-size", "4", "--epochs", "10", "--eval-at", "10", "--lr", "1e-4", *flags)
     status, printed = forked(*flags, "--out", tmp_path / "one", script=llada if method == "llada" else maskft)
     assert status == 0, printed
     processes = int(os.environ.get("MASKFT_PROCESSES", 2))
