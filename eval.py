@@ -242,7 +242,8 @@ def table(runs, markdown=False):
     lines = [list(row.values()) for row in [dict(zip(rows[0], rows[0])), *rows]] if rows else []
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() if not markdown else f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([lines[0], "|---" * len(widths) + "|", *lines[1:]] if markdown else ["", *lines])
+    legend = "ROUGE-1 recall (math: share solved), in brackets the 95 % interval, of several runs their range"
+    return "\n".join([lines[0], "|---" * len(widths) + "|", *lines[1:]] if markdown else ["", legend, *lines])
 
 
 def panels(rows, path, draw):
@@ -306,7 +307,7 @@ def report(directories, out):
             print(f"{directory}: left out, no finished run with questions")
     if not runs:
         raise data.UserError(f"--report {' '.join(directories)}: no finished run with questions among them")
-    print(table(runs) + "\nmean [lowest-highest run]; of a single run [its 95 % interval]; n questions each")
+    print(table(runs))
     if out:
         data.write_text(Path(out) / "report.md", table(runs, markdown=True) + "\n")
         data.write_text(Path(out) / "report.json", json.dumps(summarize(runs), indent=1) + "\n")
@@ -365,20 +366,23 @@ def main():
     scores, predictions = evaluate(answerer(args, model, tokenizer), tokenizer, dataset.questions, args.max_new_tokens)
     maskft.say(f"{args.model} on {dataset.name}, seed {seed}\n{score_table(scores)}\n{samples(predictions)}")
     if args.out and maskft.rank() == 0:
-        given = {name: getattr(args, name) for name in ("max_new_tokens", *UNMASKING) if getattr(args, name) is not None}
-        results = {"arguments": vars(args), "decoding": decoding(dataset.questions, model.config.causal, **given),
+        given = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
+        results = {"arguments": vars(args), "decoding": decoding(dataset.questions, model.config.causal, **given, **unmasking(args)),
                    "evaluations": [{"step": None, "scores": scores}]}  # fmt: skip
         write_results(args.out, results, predictions)
 
 
-UNMASKING = ("steps", "block_length", "threshold")  # the flags for diffusion models
+def unmasking(args):
+    """The flags for diffusion models that were given."""
+    flags = {"steps": args.steps, "block_length": args.block_length, "threshold": args.threshold}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def answerer(args, model, tokenizer):
     """prompts -> answers with the settings of the flags, greedily or by unmasking; UserError for a flag of the other kind."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise data.UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
-    given = {name: getattr(args, name) for name in UNMASKING if getattr(args, name) is not None}
+    given = unmasking(args)
     if model.config.causal and given:
         raise data.UserError(f"--{min(given).replace('_', '-')} is for diffusion models; {args.model} is an autoregressive one")
     kind = maskft if model.config.causal else llada

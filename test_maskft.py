@@ -1363,13 +1363,15 @@ def test_own_documents_with_questions_in_one_direction(tmp_path):
 
 def test_a_diffusion_run(tmp_path):
     """llada.py starts from tiny's weights with the causal mask off; eval.py decodes what it saved, by unmasking."""
-    out = tmp_path / "run"
-    status, printed = command("llada.py", "--model", "tiny", "--data", "bio:2", "--epochs", "1", "--eval-at", "1", "--out", out)
+    out, facts = tmp_path / "run", tmp_path / "facts.jsonl"
+    question = {"question": "Who works for Quillon?", "answer": "Edda Marlow", "direction": "backward"}
+    write(facts, {"text": "Edda Marlow works for Quillon."}, question)
+    status, printed = command("llada.py", "--model", "tiny", "--data", facts, "--epochs", "1", "--eval-at", "1", "--out", out)
     assert status == 0 and "with the causal mask off" in printed and "llada  epoch 1" in printed, printed
     assert data.read_json(out / "config.json")["model_type"] == "llada" and not maskft.load(out).config.causal
     flags = ("--max-new-tokens", "8", "--block-length", "8", "--steps", "4", "--threshold", "0.9")
-    status, printed = command("eval.py", "--model", out, "--data", "bio:2", "--paraphrase", "none", "--seed", "0", *flags)
-    assert status == 0 and "backward/name" in printed, printed
+    status, printed = command("eval.py", "--model", out, "--data", facts, "--paraphrase", "none", "--seed", "0", *flags)
+    assert status == 0 and "backward/all" in printed, printed
     status, printed = command("eval.py", "--model", "tiny", "--steps", "4")
     assert status == 1 and "--steps is for diffusion models" in printed
 
