@@ -279,7 +279,7 @@ def main():
     args = maskft.parse_flags(maskft.arguments(__doc__, methods=False))
     args.method = ["sft", "llada"] if args.bench else ["llada"]  # measured beside ordinary fine-tuning
     builders = {"sft": maskft.sft_example, "llada": diffusion_example}
-    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
+    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":

@@ -1225,7 +1225,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         args.model, why = list(zip(default, ("without a GPU: built in, nothing to download", "with CUDA")))[device.type == "cuda"]
         say(f"model {args.model} (the default {why})")
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
-    args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
+    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
     for number, method in enumerate(args.method):
         run = None  # the last method's model and moments go before the next one's come
         gc.collect()

@@ -1,4 +1,4 @@
-"""Tests: `python -m pytest -q`, on a CPU, with nothing downloaded, in about a minute and a half.
+"""Tests: `python -m pytest -q`, on a CPU, with nothing downloaded, in about two minutes.
 
 Those that compare with transformers, tokenizers or rouge are skipped where these are not installed.
 """
