@@ -229,7 +229,7 @@ def names_of(rows):
 
     texts = [{k: text(row[k]) for k in (*SETTING, *FINER)} for row in rows]
     coarse = [tuple(text[k] for k in SETTING) for text in texts]
-    shown = [k for k in SETTING if k == "method" or len({text[k] for text in texts}) > 1]
+    shown = [k for k in SETTING if k == "method" or len({text[k] for text in texts} - {"-"}) > 1]  # "-": does not matter
     shown += [k for k in FINER if len({(c, text[k]) for c, text in zip(coarse, texts)}) > len(set(coarse))]
     return [{k: text[k] for k in shown} for text in texts]
 
