@@ -593,6 +593,8 @@ def draw_task(record, rng, recover=0.55, tell=0.15):
     "tell"     {"text": a biography}
     "ask"      {"question", "answer"}, all the rest of the time; more of them backward, which is the harder direction
     """
+    if "person" not in record:
+        raise UserError("pretrain practises on people of the generated world: use world:PEOPLE")
     person, chance = record["person"], rng.random()
     if not record["asked"]:  # read twice as often masked as plain, where others are asked
         ask = 1 - recover - tell

@@ -277,7 +277,8 @@ def answer(model, tokenizer, prompts, max_new_tokens=128, steps=None, block_leng
 
 def main():
     args = maskft.parse_flags(maskft.arguments(__doc__, methods=False))
-    args.method = ["sft", "llada"] if args.bench else ["llada"]  # measured beside ordinary fine-tuning
+    beside = args.bench and args.model and maskft.read_config(maskft.find_model(args.model)).causal
+    args.method = ["sft", "llada"] if beside else ["llada"]  # ordinary fine-tuning of a diffusion model there is not
     builders = {"sft": maskft.sft_example, "llada": diffusion_example}
     maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny", "GSAI-ML/LLaDA-8B-Instruct"))
 

@@ -142,10 +142,11 @@ def refuse_unless(raw, **allowed):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which returns fp32 under autocast, after which every linear would cast again: back to the input's dtype."""
+    """torch's, kept out of autocast, which would run it in fp32, keep that copy for backward and have every linear cast."""
 
     def forward(self, x):
-        return super().forward(x).type_as(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
 
 
 def rope_tables(positions, config):
@@ -426,8 +427,8 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's nam
 
 
 def save(model, path):
-    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares (what was loaded as bf16 is
-    saved as bf16). Call it on every rank: sharded models are gathered and written tensor by tensor, by rank 0."""
+    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares; after
+    training that is the dtype it was scored in. Call it on every rank: sharded models are gathered and written tensor by tensor, by rank 0."""
     path, raw = Path(path), model.config.raw
     declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
     declared = declared.replace("amp_bf16", "bfloat16")  # LLaDA's word for it
@@ -593,8 +594,8 @@ CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a 
 def loss_sum(x, norm, head, labels, weights):
     """Weighted sum of the cross entropies at N labelled positions; the caller divides by the step's total share.
 
-    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The logits are made again in
-    backward, a chunk at a time, so (N, V) never exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a
+    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The logits are made chunk
+    by chunk, of all chunks but the last again in backward, so (N, V) never exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a
     label takes part in every collective like the others.
     """
 
@@ -923,7 +924,7 @@ def bench(run):
     with gathered(run.decoder), torch.no_grad(), run.autocast:
         answering = seconds(lambda: run.decode(run.decoder, prompts, 64))
     tokens = sum(len(e.ids) for e in examples)
-    return {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": flops / 1e12, "peak GiB": gib,
+    return {"s/step": taken, "tokens/s": tokens / taken / world_size(), "TFLOP/step": flops / 1e12, "peak GiB": gib,
             "of matmul peak": flops / taken / peak, "answers: tokens/s": 16 * 64 / answering}  # fmt: skip
 
 
@@ -1069,7 +1070,6 @@ def open_run(args, method, example, device, results):
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
     check_examples(run, config)
-    run.out = Path(args.resume) if results else None if args.bench else free_directory(args, run)
     native, why = native_dtype(device)
     why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
     say(f"{run.method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
@@ -1089,6 +1089,7 @@ def open_run(args, method, example, device, results):
             nn.init.normal_(parameter.to_local(), std=0.02)
     else:
         load_weights(run.decoder, directory, device)
+    run.out = Path(args.resume) if results else None if args.bench else free_directory(args, run)
     run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
         run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
@@ -1179,15 +1180,15 @@ def must_recompute(run, model):
         have = torch.cuda.get_device_properties(run.device).total_memory
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needs = []
+    needs, rows = [], min(run.micro_batch_size, run.batch_size // world_size())
     for recompute in (False, True):
-        parts = memory(model, world_size(), run.micro_batch_size, tokens, size, recompute)
+        parts = memory(model, world_size(), rows, tokens, size, recompute)
         answering = parts["weights"] + parts["optimizer"] + size * sum(p.numel() for p in model.parameters())
         needs.append(max(sum(parts.values()), answering) / 0.9)  # libraries and holes take their share
     if needs[1] > have:
         shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
         raise UserError(f"each process needs {needs[1] / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more "
-                        "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size or a smaller --model")  # fmt: skip
+                        "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, --max-len or --model")  # fmt: skip
     return needs[0] > have
 
 
@@ -1221,6 +1222,9 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         args.method = [results["arguments"]["method"]]
         if args.method[0] not in builders:
             raise UserError(f"--resume {args.resume}: a run of {args.method[0]}, which the other script goes on with")
+        ended = any(e["epoch"] == results["arguments"]["epochs"] for e in results["evaluations"])
+        if ended and not checkpoints(args.resume):  # it would begin anew, over what is there
+            raise UserError(f"--resume {args.resume}: this run is finished. To ask its questions again: python eval.py --model {args.resume}")
     elif args.model is None:
         args.model, why = list(zip(default, ("without a GPU: built in, nothing to download", "with CUDA")))[device.type == "cuda"]
         say(f"model {args.model} (the default {why})")
@@ -1229,6 +1233,8 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
     for number, method in enumerate(args.method):
         run = None  # the last method's model and moments go before the next one's come
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         run = open_run(args, method, builders[method], device, results)
         if args.bench:
             finished.append({"method": method, **bench(run)})

@@ -1685,7 +1685,7 @@ def test_recomputing_changes_nothing(sharded):
 
 def test_too_little_memory_is_said(monkeypatch):
     memory = lambda size: monkeypatch.setattr(os, "sysconf", lambda name: 1 if "SIZE" in name else size)
-    run = argparse_namespace(dtype="float32", max_len=64, micro_batch_size=8, device=torch.device("cpu"))
+    run = argparse_namespace(dtype="float32", max_len=64, batch_size=8, micro_batch_size=8, device=torch.device("cpu"))
     with torch.device("meta"):
         model = maskft.Model(maskft.parse_config({**SIZES, "model_type": "llama"}))
     need = {r: sum(maskft.memory(model, 1, 8, 64, 4, r).values()) / 0.9 for r in (False, True)}
