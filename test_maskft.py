@@ -1667,7 +1667,7 @@ def test_bf16_keeps_one_copy_of_the_weights(sharded):
     plain, model, _ = sharded(torch.bfloat16, hidden_size=256, intermediate_size=704, vocab_size=100, head_dim=64, num_hidden_layers=6)
     storages = {}
     keep = lambda t: storages.update({id(t.untyped_storage()): t.untyped_storage()}) or t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = loss_of(model, 1, 4)
     alive = sum({s.data_ptr(): s.nbytes() for s in storages.values()}.values())
     assert loss.dtype == torch.float32 and 0 < alive < 0.2 * 2 * sum(p.numel() for p in plain.parameters())
