@@ -381,16 +381,14 @@ def find_model(name):
 
 def open_tensors(directory):
     """{checkpoint name: (slice, file)} of a model directory, single or sharded with an index; no tensor is read yet."""
-    index, tensors = directory / "model.safetensors.index.json", {}
-    paths = [directory / "model.safetensors"]
-    if not paths[0].is_file():
-        if not index.is_file():
-            raise UserError(f"{directory}: neither {paths[0].name} nor {index.name} (pickled weights are never read)")
-        for name, file in data.read_json(index).get("weight_map", {}).items():
-            if Path(file).name != file or not (directory / file).is_file():
-                raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
-            paths.append(directory / file)
-    for path in dict.fromkeys(paths[-1:] if len(paths) == 1 else paths[1:]):
+    single, index, tensors = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
+    if not single.is_file() and not index.is_file():
+        raise UserError(f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)")
+    files = {} if single.is_file() else data.read_json(index).get("weight_map", {})
+    for name, file in files.items():
+        if Path(file).name != file or not (directory / file).is_file():
+            raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
+    for path in {directory / file for file in files.values()} or [single]:
         try:
             file = safetensors.safe_open(path, framework="pt", device="cpu")
         except (safetensors.SafetensorError, OSError) as error:
@@ -427,8 +425,8 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's nam
 
 
 def save(model, path):
-    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares; after
-    training that is the dtype it was scored in. Call it on every rank: sharded models are gathered and written tensor by tensor, by rank 0."""
+    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares; after training
+    that is the dtype it was scored in. Call it on every rank: tensors are gathered and written one by one, by rank 0."""
     path, raw = Path(path), model.config.raw
     declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
     declared = declared.replace("amp_bf16", "bfloat16")  # LLaDA's word for it
@@ -595,8 +593,8 @@ def loss_sum(x, norm, head, labels, weights):
     """Weighted sum of the cross entropies at N labelled positions; the caller divides by the step's total share.
 
     x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The logits are made chunk
-    by chunk, of all chunks but the last again in backward, so (N, V) never exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a
-    label takes part in every collective like the others.
+    by chunk, of all chunks but the last again in backward, so (N, V) never exists. N = 0 gives 0 and zero gradients,
+    never NaN: a rank without a label takes part in every collective like the others.
     """
 
     def chunk_loss(x, labels, weights):
