@@ -220,7 +220,15 @@ class Block(nn.Module):
     def forward(self, x, rope, mask, cache=None, layer=0):
         x = x + self.attention(self.attn_norm(x), rope, mask, cache, layer)
         h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))  # (B, T, D)
+        gate, up = self.gate(h), self.up(h)  # (B, T, F) each
+        if torch.is_grad_enabled():
+            # silu(gate) and the product are made again in backward, not kept: half of what is as wide as the MLP, for no
+            # matmul (running again stops at the input of `down`, the last that backward wants)
+            return x + checkpoint(self.activate, gate, up, use_reentrant=False)
+        return x + self.activate(gate, up)  # (B, T, D)
+
+    def activate(self, gate, up):
+        return self.down(F.silu(gate) * up)
 
     def attention(self, x, rope, mask, cache, layer):
         B, T, _ = x.shape
@@ -380,7 +388,7 @@ def find_model(name):
 
 
 def open_tensors(directory):
-    """{checkpoint name: (slice, file)} of a model directory, single or sharded with an index; no tensor is read yet."""
+    """{checkpoint name: (shape, file)} of a model directory, single or sharded with an index; no tensor is read yet."""
     single, index, tensors = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
     if not single.is_file() and not index.is_file():
         raise UserError(f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)")
@@ -390,10 +398,10 @@ def open_tensors(directory):
             raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
     for path in {directory / file for file in files.values()} or [single]:
         try:
-            file = safetensors.safe_open(path, framework="pt", device="cpu")
+            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+                tensors |= {name: (file.get_slice(name).get_shape(), path) for name in file.keys()}
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}): download it again") from None
-        tensors |= {name: (file.get_slice(name), path) for name in file.keys()}
     return tensors
 
 
@@ -408,17 +416,19 @@ def load_weights(model, directory, device):
         what, which = ("is missing", missing) if missing else ("is not part of this model", extra)
         raise UserError(f"{directory}: the tensor {min(which)} {what} ({len(which)} such); is config.json of the same model?")
     for name, parameter in model.named_parameters():
-        rows, path = tensors[names[name]]
-        if rows.get_shape() != list(parameter.shape):
-            raise UserError(f"{path}: {names[name]} has shape {rows.get_shape()}, config.json says {list(parameter.shape)}")
+        shape, path = tensors[names[name]]
+        if shape != list(parameter.shape):
+            raise UserError(f"{path}: {names[name]} has shape {shape}, config.json says {list(parameter.shape)}")
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, start = parameter.detach(), 0
         if isinstance(parameter, DTensor):  # FSDP2 cuts as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
             local, mesh, n = local.to_local(), parameter.device_mesh, parameter.shape[0]
             start = min(mesh.get_local_rank() * math.ceil(n / mesh.size()), n)
-        if local.shape[0]:  # into the shard in place: no rank ever holds a second copy of anything
-            local.copy_(tensors[names[name]][0][start : start + local.shape[0]])
+        if local.shape[0]:
+            # into the shard in place; the file is opened anew for each, as what was read of it stays mapped until it is closed
+            with safetensors.safe_open(tensors[names[name]][1], framework="pt", device="cpu") as file:
+                local.copy_(file.get_slice(names[name])[start : start + local.shape[0]])
 
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names of dtypes: those of safetensors
@@ -692,8 +702,8 @@ def memory(model, gpus, sequences, tokens, size=2, recompute=False):
     layer, n = (sum(p.numel() for p in module.parameters()) for module in (model.blocks[0], model))
     rest = n - c.layers * layer  # embedding, norm and head stay gathered, with their gradients
     # what a layer keeps of a row for backward: four vectors of the width (the inputs of norms and of what follows them),
-    # queries and their answers, keys, values; gate, silu(gate), up and their product
-    kept = size * rows * (4 * c.width + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.mlp_width)
+    # queries and their answers, keys, values; gate and up
+    kept = size * rows * (4 * c.width + 2 * (c.heads + c.kv_heads) * c.head_size + 2 * c.mlp_width)
     logits = min(CHUNK, rows) * c.vocab * (8 + size % 4)  # fp32 logits and softmax, and where it is not fp32 what they are made of
     return {
         "weights": 4 * n / gpus,
