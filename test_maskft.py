@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import data
 import eval as evaluation
@@ -1572,8 +1573,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(breaking, cause, tm
     assert "epoch 0  step 0" in printed and time.monotonic() - began < 60
 
 
-def on_processes(body, world=2):
-    """[what body() returns on rank 0, on rank 1, ...], in forks of this process that are a group."""
+def on_two_processes(body):
+    """[what body() returns on rank 0, on rank 1], in two forks of this process that are a group."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with socket.socket() as free:
@@ -1582,12 +1583,12 @@ def on_processes(body, world=2):
 
     def work(rank):
         gc.freeze()
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         maskft.start_processes()
         results.put((rank, body()))
         maskft.dist.barrier()
 
-    processes = [context.Process(target=work, args=[rank], daemon=True) for rank in range(world)]
+    processes = [context.Process(target=work, args=[rank], daemon=True) for rank in (0, 1)]
     try:
         for process in processes:
             process.start()
@@ -1636,7 +1637,7 @@ def test_answers_gathered_whole_or_layer_by_layer(decoding, tokenizer, tmp_path,
         return found
 
     expected = ask(maskft.load(directory))
-    (whole, layered), (whole_1, layered_1) = on_processes(body)
+    (whole, layered), (whole_1, layered_1) = on_two_processes(body)
     assert whole[0] == layered[0] == whole_1[0] == layered_1[0] == expected
     assert whole[1] != whole_1[1] and layered[1] == layered_1[1] >= max(whole[1], whole_1[1])
 
@@ -1711,36 +1712,30 @@ def allocated_peak(work):
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_memory_formula(dtype, recompute, processes):
-    """Within 15 % of what is allocated at the peak of a step of two micro-batches, for two shapes."""
-    def measured():
-        """(the peak, the formula) of each shape."""
-        found = []
-        for layers, vocab, rows, tokens in ((5, 1000, 8, 128), (2, 12000, 4, 192)):
-            def step():
-                made = sharded_model(dtype, recompute, hidden_size=256, intermediate_size=704, head_dim=64, vocab_size=vocab,
-                                     num_hidden_layers=layers)  # fmt: skip
-                plain.append(made[0])
-                for _ in range(2):  # AdamW has its moments after the first
-                    for _ in range(2):
-                        loss_of(made[1], rows, tokens).backward()
-                    made[2].step()
-                    made[2].zero_grad()
+@pytest.mark.parametrize("processes, dtype", [(1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (8, torch.bfloat16)])
+def test_memory_formula(processes, dtype, recompute):
+    """Within 15 % of what is allocated at the peak of a step of two micro-batches, for two shapes. The other processes are
+    made up, and what comes from them is noise: gloo's threads let go of buffers when they please, up to 25 % more."""
+    maskft.dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    for layers, vocab, rows, tokens in ((5, 1000, 8, 128), (2, 12000, 4, 192)):
+        def step():
+            made = sharded_model(dtype, recompute, hidden_size=256, intermediate_size=704, head_dim=64, vocab_size=vocab,
+                                 num_hidden_layers=layers)  # fmt: skip
+            plain.append(made[0])
+            for _ in range(2):  # AdamW has its moments after the first
+                for _ in range(2):
+                    loss_of(made[1], rows, tokens).backward()
+                made[2].step()
+                made[2].zero_grad()
 
-            plain = []
-            peak = allocated_peak(step)
-            formula = sum(maskft.memory(plain[0], processes, rows, tokens, dtype.itemsize, recompute).values())
-            # on a CPU, not on a GPU, RMSNorm keeps its input once more in fp32, normalized, and for bf16 also not normalized
-            formula += (1 if recompute else layers) * 2 * rows * tokens * 256 * (4 if dtype.itemsize == 4 else 8)
-            found.append((peak, formula))
-        return found
-
-    for rank in on_processes(measured, processes):
-        for peak, formula in rank:
-            assert peak == pytest.approx(formula, rel=0.15), (peak / formula, rank)
+        plain = []
+        measured = allocated_peak(step)
+        formula = sum(maskft.memory(plain[0], processes, rows, tokens, dtype.itemsize, recompute).values())
+        # on a CPU, not on a GPU, RMSNorm keeps its input once more in fp32, normalized, and for bf16 also not normalized
+        formula += (1 if recompute else layers) * 2 * rows * tokens * 256 * (4 if dtype.itemsize == 4 else 8)
+        assert measured == pytest.approx(formula, rel=0.15), (layers, vocab)
+    maskft.dist.destroy_process_group()
 
 
 def test_bf16_keeps_one_copy_of_the_weights(sharded):
@@ -1777,12 +1772,8 @@ def test_too_little_memory_is_said(monkeypatch):
     memory(need[True] - 1)
     with pytest.raises(data.UserError, match="use more GPUs"):
         maskft.fit_memory(run, model)
-    run.batch_size, run.max_len = 1, 8  # short of memory for a copy of the weights alone
-    memory(sum(maskft.memory(model, 1, 1, 8, 4, True).values()) / 0.9 + 1)
-    maskft.fit_memory(run, model)
-    assert model.layered is False
-    monkeypatch.setattr(maskft, "memory", lambda *_, **__: {"weights": 1, "optimizer": 2})
-    memory(5 + 4)
+    monkeypatch.setattr(maskft, "memory", lambda *_, **__: {"weights": 1, "optimizer": 2})  # a copy to answer with is too much
+    memory(9)
     maskft.fit_memory(run, model)
     assert model.layered is True
 
