@@ -668,8 +668,8 @@ def watch(run, where):
 
     def end():
         stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
-        print(f"[rank {rank()}] {where}: no progress in {TIMEOUT} seconds, at\n{''.join(stack)}", file=sys.stderr, flush=True)
-        os._exit(1)  # torchrun ends the others, which were waiting, and most likely say so too
+        os.write(2, f"[rank {rank()}] {where}: no progress in {TIMEOUT} seconds, at\n{''.join(stack)}".encode())
+        os._exit(1)  # torchrun ends the others, which were waiting for this one, and most likely say where
 
     run.alarm.cancel()
     run.alarm = threading.Timer(TIMEOUT, end)
@@ -732,15 +732,17 @@ def fit_memory(run, model):
     shape = world_size(), rows, min(run.max_len, model.config.context), size
     plain, parts = memory(model, *shape), memory(model, *shape, recompute=True)
     if sum(parts.values()) > room:
-        shown, need = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items()), sum(parts.values()) / 0.9
-        raise UserError(f"each process needs {need / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more GPUs "
-                        "(torchrun --nproc_per_node), a smaller --micro-batch-size, --max-len or --model")  # fmt: skip
+        shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
+        raise UserError(f"each process needs {sum(parts.values()) / 0.9 / 2**30:.1f} GiB of memory ({shown}) and has "
+                        f"{have / 2**30:.1f}: use more GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, "
+                        "--max-len or --model")  # fmt: skip
     model.recompute = sum(plain.values()) > room
     whole = size * sum(p.numel() for p in model.parameters())
     model.layered = parts["weights"] + parts["optimizer"] + whole > room
-    for short, what in ((model.recompute, "blocks are run again in backward"), (model.layered, "answers gather layer by layer")):
-        if short:
-            say(f"memory is short: {what}")
+    if model.recompute:
+        say("memory is short: blocks are run again in backward")
+    if model.layered:
+        say("memory is short: answers gather the parameters layer by layer, in every forward pass anew")
 
 
 @contextmanager
@@ -775,7 +777,8 @@ def save_checkpoint(run, step):
             shutil.rmtree(left)
         part.mkdir(parents=True)
     dist.barrier()
-    dcp.save(run_state(run), checkpoint_id=part)
+    weights, moments = get_state_dict(run.decoder, run.optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     for file in [*part.glob(f"__{rank()}_*"), *([part / ".metadata"] if rank() == 0 else [])]:
         Path(f"{file}.sha256").write_text(sha256(file))
     dist.barrier()
@@ -798,14 +801,10 @@ def load_checkpoint(run):
         older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
         raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {file.parent} and give the same "
                         f"--resume again: it goes on from {older}")  # fmt: skip
-    state = run_state(run)
-    dcp.load(state, checkpoint_id=saved[-1])
-    set_state_dict(run.decoder, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    weights, moments = get_state_dict(run.decoder, run.optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=saved[-1])  # in place
+    set_state_dict(run.decoder, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(saved[-1].name[5:])
-
-
-def run_state(run):
-    return dict(zip(("model", "optimizer"), get_state_dict(run.decoder, run.optimizer)))
 
 
 def checkpoints(out):
@@ -869,8 +868,9 @@ def make_optimizer(model, lr):
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
+    eps = 1e-5 if model.config.width < TINY_WIDTH else 1e-8
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5 if model.config.width < TINY_WIDTH else 1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
 def train(run):
@@ -1023,7 +1023,6 @@ def bench_table(rows):
 # curves; of GSM8K the paper's 7 epochs; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
 STEPS = {"bio": 5000, "bio-released": 5000, "nd": 1400, "nd-made": 1400, "wiki": 1550, "gsm8k": 810, "math-made": 810}
 RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
-MASKED_8B_RATE = 3e-6  # masked fine-tuning of Llama-8B goes slower
 # models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
 TINY_WIDTH, TINY_BATCH = 512, 20
 TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "reverse": (200, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4),
@@ -1038,7 +1037,7 @@ def arguments(description, methods):
     """The flags of maskft.py, with `methods`, and of llada.py, without."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="directory, built-in name or hub id (default: Llama-3.1-8B-Instruct with CUDA, else tiny)")
+    add("--model", help="directory, built-in name or hub id (default: tiny; under torchrun with CUDA the paper's)")
     add("--data", help=f"{data.DATA_HELP} (default: bio; on tiny bio:40)")
     if methods:
         add("--method", nargs="+", choices=METHODS, help="one, or several to compare (default: masked; on tiny: sft masked)")
@@ -1054,7 +1053,7 @@ def arguments(description, methods):
     add("--eval-at", type=epochs, metavar="E,E,...", help="evaluate before these epochs (default: 0,1,2,4,8...) and at the end")
     add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between checkpoints (default: 30)")
     add("--out", help="directory of the run, with several methods its beginning (default: out/DATA-METHOD-N)")
-    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, speed of its answers")
+    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, random weights")
     add("--resume", metavar="DIR", help="go on with the run in this directory, with its settings; takes no other flag")
     return parser
 
@@ -1102,7 +1101,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
+        elif args.bench and Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
         run = open_run(args, method, builders[method], device, results)
         run.stop = stop
@@ -1198,11 +1197,12 @@ def decide(run, config):
         raise UserError("--method pretrain and --data world:PEOPLE belong together: that is how the built-in model was made")
     run.batch_size = run.batch_size or (TINY_BATCH if tiny else 64)
     if run.batch_size % world_size():
-        raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: give --batch-size a multiple")
+        raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: "
+                        "give --batch-size a multiple")  # fmt: skip
     run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
     steps, rate = TINY[run.method] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[run.method])
     if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
-        rate = MASKED_8B_RATE
+        rate = 3e-6  # goes slower [paper A.4]
     run.lr = run.lr or rate
     check_dataset(run, config.context)
     run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)
@@ -1221,7 +1221,8 @@ def check_dataset(run, context):
         if length <= limit:
             kept.append(document)
         elif "question" not in document:
-            where, what = document.get("where", f"document {number + 1}"), "--max-len" if limit == run.max_len else "the model takes,"
+            what = "--max-len" if limit == run.max_len else "the model takes,"
+            where = document.get("where", f"document {number + 1}")
             raise UserError(f"{where}: {length} tokens as a training example, more than {what} {limit}")
     if len(kept) < len(documents):
         say(f"{run.method}: {len(documents) - len(kept)} of {len(documents)} examples dropped, longer than {limit} tokens")
@@ -1229,7 +1230,8 @@ def check_dataset(run, context):
         raise UserError(f"--data {run.data}: no example is left; give a larger --max-len than {run.max_len}")
     run.dataset.documents = kept
     for question in run.dataset.questions:
-        length = len(run.tokenizer.chat([{"role": "user", "content": question["question"]}])) + data.ANSWER_TOKENS[question["direction"]]
+        prompt = run.tokenizer.chat([{"role": "user", "content": question["question"]}])
+        length = len(prompt) + data.ANSWER_TOKENS[question["direction"]]
         where = f"{question.get('where', 'question')}, {question['question']!r}"
         if length > context:
             raise UserError(f"{where}: {length} tokens with its answer, more than the model takes, {context}")
