@@ -1658,6 +1658,33 @@ def test_processes_change_rounding_alone(method, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_saved_in_shards(tmp_path, monkeypatch):
+    split = maskft.huggingface_hub.split_torch_state_dict_into_shards
+    monkeypatch.setattr(maskft.huggingface_hub, "split_torch_state_dict_into_shards", lambda tensors: split(tensors, max_shard_size=40_000))
+    model = random_model()
+    maskft.save(model, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors.index.json"} < files and len(files) > 4 and not [f for f in files if f.endswith(".part")]
+    assert all(map(torch.equal, model.parameters(), maskft.load(tmp_path).parameters()))
+
+
+@pytest.mark.parametrize("torchrun, device, model", [(False, "cuda", "tiny"), (True, "cpu", "tiny"), (True, "cuda", "big")])
+def test_default_model(torchrun, device, model, monkeypatch):
+    def open_run(args, method, *_):
+        raise data.UserError(f"{args.model} {args.data} {method}")
+
+    monkeypatch.setattr(maskft, "start_processes", lambda: torch.device(device))
+    monkeypatch.setattr(maskft, "listen_for_stop", list)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(maskft, "open_run", open_run)
+    monkeypatch.delenv("RANK", raising=False)
+    if torchrun:
+        monkeypatch.setenv("RANK", "0")
+    args = maskft.arguments("", methods=True).parse_args([])
+    with pytest.raises(data.UserError, match="tiny bio:40 sft" if model == "tiny" else "big bio masked"):
+        maskft.run_methods(args, maskft.METHODS, default=("tiny", "big"))
+
+
 def test_absurd_sizes_are_errors(model_dir):
     config, file = model_dir / "config.json", model_dir / "model.safetensors"
     raw = data.read_json(config)
