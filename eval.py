@@ -17,6 +17,7 @@ preds.jsonl has a line a question:
 
 import argparse
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -127,18 +128,21 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     longest = max_new_tokens or decoding(questions, causal=True)["max_new_tokens"]
     rank, world = maskft.rank(), maskft.world_size()
     prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
-    # longest together: little padding, and the ranks get equal shares of short and long
-    mine = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[rank::world]
-    answered = []
+    # longest together: little padding, and the ranks get equal shares of short and long. All ranks get as many, should each
+    # call be one for all of them: where that does not come out even, some are asked twice
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = [order[i % len(order)] for i in range(rank, math.ceil(len(order) / world) * world, world)]
+    answered = {}
     for start in range(0, len(mine), BATCH):
         chunk = mine[start : start + BATCH]
         texts = [tokenizer.decode(ids).strip() for ids in answer([prompts[i] for i in chunk], max_new_tokens=longest)]
-        answered += [(i, {**questions[i], "prediction": t, **score(t, questions[i])}) for i, t in zip(chunk, texts)]
+        answered |= {i: {**questions[i], "prediction": t, **score(t, questions[i])} for i, t in zip(chunk, texts)}
+    shares = [answered]
     if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, answered)  # the only collective: ranks may have made different numbers of calls
-        answered = sum(shares, [])
-    predictions = [prediction for _, prediction in sorted(answered, key=lambda pair: pair[0])]
+        shares *= world
+        dist.all_gather_object(shares, answered)
+    answered = {i: prediction for share in shares for i, prediction in share.items()}
+    predictions = [answered[i] for i in range(len(questions))]
     return average(predictions), predictions
 
 

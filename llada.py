@@ -192,7 +192,7 @@ def sample(model, prompts, max_new_tokens=128, steps=128, block_length=4, temper
         masks = ids == mask_id  # anew in every step: a model may predict the mask token itself, which leaves a mask
         masks[:, :width] = False  # a slip of the reference: it fills in masks of the prompt too
         masks[:, end:] = False
-        if threshold is not None and not masks.any():
+        if threshold is not None and not maskft.any_goes_on(model, masks.any()):
             continue  # this block was done in fewer steps
         logits = predict(model, ids, key_mask, masks, width, cfg_scale)  # (N, V)
         new = gumbel(logits, temperature, generator).argmax(-1)  # (N,)
@@ -205,9 +205,10 @@ def sample(model, prompts, max_new_tokens=128, steps=128, block_length=4, temper
         answers[rows] = ids[:, width:]
         text = (ids[:, width:] != mask_id).cumprod(1).bool()  # what stands before the first mask
         going = ~(text & torch.isin(ids[:, width:], stop)).any(1)  # a stop id behind a mask ends nothing yet
-        ids, key_mask, rows = ids[going], key_mask[going], rows[going]
-        if not len(rows):
+        if not maskft.any_goes_on(model, going.any()):
             break
+        if going.any():  # else other ranks go on: a row that has ended may, too
+            ids, key_mask, rows = ids[going], key_mask[going], rows[going]
     return [list(takewhile(lambda token: token not in stop_ids, row)) for row in answers.tolist()]
 
 

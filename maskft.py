@@ -24,7 +24,9 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,6 +45,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import errors
 from huggingface_hub.utils import tqdm
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -256,6 +259,7 @@ class Model(nn.Module):
         # a tied model has no head of its own: two names for one tensor come apart under to_empty and FSDP
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         self.recompute = False  # True: training keeps the input of each block alone, and runs it again in backward
+        self.layered = False  # True: answers gather the parameters layer by layer, and all ranks call the model as often
 
     def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None):
         """Logits, or with `labels` the summed loss.
@@ -431,40 +435,29 @@ def load_weights(model, directory, device):
                 local.copy_(file.get_slice(names[name])[start : start + local.shape[0]])
 
 
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names of dtypes: those of safetensors
-
-
 def save(model, path):
-    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares; after training
-    that is the dtype it was scored in. Call it on every rank: tensors are gathered and written one by one, by rank 0."""
+    """Write config.json and safetensors of at most 5 GB, in the dtype the config declares; after training that is the one
+    it was scored in. Call it on every rank: tensors are gathered one by one, and rank 0 keeps those of a file at a time."""
     path, raw = Path(path), model.config.raw
     declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
-    declared = declared.replace("amp_bf16", "bfloat16")  # LLaDA's word for it
-    parameters, names = dict(model.named_parameters()), checkpoint_names(model, raw["model_type"])
-    dtype, ours = getattr(torch, declared), {theirs: name for name, theirs in names.items()}
-    meta = {theirs: torch.empty(parameters[name].shape, dtype=dtype, device="meta") for theirs, name in ours.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(meta)
+    dtype = getattr(torch, declared.replace("amp_bf16", "bfloat16"))  # LLaDA's word for it
+    names = checkpoint_names(model, raw["model_type"])
+    parameters = {names[ours]: parameter.detach() for ours, parameter in model.named_parameters()}
+    plan = huggingface_hub.split_torch_state_dict_into_shards(
+        {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in parameters.items()})  # fmt: skip
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         data.write_text(path / "config.json", json.dumps(raw, indent=2) + "\n")
     for file, members in plan.filename_to_tensors.items():
-        # the format: length of the header, header, tensors in its order; by hand, as save_file wants all tensors at once
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        whole = {}
         for name in members:
-            start, end = end, end + meta[name].nbytes
-            header[name] = {"dtype": STORED[declared], "shape": list(meta[name].shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-        part = path / f"{file}.part" if rank() == 0 else os.devnull
-        with open(part, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in members:
-                tensor = parameters[ours[name]].detach()
-                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # on every rank
-                if rank() == 0:
-                    out.write(tensor.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+            tensor = parameters[name]
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # on every rank
+            if rank() == 0:
+                whole[name] = tensor.to("cpu", dtype).contiguous()
         if rank() == 0:
-            os.replace(part, path / file)  # a file that has its name is whole
+            save_file(whole, path / f"{file}.part", metadata={"format": "pt"})
+            os.replace(path / f"{file}.part", path / file)  # a file that has its name is whole
     if rank() == 0 and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         data.write_text(path / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -638,7 +631,7 @@ def generate(model, prompts, max_new_tokens=128, stop_ids=()):
     cache = KVCache(model.config.layers, width + max_new_tokens)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     answers = []
-    while len(answers) < max_new_tokens and not stopped.all():
+    while len(answers) < max_new_tokens and any_goes_on(model, not stopped.all()):
         logits = model(ids, key_mask, pick=last, cache=cache)  # (B, V)
         new = logits.argmax(-1)  # (B,)
         answers.append(new)
@@ -649,6 +642,8 @@ def generate(model, prompts, max_new_tokens=128, stop_ids=()):
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
+
+TIMEOUT = 3600  # seconds in which a step or a batch of answers is done, and the other ranks' answers come
 
 
 def rank():
@@ -668,16 +663,35 @@ def say(*words):
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many GPUs. The device."""
     cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo beside nccl: small objects and checkpoints travel by it
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        # an hour: while one rank still answers questions, the others wait in a collective
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # gloo beside nccl: small objects and checkpoints travel by it; `watch` has its say before a collective gives up
+    backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=TIMEOUT + 300)
+    dist.init_process_group(backend, timeout=patience, **alone)
     return device
+
+
+def watch(run, where):
+    """Called at every step and batch of answers: unless it is again in time, this rank says where it hangs, and ends."""
+
+    def end():
+        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+        os.write(2, f"[rank {rank()}] {where}: no progress in {TIMEOUT} seconds, at\n{''.join(stack)}".encode())
+        os._exit(1)  # torchrun ends the others, which were waiting for this one, and most likely say where
+
+    run.alarm.cancel()
+    run.alarm = threading.Timer(TIMEOUT, end)
+    run.alarm.daemon = True
+    run.alarm.start()
+
+
+def sum_over_ranks(*numbers):
+    """Each number summed over the ranks, as floats, in one collective."""
+    packed = torch.stack([torch.as_tensor(n, dtype=torch.float64).cpu() for n in numbers])
+    dist.all_reduce(packed)
+    return packed.tolist()
 
 
 def shard(model, device, dtype):
@@ -716,11 +730,37 @@ def memory(model, gpus, sequences, tokens, size=2, recompute=False):
     }
 
 
+def fit_memory(run, model):
+    """Set what makes training fit into memory: blocks run again in backward, answers with one layer gathered at a time;
+    said aloud, and UserError where that is not enough."""
+    if run.device.type == "cuda":
+        have = torch.cuda.get_device_properties(run.device).total_memory
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = 0.9 * have  # libraries and holes take their share
+    size, rows = getattr(torch, run.dtype).itemsize, min(run.micro_batch_size, run.batch_size // world_size())
+    shape = world_size(), rows, min(run.max_len, model.config.context), size
+    plain, parts = memory(model, *shape), memory(model, *shape, recompute=True)
+    if sum(parts.values()) > room:
+        shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
+        raise UserError(f"each process needs {sum(parts.values()) / 0.9 / 2**30:.1f} GiB of memory ({shown}) and has "
+                        f"{have / 2**30:.1f}: use more GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, "
+                        "--max-len or --model")  # fmt: skip
+    model.recompute = sum(plain.values()) > room
+    whole = size * sum(p.numel() for p in model.parameters())
+    model.layered = parts["weights"] + parts["optimizer"] + whole > room
+    if model.recompute:
+        say("memory is short: blocks are run again in backward")
+    if model.layered:
+        say("memory is short: answers gather the parameters layer by layer, in every forward pass anew")
+
+
 @contextmanager
 def gathered(model):
-    """All parameters whole on every rank, so that ranks may make different numbers of forward calls inside."""
+    """All parameters whole on every rank, so that ranks may make different numbers of forward calls inside; not so if
+    the model is `layered`: then each call gathers a layer after the other, and every rank has to make as many."""
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
+    for unit in units if not model.layered else ():
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
@@ -731,30 +771,55 @@ def gathered(model):
             unit.set_reshard_after_forward(unit is not model, recurse=False)  # the root stays whole until backward
 
 
-def save_checkpoint(run, model, optimizer, step):
+def any_goes_on(model, going):
+    """Whether this rank's batch goes on or, where every rank has to call the model as often, any rank's."""
+    return sum_over_ranks(going)[0] > 0 if model.layered else going
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run, step):
     """Write out/.../ckpt/step-N beside, a checksum with every file, and rename it when whole; keep the last two."""
-    folder = Path(run) / "ckpt"
-    part, whole = folder / f"part-{step}", folder / f"step-{step}"
+    part, whole = run.out / "ckpt" / f"part-{step}", run.out / "ckpt" / f"step-{step}"
     if rank() == 0:
-        for left in folder.glob("part-*"):  # of a save that was cut short
+        for left in part.parent.glob("part-*"):  # of a save that was cut short
             shutil.rmtree(left)
         part.mkdir(parents=True)
     dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(run.decoder, run.optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
     for file in [*part.glob(f"__{rank()}_*"), *([part / ".metadata"] if rank() == 0 else [])]:
         Path(f"{file}.sha256").write_text(sha256(file))
     dist.barrier()
     if rank() == 0:
         os.replace(part, whole)
-        for old in checkpoints(run)[:-2]:
+        for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def checkpoints(run):
+def load_checkpoint(run):
+    """Fill model and optimizer from the run's newest checkpoint; the step to go on with, 0 where none was saved yet."""
+    saved, damaged = checkpoints(run.out), [None] * world_size()
+    if not saved:
+        return 0
+    # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks its share of the files
+    notes = sorted(saved[-1].glob("*.sha256"))[rank() :: world_size()]
+    dist.all_gather_object(damaged, [n.with_suffix("") for n in notes if sha256(n.with_suffix("")) != n.read_text()])
+    for file in sum(damaged, []):
+        older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
+        raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {file.parent} and give the same "
+                        f"--resume again: it goes on from {older}")  # fmt: skip
+    weights, moments = get_state_dict(run.decoder, run.optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=saved[-1])  # in place
+    set_state_dict(run.decoder, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return int(saved[-1].name[5:])
+
+
+def checkpoints(out):
     """The whole checkpoints of a run, oldest first."""
-    return sorted((Path(run) / "ckpt").glob("step-*"), key=lambda path: int(path.name[5:]))
+    return sorted((out / "ckpt").glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
 def sha256(path):
@@ -764,25 +829,11 @@ def sha256(path):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_checkpoint(run, model, optimizer):
-    """Fill model and optimizer from the newest checkpoint of a run; the step to go on with, 0 where none was saved yet."""
-    saved = checkpoints(run)
-    if not saved:
-        return 0
-    path, damaged = saved[-1], [None] * world_size()
-    # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks its share of the files
-    files = sorted({path / ".metadata"} | {path / file.name.removesuffix(".sha256") for file in path.iterdir()})
-    noted = {file: Path(f"{file}.sha256") for file in files[rank() :: world_size()]}
-    dist.all_gather_object(damaged, [f for f, note in noted.items() if not note.exists() or sha256(f) != note.read_text()])
-    for file in sum(damaged, []):
-        older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
-        raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {path} and give the same "
-                        f"--resume again: it goes on from {older}")  # fmt: skip
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(path.name[5:])
+def how_to_go_on(run):
+    saved, processes = checkpoints(run.out), os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node {processes}" if processes else "python"
+    where = f"step {saved[-1].name[5:]}" if saved else "the beginning"
+    return f"to go on from {where}:\n    {start} {Path(sys.argv[0]).name} --resume {run.out}"
 
 
 # --------------------------------------------------------------------------------------------------- the training loop
@@ -827,8 +878,9 @@ def make_optimizer(model, lr):
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
+    eps = 1e-5 if model.config.width < TINY_WIDTH else 1e-8
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5 if model.config.width < TINY_WIDTH else 1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
 def train(run):
@@ -838,7 +890,9 @@ def train(run):
     was scored. differs from masked_arLLM, which trains one epoch past its last evaluation.
     """
     stopping, saved_at, log = False, time.monotonic(), open_log(run) if rank() == 0 else None
-    bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True)
+    every = 0.1 if sys.stderr.isatty() else 60  # seconds; in a log file each refresh is a line
+    bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True,
+               mininterval=every, maxinterval=max(every, 10))  # fmt: skip
     for step in range(run.start, run.steps):
         # 1. the rate of this step
         for group in run.optimizer.param_groups:
@@ -849,19 +903,17 @@ def train(run):
             evaluate_and_record(run, step, epoch)
         if nth == 0 or step == run.start:
             order = batches(len(run.dataset.documents), run.batch_size, run.seed, epoch)
-        # 3. gradients; all ranks learn the loss, and whether to stop or save
+        # 3. gradients and step; all ranks learn the loss, and whether to stop or save
+        watch(run, f"step {step}")
         began = time.monotonic()
         examples = [build(run, number, epoch) for number in order[nth]]
-        loss, norm = gradients(run, examples)
+        loss, norm = update(run, examples)
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.save_every
         loss, stopping, saving = sum_over_ranks(loss, len(run.stop), due)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}. Try a lower --lr; "
                             f"{how_to_go_on(run)}")  # fmt: skip
-        # 4. step
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        # 5. log
+        # 4. log
         if rank() == 0:
             speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
             line = dict(step=step, epoch=epoch, loss=loss, lr=learning_rate(run, step), grad_norm=norm,
@@ -870,9 +922,9 @@ def train(run):
             log.flush()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
-        # 6. what is needed to go on
+        # 5. what is needed to go on
         if stopping or saving:
-            save_checkpoint(run.out, run.decoder, run.optimizer, step + 1)
+            save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
         if stopping and step + 1 < run.steps:  # asked for in the last step, there is nothing left to stop
             bar.close()
@@ -886,8 +938,8 @@ def train(run):
     return True
 
 
-def gradients(run, examples):
-    """Leave the gradients of a global batch in the model, clipped; this rank's part of the loss, and the norm before.
+def update(run, examples):
+    """A step of the optimizer on a global batch; this rank's part of the loss, and the gradient's norm before clipping.
 
     Every rank builds the whole global batch, so its number of targets is known without asking.
     """
@@ -902,48 +954,35 @@ def gradients(run, examples):
         # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the split
         (part * world_size()).backward()
         loss += part.detach()
-    return loss, nn.utils.clip_grad_norm_(run.decoder.parameters(), 1.0).full_tensor().item()
+    norm = nn.utils.clip_grad_norm_(run.decoder.parameters(), 1.0).full_tensor().item()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss, norm
 
 
-def bench(run):
-    """{what: figure} of a training step, the smaller of two, and of 16 answers of 64 tokens to prompts of 40; of one GPU."""
-    documents, rng, dtype = len(run.dataset.documents), np.random.default_rng(0), getattr(torch, run.dtype)
-    examples = [build(run, i % documents, epoch=0) for i in range(run.batch_size)]
-    prompts = rng.integers(run.decoder.config.vocab, size=(16, 40)).tolist()
-    matrix = torch.randn(2048, 2048, device=run.device, dtype=dtype)
+def evaluate_and_record(run, step, epoch):
+    """Answer the questions; print the scores and write results.json and preds.jsonl."""
+    began = time.monotonic()
 
-    def step():
-        gradients(run, examples)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+    def ask(prompts, max_new_tokens):
+        watch(run, f"questions at step {step}")
+        return run.answer(run.decoder, run.tokenizer, prompts, max_new_tokens)
 
-    def seconds(work):
-        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # waits for the GPU, warms up
-        return min(timer.timeit(1).mean for _ in range(2))
-
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
-    with FlopCounterMode(display=False) as counter:
-        step()
-    peak = 2 * 2048**3 / seconds(lambda: matrix @ matrix)
-    taken, gib, flops = seconds(step), memory_gib(run.device), counter.get_total_flops()
     with gathered(run.decoder), torch.no_grad(), run.autocast:
-        answering = seconds(lambda: run.decode(run.decoder, prompts, 64))
-    tokens = sum(len(e.ids) for e in examples)
-    return {"s/step": taken, "tokens/s": tokens / taken / world_size(), "TFLOP/step": flops / 1e12, "peak GiB": gib,
-            "of matmul peak": flops / taken / peak, "answers: tokens/s": 16 * 64 / answering}  # fmt: skip
+        scores, run.predictions = evaluation.evaluate(ask, run.tokenizer, run.dataset.questions)
+    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
+    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.headlines({"scores": scores}).items())
+    say(f"{run.method}  epoch {epoch}  step {step}  {shown or 'no questions'}  ({time.monotonic() - began:.0f} s)")
+    if rank() == 0:
+        evaluation.write_results(run.out, run.results, run.predictions)
 
 
-def bench_table(rows):
-    """A line of figures a method, and their ratios to the first method's."""
-    names = list(rows[0])[1:]
-    lines = [f"{'':10}" + "".join(f"{name:>20}" for name in names)]
-    for row in rows:
-        cells = (f"{row[name]:.3g} ({row[name] / rows[0][name]:.2f} x)" for name in names)
-        lines.append(f"{row['method']:10}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
+def open_log(run):
+    """metrics.jsonl for appending; a resumed run first drops a torn last line and the steps it will take again."""
+    path = run.out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    data.write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < run.start))
+    return path.open("a")
 
 
 def listen_for_stop():
@@ -959,26 +998,6 @@ def listen_for_stop():
     return asked
 
 
-def sum_over_ranks(*numbers):
-    """Each number summed over the ranks, as floats, in one collective."""
-    packed = torch.stack([torch.as_tensor(n, dtype=torch.float64).cpu() for n in numbers])
-    dist.all_reduce(packed)
-    return packed.tolist()
-
-
-def evaluate_and_record(run, step, epoch):
-    """Answer the questions; print the scores and write results.json and preds.jsonl."""
-    began = time.monotonic()
-    with gathered(run.decoder), torch.no_grad(), run.autocast:
-        ask = partial(run.answer, run.decoder, run.tokenizer)
-        scores, run.predictions = evaluation.evaluate(ask, run.tokenizer, run.dataset.questions)
-    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
-    shown = "  ".join(f"{name} {mean:.3f}" for name, mean in evaluation.headlines({"scores": scores}).items())
-    say(f"{run.method}  epoch {epoch}  step {step}  {shown or 'no questions'}  ({time.monotonic() - began:.0f} s)")
-    if rank() == 0:
-        evaluation.write_results(run.out, run.results, run.predictions)
-
-
 def memory_gib(device):
     """Peak memory of this process: of the GPU, else resident."""
     if device.type == "cuda":
@@ -986,19 +1005,26 @@ def memory_gib(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 3)
 
 
-def open_log(run):
-    """metrics.jsonl for appending; a resumed run first drops a torn last line and the steps it will take again."""
-    path = run.out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    data.write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] < run.start))
-    return path.open("a")
+def bench(run):
+    """{what: figure} of a training step: the faster of two, after one that counts FLOPs; of one GPU."""
+    examples = [build(run, i % len(run.dataset.documents), epoch=0) for i in range(run.batch_size)]
+    with FlopCounterMode(display=False) as counter:
+        update(run, examples)
+    timer = Timer("update(run, examples)", globals={"update": update, "run": run, "examples": examples},
+                  num_threads=torch.get_num_threads())  # fmt: skip
+    seconds = min(timer.timeit(1).mean for _ in range(2))  # waits for the GPU
+    tokens = sum(len(e.ids) for e in examples) / world_size()
+    return {"s/step": seconds, "tokens/s": tokens / seconds, "TFLOP/step": counter.get_total_flops() / 1e12,
+            "peak GiB": memory_gib(run.device)}  # fmt: skip
 
 
-def how_to_go_on(run):
-    saved, processes = checkpoints(run.out), os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node {processes}" if processes else "python"
-    where = f"step {saved[-1].name[5:]}" if saved else "the beginning"
-    return f"to go on from {where}:\n    {start} {Path(sys.argv[0]).name} --resume {run.out}"
+def bench_table(rows):
+    """A line of figures a method, and their ratios to the first method's."""
+    lines = [" " * 10 + "".join(f"{name:>20}" for name in list(rows[0])[1:])]
+    for method, *figures in map(dict.values, rows):
+        cells = (f"{figure:.3g} ({figure / first:.2f} x)" for figure, first in zip(figures, list(rows[0].values())[1:]))
+        lines.append(f"{method:10}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------ arguments, main
@@ -1007,7 +1033,6 @@ def how_to_go_on(run):
 # curves; of GSM8K the paper's 7 epochs; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
 STEPS = {"bio": 5000, "bio-released": 5000, "nd": 1400, "nd-made": 1400, "wiki": 1550, "gsm8k": 810, "math-made": 810}
 RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
-MASKED_8B_RATE = 3e-6  # masked fine-tuning of Llama-8B goes slower
 # models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
 TINY_WIDTH, TINY_BATCH = 512, 20
 TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "reverse": (200, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4),
@@ -1022,7 +1047,7 @@ def arguments(description, methods):
     """The flags of maskft.py, with `methods`, and of llada.py, without."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="directory, built-in name or hub id (default: Llama-3.1-8B-Instruct with CUDA, else tiny)")
+    add("--model", help="directory, built-in name or hub id (default: tiny; under torchrun with CUDA the paper's)")
     add("--data", help=f"{data.DATA_HELP} (default: bio; on tiny bio:40)")
     if methods:
         add("--method", nargs="+", choices=METHODS, help="one, or several to compare (default: masked; on tiny: sft masked)")
@@ -1038,7 +1063,7 @@ def arguments(description, methods):
     add("--eval-at", type=epochs, metavar="E,E,...", help="evaluate before these epochs (default: 0,1,2,4,8...) and at the end")
     add("--save-every", type=float, default=30.0, metavar="MINUTES", help="between checkpoints (default: 30)")
     add("--out", help="directory of the run, with several methods its beginning (default: out/DATA-METHOD-N)")
-    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, speed of its answers")
+    add("--bench", action="store_true", help="no training: time, FLOPs and memory of each method's step, random weights")
     add("--resume", metavar="DIR", help="go on with the run in this directory, with its settings; takes no other flag")
     return parser
 
@@ -1064,49 +1089,103 @@ def epochs(text):
     return sorted({int(part) for part in text.split(",")})
 
 
+def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
+    """Train with every method in turn and print one table.
+
+    builders  {method: example builder}
+    default   the models of a plain process and of torchrun on GPUs, where --model names none
+    """
+    device, stop, results, finished = start_processes(), listen_for_stop(), None, []
+    if args.resume:
+        results = unfinished(args.resume, builders)
+        vars(args).update(results["arguments"], method=[results["arguments"]["method"]])
+    elif args.model is None:
+        large = "RANK" in os.environ and device.type == "cuda"
+        args.model = default[large]
+        why = "under torchrun with CUDA" if large else "in one process or without CUDA: built in, nothing to download"
+        say(f"model {args.model} (the default {why})")
+    args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
+    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
+    for number, method in enumerate(args.method):
+        run = None  # the last method's model and moments go before the next one's come
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif args.bench and Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+        run = open_run(args, method, builders[method], device, results)
+        run.stop = stop
+        if args.bench:
+            finished.append({"method": method, **bench(run)})
+            continue
+        say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
+            f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
+        try:
+            done, left = train(run), args.method[number + 1 :]
+        except (OSError, safetensors.SafetensorError, CheckpointException) as error:  # of files, training only writes
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
+        run.alarm.cancel()
+        if left and any(sum_over_ranks(len(stop))):
+            say(f"stopped; not begun: --method {' '.join(left)}")
+            return
+        if not done:
+            return
+        finished.append(run.results)
+    say(bench_table(finished) if args.bench else f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
+
+
+def unfinished(out, builders):
+    """The results so far of a run that --resume names; UserError where it cannot go on."""
+    results = data.read_json(Path(out) / "results.json")
+    if results["arguments"]["method"] not in builders:
+        raise UserError(f"--resume {out}: a run of {results['arguments']['method']}, which the other script goes on with")
+    ended = any(e["epoch"] == results["arguments"]["epochs"] for e in results["evaluations"])
+    if ended and not checkpoints(Path(out)):  # it would begin anew, over what is there
+        raise UserError(f"--resume {out}: this run is finished. To ask its questions again: python eval.py --model {out}")
+    return results
+
+
 def open_run(args, method, example, device, results):
     """A run with every setting decided and everything loaded: new, or with its `results` where a checkpoint left it."""
-    run = argparse.Namespace(**(results["arguments"] if results else {name: getattr(args, name) for name in SETTINGS}))
-    run.method, run.example, run.device, run.start, run.answer, run.decode = method, example, device, 0, answer, generate
+    run = argparse.Namespace(**{name: getattr(args, name) for name in SETTINGS})
+    run.method, run.example, run.device, run.start, run.answer = method, example, device, 0, answer
+    run.alarm = threading.Timer(TIMEOUT, print)  # never started: `watch` puts its own in this place
     directory = find_model(run.model)
-    lent = args.bench and not any(directory.glob("tokenizer.*"))
-    config, run.tokenizer = read_config(directory), data.load_tokenizer(find_model("tiny") if lent else directory)
+    config, run.tokenizer = read_config(directory), data.load_tokenizer(directory)
     if method == "llada":
         import llada
 
-        config, run.answer, run.decode = llada.check_or_adapt(config, run.tokenizer), llada.answer, llada.sample
+        config, run.answer = llada.check_or_adapt(config, run.tokenizer), llada.answer
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
-    check_examples(run, config)
     native, why = native_dtype(device)
     why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
-    say(f"{run.method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
+    say(f"{method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
     config.raw = {**config.raw, "torch_dtype" if "torch_dtype" in config.raw else "dtype": run.dtype}
     # the policy makes the parameters bf16 already: autocast copies no weight, and covers what is not a parameter
     run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     with torch.device("meta"):
         model = Model(config)
-    model.recompute = must_recompute(run, model)
-    if model.recompute:
-        say("memory is short: blocks are run again in backward")
+    fit_memory(run, model)
     run.decoder = shard(model, device, getattr(torch, run.dtype))
-    if args.bench and not any(directory.glob("*.safetensors")):  # for its speed a model needs a config.json alone
+    if args.bench:  # speed does not depend on the weights
         run.decoder.to_empty(device=device)
         for parameter in run.decoder.parameters():
             nn.init.normal_(parameter.to_local(), std=0.02)
     else:
         load_weights(run.decoder, directory, device)
-    run.out = Path(args.resume) if results else None if args.bench else free_directory(args, run)
+        run.out = Path(args.resume) if results else new_directory(args, run)
     run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
-        run.start = load_checkpoint(run.out, run.decoder, run.optimizer)
+        run.start = load_checkpoint(run)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": {
         "device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]},
         "decoding": evaluation.decoding(run.dataset.questions, config.causal)}  # fmt: skip
     run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
-    if rank() == 0 and run.out and not results:
+    if rank() == 0 and not args.bench and not results:
         data.copy_tokenizer(directory, run.out)
         evaluation.write_results(run.out, run.results, [])
     return run
@@ -1114,27 +1193,28 @@ def open_run(args, method, example, device, results):
 
 def decide(run, config):
     """Fill in the settings that no flag gave; UserError for what does not fit together."""
-    if not config.causal and run.method != "llada":
+    tiny, diffusion = config.width < TINY_WIDTH, run.method == "llada"
+    if not config.causal and not diffusion:
         raise UserError(f"--model {run.model} is a masked diffusion model: use llada.py")
-    if run.method == "llada" and run.mask_ratio[1] == 0:
+    if diffusion and run.mask_ratio[1] == 0:
         raise UserError("--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone")
     for name in ("epochs", "lr", "batch_size", "micro_batch_size", "max_len", "save_every"):
         if getattr(run, name) is not None and not 0 < getattr(run, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(run, name)} is not above 0")
     if run.seed < 0:
         raise UserError(f"--seed {run.seed} is below 0")
-    if run.method != "llada" and (run.method == "pretrain") != (run.dataset.name == "world"):
+    if not diffusion and (run.method == "pretrain") != (run.dataset.name == "world"):
         raise UserError("--method pretrain and --data world:PEOPLE belong together: that is how the built-in model was made")
-    tiny = config.width < TINY_WIDTH
     run.batch_size = run.batch_size or (TINY_BATCH if tiny else 64)
     if run.batch_size % world_size():
-        raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: give --batch-size a multiple")
+        raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: "
+                        "give --batch-size a multiple")  # fmt: skip
     run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
     steps, rate = TINY[run.method] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[run.method])
     if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
-        rate = MASKED_8B_RATE
+        rate = 3e-6  # goes slower [paper A.4]
     run.lr = run.lr or rate
-    drop_long_answers(run, config)
+    check_dataset(run, config.context)
     run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)
     run.epochs = run.epochs or math.ceil(steps / run.steps_per_epoch)
     run.steps = run.epochs * run.steps_per_epoch
@@ -1142,34 +1222,29 @@ def decide(run, config):
         run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
 
 
-def drop_long_answers(run, config):
-    """Leave out, and count out loud, questions whose example with the answer is longer than --max-len or the model takes."""
-    documents, limit = run.dataset.documents, min(run.max_len, config.context)
-    run.dataset.documents = [document for number, document in enumerate(documents)
-                             if "question" not in document or len(build(run, number, epoch=0).ids) <= limit]  # fmt: skip
-    if dropped := len(documents) - len(run.dataset.documents):
-        say(f"{run.method}: {dropped} of {len(documents)} examples dropped, longer than {limit} tokens")
-    if not run.dataset.documents:
-        raise UserError(f"--data {run.data}: no example is left; give a larger --max-len than {run.max_len}")
-
-
-def check_examples(run, config):
-    """UserError for the first document whose example is longer than --max-len or than the model can take, and for the
-    first question that could not be asked or scored: now, and not after hours of training."""
-    limit = min(run.max_len, config.context)
-    what = "--max-len" if limit == run.max_len else "the model takes,"
-    for number, document in enumerate(run.dataset.documents):
-        if "question" in document:
-            continue  # drop_long_answers has seen to it
+def check_dataset(run, context):
+    """Leave out, out loud, questions with answers that are too long to learn; UserError for a document that is, and for a
+    question that could not be asked or scored: now, and not after hours of training."""
+    documents, limit, kept = run.dataset.documents, min(run.max_len, context), []
+    for number, document in enumerate(documents):
         length = len(build(run, number, epoch=0).ids)
-        if length > limit:
+        if length <= limit:
+            kept.append(document)
+        elif "question" not in document:
+            what = "--max-len" if limit == run.max_len else "the model takes,"
             where = document.get("where", f"document {number + 1}")
             raise UserError(f"{where}: {length} tokens as a training example, more than {what} {limit}")
+    if len(kept) < len(documents):
+        say(f"{run.method}: {len(documents) - len(kept)} of {len(documents)} examples dropped, longer than {limit} tokens")
+    if not kept:
+        raise UserError(f"--data {run.data}: no example is left; give a larger --max-len than {run.max_len}")
+    run.dataset.documents = kept
     for question in run.dataset.questions:
-        length = len(run.tokenizer.chat([{"role": "user", "content": question["question"]}])) + data.ANSWER_TOKENS[question["direction"]]
+        prompt = run.tokenizer.chat([{"role": "user", "content": question["question"]}])
+        length = len(prompt) + data.ANSWER_TOKENS[question["direction"]]
         where = f"{question.get('where', 'question')}, {question['question']!r}"
-        if length > config.context:
-            raise UserError(f"{where}: {length} tokens with its answer, more than the model takes, {config.context}")
+        if length > context:
+            raise UserError(f"{where}: {length} tokens with its answer, more than the model takes, {context}")
         if not evaluation.words(question["answer"]):
             raise UserError(f"{where}: its answer has no word to score")
 
@@ -1181,87 +1256,19 @@ def native_dtype(device):
     return "float32", "bfloat16 is not native here"
 
 
-def must_recompute(run, model):
-    """Whether blocks have to be run again in backward for training to fit into memory; UserError if it cannot fit."""
-    size, tokens = getattr(torch, run.dtype).itemsize, min(run.max_len, model.config.context)
-    if run.device.type == "cuda":
-        have = torch.cuda.get_device_properties(run.device).total_memory
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needs, rows = [], min(run.micro_batch_size, run.batch_size // world_size())
-    for recompute in (False, True):
-        parts = memory(model, world_size(), rows, tokens, size, recompute)
-        answering = parts["weights"] + parts["optimizer"] + size * sum(p.numel() for p in model.parameters())
-        needs.append(max(sum(parts.values()), answering) / 0.9)  # libraries and holes take their share
-    if needs[1] > have:
-        shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
-        raise UserError(f"each process needs {needs[1] / 2**30:.1f} GiB of memory ({shown}) and has {have / 2**30:.1f}: use more "
-                        "GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, --max-len or --model")  # fmt: skip
-    return needs[0] > have
-
-
-def free_directory(args, run):
-    """A free directory for the run, made by rank 0 and told to the others; UserError if --out names one in use."""
-    choice = [None]
+def new_directory(args, run):
+    """A free directory for the run; UserError if --out names one in use."""
+    numbered = (f"out/{run.dataset.name}-{run.method}-{n}" for n in count(1))
+    named = args.out and (args.out if len(args.method) == 1 else f"{args.out}-{run.method}")
+    choice = [named or next(name for name in numbered if not Path(name).exists())]
+    dist.broadcast_object_list(choice)  # what rank 0 saw: others may look later
+    out = Path(choice[0])
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} is in use: give another name, or go on with --resume {out}")
+    dist.barrier()
     if rank() == 0:
-        name = args.out and (args.out if len(args.method) == 1 else f"{args.out}-{run.method}")
-        numbered = (Path(f"out/{run.dataset.name}-{run.method}-{n}") for n in count(1))
-        out = Path(name) if name else next(path for path in numbered if not path.exists())
-        if out.is_file() or out.is_dir() and any(out.iterdir()):
-            choice = [f"--out {out} is in use: give another name, or go on with --resume {out}"]
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            choice = [out]
-    dist.broadcast_object_list(choice, src=0)
-    if isinstance(choice[0], str):
-        raise UserError(choice[0])
-    return choice[0]
-
-
-def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
-    """Train with every method in turn and print one table.
-
-    builders  {method: example builder}
-    default   the models without and with a GPU, where --model names none
-    """
-    device, stop, results, finished = start_processes(), listen_for_stop(), None, []
-    if args.resume:
-        results = data.read_json(Path(args.resume) / "results.json")
-        args.method = [results["arguments"]["method"]]
-        if args.method[0] not in builders:
-            raise UserError(f"--resume {args.resume}: a run of {args.method[0]}, which the other script goes on with")
-        ended = any(e["epoch"] == results["arguments"]["epochs"] for e in results["evaluations"])
-        if ended and not checkpoints(args.resume):  # it would begin anew, over what is there
-            raise UserError(f"--resume {args.resume}: this run is finished. To ask its questions again: python eval.py --model {args.resume}")
-    elif args.model is None:
-        args.model, why = list(zip(default, ("without a GPU: built in, nothing to download", "with CUDA")))[device.type == "cuda"]
-        say(f"model {args.model} (the default {why})")
-    args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
-    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
-    for number, method in enumerate(args.method):
-        run = None  # the last method's model and moments go before the next one's come
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run = open_run(args, method, builders[method], device, results)
-        if args.bench:
-            finished.append({"method": method, **bench(run)})
-            continue
-        run.stop = stop
-        say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
-            f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
-        try:
-            done, left = train(run), args.method[number + 1 :]
-        except (OSError, CheckpointException) as error:  # of files, training only writes
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
-        if left and any(sum_over_ranks(len(stop))):
-            say(f"stopped; not begun: --method {' '.join(left)}")
-            return
-        if not done:
-            return
-        finished.append(run.results)
-    say(bench_table(finished) if args.bench else f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
+        out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 @record  # any other error: torchrun ends the run, and shows the traceback of the rank that failed first
