@@ -1005,7 +1005,8 @@ def test_evaluate(tokenizer, monkeypatch):
     """Each question has its own answer's scores, in the order of the questions; an error is an error and not a score."""
     monkeypatch.setattr(evaluation, "BATCH", 4)
     questions = data.make_bio(3)[1]
-    known = {tuple(tokenizer.chat([{"role": "user", "content": q["question"]}])): q["answer"] for q in questions if q["direction"] == "forward"}
+    prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
+    known = {tuple(p): q["answer"] for p, q in zip(prompts, questions) if q["direction"] == "forward"}
     answer = lambda prompts, max_new_tokens: [tokenizer.encode(known.get(tuple(p), "nobody")) for p in prompts]
     scores, predictions = evaluation.evaluate(answer, tokenizer, questions)
     assert [p["question"] for p in predictions] == [q["question"] for q in questions]
