@@ -23,6 +23,7 @@ import string
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -43,24 +44,18 @@ DELETE = dict.fromkeys(map(ord, string.punctuation))
 
 
 def words(text):
-    """The scored words of a text, in order: punctuation deleted, NLTK-like tokens, function words dropped in any case.
-
-    NLTK's word_tokenize without NLTK: once ASCII punctuation is gone, all that is left of its rules are the quotation
-    marks, the dashes and six contractions.
-    """
+    """The scored words of a text, in order. NLTK's word_tokenize without NLTK: once ASCII punctuation is gone, all that is
+    left of its rules are the quotation marks, the dashes and six contractions."""
     text = CONTRACTION.sub(r"\1 \2", text.translate(DELETE).translate(APART))
     return [word for word in text.split() if word.lower() not in STOP_WORDS]
 
 
 def rouge1_recall(prediction, reference):
-    """|words(prediction) & words(reference)| / |words(reference)|, over *sets* of case-sensitive words: the paper's score.
-
-    As the `rouge` package counts after masked_arLLM's clean-up. An empty prediction scores 0; a reference without a
-    scored word is a mistake in the data and raises ValueError.
-    """
+    """|words(prediction) & words(reference)| / |words(reference)|, over *sets* of case-sensitive words: the paper's score,
+    as the `rouge` package counts after masked_arLLM's clean-up. An empty prediction scores 0."""
     gold, found = set(words(reference)), set(words(prediction))
     if not gold:
-        raise ValueError(f"the reference answer {reference!r} has no word to score")
+        raise data.UserError(f"the reference answer {reference!r} has no word to score")
     return len(gold & found) / len(gold)
 
 
@@ -76,10 +71,8 @@ def f1(prediction, reference):
 
 
 def math_scores(prediction, reference):
-    """{"strict": whether the number behind the first "#### " is the reference's, "flexible": whether the last number is}.
-
-    As lm-eval's task gsm8k, version 3, which stops answering where the next question begins.
-    """
+    """{"strict": whether the number behind the first "#### " is the reference's, "flexible": whether the last number is},
+    as lm-eval's task gsm8k, version 3, which stops answering where the next question begins."""
     def bare(text):
         for deleted in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
             text = re.sub(deleted, "", text)
@@ -92,9 +85,6 @@ def math_scores(prediction, reference):
 
 
 METRICS = ("rouge1", "exact", "f1", "strict", "flexible")
-# what reports call a score -> (direction of the questions, which of their metrics)
-REPORTED = {"forward": ("forward", "rouge1"), "backward": ("backward", "rouge1"), "math flexible": ("math", "flexible"),
-            "math strict": ("math", "strict")}  # fmt: skip
 
 
 def score(prediction, question):
@@ -106,16 +96,35 @@ def score(prediction, question):
             "f1": f1(prediction, reference)} | length  # fmt: skip
 
 
+def average(predictions):
+    """Scores by direction and by direction and group: {cell: {metric: mean, ..., "length", "n", "interval": {metric: [low,
+    high]}}}. Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement: how much hangs on the
+    questions. How much hangs on chance in training, only more seeds tell."""
+    cells = {}
+    for p in predictions:
+        for cell in (p["direction"], f"{p['direction']}/{p['group']}"):
+            cells.setdefault(cell, []).append(p)
+    for cell, some in cells.items():
+        metrics = [k for k in METRICS if k in some[0]]
+        values = np.array([[p[k] for k in metrics] for p in some])  # (n, metrics)
+        draws = np.random.default_rng(0).integers(len(some), size=(1000, len(some)))
+        ends = np.quantile([values[draw].mean(0) for draw in draws], (0.025, 0.975), axis=0).T.tolist()
+        length = sum(p["length"] for p in some) / len(some)
+        means = dict(zip(metrics, values.mean(0).tolist()))
+        cells[cell] = {**means, "length": length, "n": len(some), "interval": dict(zip(metrics, ends))}
+    return dict(sorted(cells.items()))
+
+
 # ----------------------------------------------------------------------------------------------------------- answering
 
 BATCH = 64  # questions answered together
 
 
-def decoding(questions, causal, **given):
-    """How answers are decoded, as results.json has it; the flags that are given overrule what is usual."""
-    tokens = given.get("max_new_tokens") or max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
-    unmasking = {"decoding": "unmasking, low confidence, temperature 0", "steps": tokens, "block_length": 4}
-    return {"prompt": "chat, zero-shot", **({"decoding": "greedy"} if causal else unmasking), "max_new_tokens": tokens, **given}
+def decoding(questions, causal, max_new_tokens=None, **given):
+    """How answers are decoded, as results.json has it; the settings that are given overrule the usual ones."""
+    tokens = max_new_tokens or max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
+    unmasking = {"decoding": "unmasking, low confidence, temperature 0", "steps": tokens, "block_length": 4, **given}
+    return {"prompt": "chat, zero-shot", **({"decoding": "greedy"} if causal else unmasking), "max_new_tokens": tokens}
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
@@ -146,28 +155,29 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     return average(predictions), predictions
 
 
-def average(predictions):
-    """Mean scores with their intervals, by direction and by direction and group, of predictions as `evaluate` returns them."""
-    cells = {}
-    for p in predictions:
-        for cell in (p["direction"], f"{p['direction']}/{p['group']}"):
-            cells.setdefault(cell, []).append(p)
-    return {cell: mean_scores(ps) for cell, ps in sorted(cells.items())}
-
-
-def mean_scores(predictions):
-    """{metric: mean, ..., "length", "n", "interval": {metric: [low, high]}}: 95 % of 1,000 means of as many questions, drawn
-    with replacement. They tell how much hangs on the questions; how much on chance in training, only more seeds do."""
-    metrics = [k for k in METRICS if k in predictions[0]]
-    values = np.array([[p[k] for k in metrics] for p in predictions])  # (n, metrics)
-    draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-    low, high = np.quantile([values[draw].mean(0) for draw in draws], (0.025, 0.975), axis=0).tolist()
-    length = sum(p["length"] for p in predictions) / len(predictions)
-    return dict(zip(metrics, values.mean(0).tolist()), length=length, n=len(predictions),
-                interval={k: [a, b] for k, a, b in zip(metrics, low, high)})  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------------------- report
+
+# what reports call a score -> (direction of the questions, which of their metrics)
+REPORTED = {"forward": ("forward", "rouge1"), "backward": ("backward", "rouge1"), "math flexible": ("math", "flexible"),
+            "math strict": ("math", "strict")}  # fmt: skip
+# method -> its colour in figures, in the order of reports
+METHODS = {"sft": "C0", "raw": "C5", "reverse": "C2", "random": "C7", "masked": "C1", "llada": "C4", "pretrain": "C6"}
+MASKING = ("masked", "llada", "pretrain")  # the methods that the mask ratio matters to
+OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")  # named where they tell rows apart
+LEGEND = """\
+ROUGE-1 recall (math: share solved) before training, at a run's best evaluation and at its last. In brackets: of one
+run the 95 % interval, of several the range over their seeds. A number behind a method is its mask ratio."""
+
+
+def headlines(evaluation):
+    """The scores of an evaluation that reports show: {"forward": 0.98, ...}."""
+    scores = evaluation["scores"]
+    return {name: scores[direction][metric] for name, (direction, metric) in REPORTED.items() if direction in scores}
+
+
+def overall(evaluation):
+    """The mean of the headlines: what `best` means."""
+    return float(np.mean(list(headlines(evaluation).values()) or [0]))
 
 
 def write_results(out, results, predictions):
@@ -178,157 +188,185 @@ def write_results(out, results, predictions):
     data.write_text(Path(out) / "preds.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
 
 
-def headlines(evaluation):
-    """The scores of an evaluation that reports show: {"forward": 0.98, ...}."""
-    cells = {name: evaluation["scores"].get(direction) for name, (direction, _) in REPORTED.items()}
-    return {name: cell[REPORTED[name][1]] for name, cell in cells.items() if cell}
-
-
-def overall(evaluation):
-    """The mean of the headlines: what `best` means."""
-    return float(np.mean(list(headlines(evaluation).values()) or [0]))
-
-
-SETTING = ("data", "model", "method", "paraphrase", "mask_ratio")  # reports show those of these that differ,
-FINER = ("epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")  # and of these, where runs are alike in the former
-
-
 def summarize(runs):
-    """A row for each setting and headline, over the runs that differ in their seed alone.
-
-    {"method", ..., "asked": "backward", "runs": 3, "n": 240, "before", "best", "last": [mean, low, high],
-     "curve": [[step, mean, low, high], ...]}, low and high the range over the runs or, of a single run, its 95 % interval;
-    "before" is None where that was not evaluated.
-    """
+    """A row for each setting, over the runs that differ in their seed alone: {"data", "paraphrase", "method", "mask_ratio",
+    "model", ..., "name": "masked 0.5", "seeds": [0, 1, 2], "scores": {"forward": `over_seeds`, ...}}."""
     groups, rows = {}, []
     for run in runs:
-        setting = {k: run["arguments"][k] for k in (*SETTING, *FINER)}
-        if setting["method"] not in MASKING:
-            setting["mask_ratio"] = None
-        groups.setdefault(json.dumps(setting), []).append(run["evaluations"])
+        setting = {k: run["arguments"][k] for k in ("data", "paraphrase", "method", "mask_ratio", *OTHERS)}
+        low, high = setting["mask_ratio"] = list(setting["mask_ratio"]) if setting["method"] in MASKING else [0.05, 0.95]
+        ratio = f" {low:g}" if low == high else f" {low:g}-{high:g}" if [low, high] != [0.05, 0.95] else ""
+        groups.setdefault(json.dumps(setting | {"name": setting["method"] + ratio}), []).append(run)
     for setting, group in groups.items():
-        for asked in headlines(group[0][-1]):
-            cells = [[e["scores"][REPORTED[asked][0]] for e in done] for done in zip(*group)]
-            curve = [[done[0]["step"], *spread(cell, asked)] for done, cell in zip(zip(*group), cells)]
-            best = [max(done, key=overall)["scores"][REPORTED[asked][0]] for done in group]
-            rows.append({**json.loads(setting), "asked": asked, "runs": len(group), "n": best[0]["n"],
-                         "before": None if curve[0][0] else curve[0][1:], "best": spread(best, asked), "last": curve[-1][1:],
-                         "curve": curve})  # fmt: skip
+        done = [run["evaluations"] for run in group]
+        scores = {name: over_seeds(done, name) for name in headlines(done[0][-1])}
+        rows.append(json.loads(setting) | {"seeds": [run["arguments"]["seed"] for run in group], "scores": scores})
+    order = [*METHODS, *data.PARAPHRASES]
+    place = lambda row: (row["data"], is_fixed(row), order.index(row["method"]), order.index(row["paraphrase"]), row["name"])
+    rows.sort(key=place)
+    for alike in [list(some) for _, some in groupby(rows, key=place)]:
+        apart = [k for k in OTHERS if any(row[k] != alike[0][k] for row in alike)]
+        for row in alike:
+            row["name"] += "".join(f", {k} {row[k]}" for k in apart)
     return rows
 
 
-MASKING = ("masked", "llada", "pretrain")  # the methods to which the mask ratio matters
+def is_fixed(row):
+    return row["mask_ratio"][0] == row["mask_ratio"][1]
 
 
-def spread(cells, asked):
-    metric = REPORTED[asked][1]
-    values = [cell[metric] for cell in cells]
-    return [sum(values) / len(values), *(cells[0]["interval"][metric] if len(cells) == 1 else (min(values), max(values)))]
+def over_seeds(runs, name):
+    """A headline over the evaluations of several runs: {"n", "before", "best", "last": [mean, low, high], "curve":
+    [[step, mean, low, high], ...]}, from low to high the range over the runs or, of one alone, its 95 % interval."""
+    direction, metric = REPORTED[name]
+
+    def spread(evaluations):
+        cells = [evaluation["scores"][direction] for evaluation in evaluations]
+        values = [cell[metric] for cell in cells]
+        return [sum(values) / len(values), *(cells[0]["interval"][metric] if len(cells) == 1 else (min(values), max(values)))]
+
+    curve = [[same_time[0]["step"], *spread(same_time)] for same_time in zip(*runs)]
+    return {"n": runs[0][-1]["scores"][direction]["n"], "before": None if curve[0][0] else curve[0][1:],
+            "best": spread([max(run, key=overall) for run in runs]), "last": curve[-1][1:], "curve": curve}  # fmt: skip
 
 
-def names_of(rows):
-    """A dict of text for each row: the method, and of the rest of its setting what tells it from other rows."""
-    def text(value):
-        return "-" if value is None else "-".join(map(str, dict.fromkeys(value))) if isinstance(value, list) else str(value)
-
-    texts = [{k: text(row[k]) for k in (*SETTING, *FINER)} for row in rows]
-    coarse = [tuple(text[k] for k in SETTING) for text in texts]
-    shown = [k for k in SETTING if k == "method" or len({text[k] for text in texts} - {"-"}) > 1]  # "-": does not matter
-    shown += [k for k in FINER if len({(c, text[k]) for c, text in zip(coarse, texts)}) > len(set(coarse))]
-    return [{k: text[k] for k in shown} for text in texts]
-
-
-def table(runs, markdown=False):
-    """`summarize` as text, for the terminal or in Markdown."""
-    rows = summarize(runs)
-    scores = [{k: "{:.3f} [{:.2f}-{:.2f}]".format(*row[k]) if row[k] else "-" for k in ("before", "best", "last")} for row in rows]
-    rows = [name | {k: str(row[k]) for k in ("asked", "runs", "n")} | cells for name, row, cells in zip(names_of(rows), rows, scores)]
-    lines = [list(row.values()) for row in [dict(zip(rows[0], rows[0])), *rows]] if rows else []
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() if not markdown else f"| {' | '.join(line)} |" for line in lines]
-    legend = "ROUGE-1 recall (math: share solved), in brackets the 95 % interval, of several runs their range"
-    return "\n".join([lines[0], "|---" * len(widths) + "|", *lines[1:]] if markdown else ["", legend, *lines])
-
-
-def panels(rows, path, draw):
-    """Save a picture with axes side by side, one for each headline, in which `draw(axes, its rows)` draws."""
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
-    asked = list(dict.fromkeys(row["asked"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(asked), 3.5), layout="constrained")
-    named = [row | {"name": ", ".join(name.values())} for row, name in zip(rows, names_of(rows))]
-    for axes, headline in zip(figure.subplots(1, len(asked), sharey=True, squeeze=False)[0], asked):
-        draw(axes, [row for row in named if row["asked"] == headline])
-        axes.set(title=headline, ylabel="accuracy" if headline.startswith("math") else "ROUGE-1 recall", ylim=(-0.03, 1.03))
-    figure.savefig(path, dpi=130)
+def table(runs):
+    """`summarize` as text that is Markdown too: a table for each data set, a line for each setting."""
+    parts = []
+    for name, rows in groupby([row for row in summarize(runs) if row["scores"]], key=lambda row: row["data"]):
+        rows = list(rows)
+        asked = {REPORTED[headline][0]: cell["n"] for headline, cell in rows[0]["scores"].items()}
+        columns = [f"{headline} {which}" for headline in rows[0]["scores"] for which in ("best", "last")]
+        lines = [["method", "paraphrase", "seeds", "before", *columns]]
+        for row in rows:
+            cells = row["scores"].values()
+            before = " / ".join(f"{cell['before'][0]:.3f}" if cell["before"] else "-" for cell in cells)
+            scores = ["{:.3f} [{:.2f}-{:.2f}]".format(*cell[which]) for cell in cells for which in ("best", "last")]
+            scores = [score.replace("0.", ".") for score in (before, *scores)]  # as the paper has it, and to fit a line
+            lines.append([row["name"], row["paraphrase"], ",".join(map(str, row["seeds"])), *scores])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        lines.insert(1, ["-" * width for width in widths])
+        parts += [f"{name}, {' and '.join(f'{n} {direction}' for direction, n in asked.items())} questions:",
+                  "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)]  # fmt: skip
+    return "\n\n".join([LEGEND, *parts]) if parts else "no questions, no scores"
 
 
 def plot(runs, path):
     """Scores against optimizer steps, a line a setting, into a picture; needs matplotlib."""
-    panels(summarize(runs), path, draw_curves)
+    draw_panels(summarize(runs), path, draw_curves)
 
 
-def draw_curves(axes, rows):
+def draw_panels(rows, path, draw):
+    """A picture with a panel for each headline, in which `draw(axes, rows, headline)` draws."""
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    asked = list(rows[0]["scores"])
+    figure = Figure(figsize=(4.2 * len(asked), 3.2), layout="constrained")
+    for axes, headline in zip(figure.subplots(1, len(asked), sharey=True, squeeze=False)[0], asked):
+        draw(axes, rows, headline)
+        axes.set(title=headline, ylim=(-0.03, 1.03))
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.axes[0].set_ylabel("share solved" if asked[0].startswith("math") else "ROUGE-1 recall")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(axes, rows, headline):
     for row in rows:
-        steps, mean, low, high = zip(*row["curve"])
-        axes.plot(steps, mean, marker=".", label=row["name"])
-        axes.fill_between(steps, low, high, alpha=0.2)
+        steps, mean, low, high = zip(*row["scores"][headline]["curve"])
+        (line,) = axes.plot(steps, mean, marker=".", color=METHODS.get(row["name"]), label=row["name"])
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("step")
-    axes.legend()
 
 
-def draw_bars(axes, rows):
-    """The last score of every setting as a bar with its spread, and a dot for the best one."""
-    for x, row in enumerate(rows):
-        mean, low, high = row["last"]
-        axes.bar(x, mean, color=f"C{x}")
-        axes.vlines(x, low, high, color="k")
-        axes.plot(x, row["best"][0], "k.")
-    axes.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=30, ha="right")
+def draw_bars(axes, rows, headline):
+    """The last score of every setting as a bar with its spread, and a dot for the best one; groups by paraphrase."""
+    names, groups = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "paraphrase"))
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        some = [row for row in rows if row["name"] == name]
+        x = [groups.index(row["paraphrase"]) + width * (number - (len(names) - 1) / 2) for row in some]
+        mean, low, high = zip(*[row["scores"][headline]["last"] for row in some])
+        axes.bar(x, mean, width, color=METHODS.get(name), label=name)
+        axes.vlines(x, low, high, color="black", linewidth=1)
+        axes.plot(x, [row["scores"][headline]["best"][0] for row in some], "k.")
+    axes.set(xlim=(-0.5, len(groups) - 0.5), xticks=range(len(groups)), xticklabels=groups)
+    axes.set_xlabel("paraphrase (bar: last, dot: best)")
 
 
-def draw_ratios(axes, rows):
+def draw_ratios(axes, rows, headline):
     """The best score against the mask ratio where it was fixed; dashed, that of a random ratio. The paper's figure 4."""
-    for color, line in enumerate(dict.fromkeys((row["method"], row["paraphrase"]) for row in rows)):
-        best = [(*row["mask_ratio"], row["best"][0]) for row in rows if (row["method"], row["paraphrase"]) == line]
-        fixed = sorted((low, score) for low, high, score in best if low == high)
-        axes.plot([ratio for ratio, _ in fixed], [score for _, score in fixed], f"C{color}o-", label=", ".join(line))
-        for low, high, score in best:
-            if low < high:
-                axes.axhline(score, color=f"C{color}", linestyle="--", label=f"{', '.join(line)}, {low}-{high}")
+    for row in rows:
+        color, (mean, low, high) = METHODS[row["method"]], row["scores"][headline]["best"]
+        if is_fixed(row):
+            axes.vlines(row["mask_ratio"][0], low, high, color=color)
+        else:
+            axes.axhline(mean, color=color, linestyle="--", label=f"{row['name']}, random ratio")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        fixed = [row for row in rows if row["method"] == method and is_fixed(row)]
+        ratios, best = [row["mask_ratio"][0] for row in fixed], [row["scores"][headline]["best"][0] for row in fixed]
+        axes.plot(ratios, best, "o-", color=METHODS[method], label=method)
     axes.set_xlabel("mask ratio")
-    axes.legend()
 
 
 def report(directories, out):
-    """One table of many runs and, with `out`, report.md, report.json and figures; what is no finished run is named."""
+    """One table of many runs and, with `out`, report.md, report.json and figures; what cannot be reported is named."""
     runs = []
-    for directory in map(Path, directories):
-        results = data.read_json(directory / "results.json") if (directory / "results.json").is_file() else {}
-        if results.get("last") and "method" in results["arguments"] and (directory / "config.json").is_file():
-            runs.append(results)
-        else:
-            print(f"{directory}: left out, no finished run with questions")
+    for path in (Path(directory) / "results.json" for directory in directories):
+        try:
+            run = data.read_json(path)
+            ended, scored = run["evaluations"][-1]["epoch"] == run["arguments"]["epochs"], summarize([run])[0]["scores"]
+            why = None if ended and scored else f"{path}: {'no questions were asked' if ended else 'not finished'}"
+        except data.UserError as error:
+            why = error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            why = f"{path}: not a training run of this version ({type(error).__name__}: {error})"
+        print(f"left out: {why}") if why else runs.append(run)
     if not runs:
-        raise data.UserError(f"--report {' '.join(directories)}: no finished run with questions among them")
-    print(table(runs))
-    if out:
-        data.write_text(Path(out) / "report.md", table(runs, markdown=True) + "\n")
-        data.write_text(Path(out) / "report.json", json.dumps(summarize(runs), indent=1) + "\n")
-        for name in {run["arguments"]["data"] for run in runs} if find_spec("matplotlib") else ():
-            chosen, end = [run for run in runs if run["arguments"]["data"] == name], f"{Path(name).name.replace(':', '-')}.png"
-            plot(chosen, Path(out) / f"curves-{end}")
-            panels(summarize(chosen), Path(out) / f"bars-{end}", draw_bars)
-            masking = [row for row in summarize(chosen) if row["method"] in MASKING]
-            if len({tuple(row["mask_ratio"]) for row in masking}) > 1:
-                panels(masking, Path(out) / f"ratios-{end}", draw_ratios)
+        raise data.UserError("--report: no finished run with questions in these directories")
+    text, rows = table(runs), summarize(runs)
+    print(text)
+    if not out:
+        return
+    data.write_text(Path(out) / "report.md", text + "\n")
+    data.write_text(Path(out) / "report.json", json.dumps(rows, indent=1) + "\n")
+    for name, some in groupby(rows, key=lambda row: row["data"]) if find_spec("matplotlib") else ():
+        draw_all(list(some), Path(out), re.sub(r"[^\w.]+", "-", name) + ".png")
+
+
+def draw_all(rows, out, end):
+    """The figures of a data set. Fixed mask ratios have their own; they are in the others where there is nothing else."""
+    usual = [row for row in rows if not is_fixed(row)] or rows
+    draw_panels(usual, out / f"bars-{end}", draw_bars)
+    for paraphrase in dict.fromkeys(row["paraphrase"] for row in rows):
+        some = [row for row in usual if row["paraphrase"] == paraphrase]
+        if some:
+            draw_panels(some, out / f"curves-{paraphrase}-{end}", draw_curves)
+        some = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] in MASKING]
+        if any(map(is_fixed, some)):
+            draw_panels(some, out / f"ratios-{paraphrase}-{end}", draw_ratios)
 
 
 def samples(predictions):
     """Three questions with their answers, as text: one forward, two backward where there are."""
-    chosen = [p for d, n in (("forward", 1), ("backward", 2), ("math", 2)) for p in [q for q in predictions if q["direction"] == d][:n]]
+    wanted = {"forward": 1, "backward": 2, "math": 2}
+    chosen = [p for direction, n in wanted.items() for p in [p for p in predictions if p["direction"] == direction][:n]]
     shown = "\n{direction}: {question}\n  answered {prediction!r}, true is {answer!r}"
     return "\n".join(shown.format(**p) for p in chosen)
+
+
+def score_table(scores):
+    """Every cell of `average` as a line of text."""
+    lines = [f"{'':32}{'n':>6}  mean [95 % interval]"]
+    for cell, means in scores.items():
+        values = [f"{k} {means[k]:.3f} [{low:.2f}-{high:.2f}]" for k, (low, high) in means["interval"].items()]
+        lines.append(f"{cell:32}{means['n']:>6}  {'  '.join(values)}  words {means['length']:.1f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def arguments():
@@ -354,52 +392,36 @@ def main():
         raise data.UserError(f"--out {args.out} has a results.json already: give another name")
     if bool(args.model) == bool(args.report):
         raise data.UserError("give either --model to ask a model, or --report to compare runs")
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.report:
-        return report(args.report, args.out)
-    device, directory = maskft.start_processes(), maskft.find_model(args.model)
-    run = directory / "results.json"
-    trained = data.read_json(run)["arguments"] if run.is_file() else {"data": "bio", "seed": 0, "paraphrase": "none"}
-    seed = trained["seed"] if args.seed is None else args.seed
-    dataset = data.load(args.data or trained["data"], args.paraphrase or trained["paraphrase"], seed)
-    if not dataset.questions:
-        raise data.UserError(f"--data {dataset.name}: no questions to ask")
-    dtype = getattr(torch, trained.get("dtype") or maskft.native_dtype(device)[0])
-    model, tokenizer = maskft.load(directory, device, dtype), data.load_tokenizer(directory)
-    scores, predictions = evaluate(answerer(args, model, tokenizer), tokenizer, dataset.questions, args.max_new_tokens)
-    maskft.say(f"{args.model} on {dataset.name}, seed {seed}\n{score_table(scores)}\n{samples(predictions)}")
-    if args.out and maskft.rank() == 0:
-        given = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
-        results = {"arguments": vars(args), "decoding": decoding(dataset.questions, model.config.causal, **given, **unmasking(args)),
-                   "evaluations": [{"step": None, "scores": scores}]}  # fmt: skip
-        write_results(args.out, results, predictions)
-
-
-def unmasking(args):
-    """The flags for diffusion models that were given."""
-    flags = {"steps": args.steps, "block_length": args.block_length, "threshold": args.threshold}
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def answerer(args, model, tokenizer):
-    """prompts -> answers with the settings of the flags, greedily or by unmasking; UserError for a flag of the other kind."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise data.UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
-    given = unmasking(args)
-    if model.config.causal and given:
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    report(args.report, args.out) if args.report else ask(args)
+
+
+def ask(args):
+    """Ask the model, with the settings of its run where no flag gives others."""
+    device, directory = maskft.start_processes(), maskft.find_model(args.model)
+    path, trained = directory / "results.json", {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": None}
+    if path.is_file():
+        trained |= data.read_json(path).get("arguments", {})
+    args.data, args.paraphrase = args.data or trained["data"], args.paraphrase or trained["paraphrase"]
+    args.seed = trained["seed"] if args.seed is None else args.seed
+    dataset = data.load(args.data, args.paraphrase, args.seed)
+    if not dataset.questions:
+        raise data.UserError(f"--data {dataset.name}: no questions to ask")
+    model = maskft.load(directory, device, getattr(torch, trained["dtype"] or maskft.native_dtype(device)[0]))
+    tokenizer, causal = data.load_tokenizer(directory), model.config.causal
+    given = {flag: getattr(args, flag) for flag in ("steps", "block_length", "threshold") if getattr(args, flag) is not None}
+    if causal and given:
         raise data.UserError(f"--{min(given).replace('_', '-')} is for diffusion models; {args.model} is an autoregressive one")
-    kind = maskft if model.config.causal else llada
-    return partial(kind.answer, model, tokenizer, **given)
-
-
-def score_table(scores):
-    """Every cell of `average` as a line of text."""
-    lines = []
-    for cell, means in scores.items():
-        values = [f"{k} {means[k]:.3f} [{low:.2f}-{high:.2f}]" for k, (low, high) in means["interval"].items()]
-        lines.append(f"{cell:32}{means['n']:>6}  {'  '.join(values)}  words {means['length']:.1f}")
-    return "\n".join([f"{'':32}{'n':>6}  mean [95 % interval]", *lines])
+    answer = partial(maskft.answer if causal else llada.answer, model, tokenizer, **given)
+    scores, predictions = evaluate(answer, tokenizer, dataset.questions, args.max_new_tokens)
+    maskft.say(f"{args.model} on {dataset.name}, seed {args.seed}\n{score_table(scores)}\n{samples(predictions)}")
+    if args.out and maskft.rank() == 0:
+        how = decoding(dataset.questions, causal, args.max_new_tokens, **given)
+        evaluations = [{"step": None, "scores": scores}]
+        write_results(args.out, {"arguments": vars(args), "decoding": how, "evaluations": evaluations}, predictions)
 
 
 if __name__ == "__main__":
