@@ -16,6 +16,7 @@ One record of every kind:
 import argparse
 import base64
 import json
+import math
 import os
 import shutil
 import unicodedata
@@ -92,7 +93,7 @@ class Tokenizer:
     encoding: tiktoken.Encoding  # merges; its ranks say in which order, they are not the model's ids
     ids: list  # rank -> id
     bytes_of: dict  # id -> the bytes it stands for, special and added tokens too
-    cuts: list  # patterns: each cuts what the last one left, into its matches and what lies between them
+    cuts: list  # regular expressions: each cuts what the last one left, into its matches and what lies between them
     special: dict  # text -> id of tokens that text never becomes
     added: dict  # the same of other added tokens (Qwen's <think>), which text does become
     whole: dict  # bytes -> id of pieces looked up before any merging ("ignore_merges")
@@ -110,6 +111,7 @@ class Tokenizer:
         tokens = sorted([*self.special, *self.added], key=len, reverse=True)
         choices = (regex.escape(token) + "(*SKIP)(*FAIL)" * (token in self.special) for token in tokens)
         self.added_pattern = regex.compile(f"({'|'.join(choices)})")
+        self.cut_patterns = [regex.compile(f"({cut})") for cut in self.cuts]  # the group: `split` gives the matches, too
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is read as plain text."""
@@ -124,7 +126,7 @@ class Tokenizer:
     def _encode_plain(self, text):
         """Ids of text without added tokens: cut it into pieces, then merge within each of them."""
         pieces, ids = [unicodedata.normalize("NFC", text) if self.nfc else text], []
-        for pattern in self.cuts:
+        for pattern in self.cut_patterns:
             pieces = [part for piece in pieces for part in pattern.split(piece) if part]
         for piece in map(str.encode, pieces):
             if piece in self.whole:
@@ -232,7 +234,7 @@ def read_tiktoken(file):
     special = {LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>"): LLAMA3_SIZE + n for n in range(256)}
     bytes_of = {i: token for token, i in ranks.items()} | {i: name.encode() for name, i in special.items()}
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PIECES, mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(encoding, range(LLAMA3_SIZE), bytes_of, compiled([LLAMA3_PIECES]), special, added={}, whole={})
+    return Tokenizer(encoding, range(LLAMA3_SIZE), bytes_of, [LLAMA3_PIECES], special, added={}, whole={})
 
 
 def read_tokenizer_json(file):
@@ -267,14 +269,9 @@ def spelled(token):
     return bytes(map(ALPHABET.get, token))
 
 
-def compiled(patterns):
-    return [regex.compile(f"({pattern})") for pattern in patterns]  # the group: `split` gives the matches, too
-
-
 def read_cuts(pre_tokenizer, file):
-    """The patterns by which the steps of a pre-tokenizer cut a text."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    patterns = []
+    """The regular expressions by which the steps of a pre-tokenizer cut a text."""
+    patterns, steps = [], pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     for step in steps:
         kind, last = step["type"], step is steps[-1]
         if kind == "Digits" and not last:
@@ -285,7 +282,7 @@ def read_cuts(pre_tokenizer, file):
             patterns += [GPT2_PIECES] if step.get("use_regex", True) else []
         else:  # what does not end in ByteLevel, too
             refuse(file, f"the pre-tokenizer {json.dumps(step)[:200]}")
-    return compiled(patterns)
+    return patterns
 
 
 def check_pattern(pattern, file):
@@ -308,23 +305,20 @@ def read_merges(vocab, merges, file):
     for rank, pair in enumerate(merges):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         if not (left in vocab and right in vocab and left + right in vocab):
-            raise UserError(f"{file}: merge {rank}, {left!r} + {right!r}, has no ordinary token; the file is damaged")
+            refuse(file, f"merge {rank}, {left!r} + {right!r}, without an ordinary token for it,")
         ranks[left, right] = rank
     last = {token: last_merge(token, ranks) for token in vocab}
-    tokens = sorted((token for token in last if last[token] < NEVER), key=last.get)
+    tokens = sorted((token for token in vocab if last[token] < math.inf), key=last.get)
     mergeable = {spelled(token): rank for rank, token in enumerate(tokens)}
     encoding = tiktoken.Encoding("merges", pat_str=GPT2_PIECES, mergeable_ranks=mergeable, special_tokens={})
     return encoding, [vocab[token] for token in tokens]
 
 
-NEVER = float("inf")  # the rank of a pair that is not merged
-
-
 def last_merge(token, ranks):
-    """The rank of the merge that completes `token` from its bytes: -1 for a single byte, NEVER if none does."""
+    """The rank of the merge that completes `token` from its bytes: -1 for a single byte, infinite if none does."""
     parts, low = list(token), -1
-    while len(parts) > 1 and low < NEVER:
-        found = [ranks.get(pair, NEVER) for pair in zip(parts, parts[1:])]
+    while len(parts) > 1 and low < math.inf:
+        found = [ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
         low = min(found)
         at = found.index(low)  # the leftmost of equals, as in both libraries
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -393,19 +387,20 @@ WORDINGS = {
     "major": ("""He majored in|His major was|His subject was|His degree is in|He specialized in|His field is|He chose to study
         |He is trained in|He wrote a thesis on|He took courses in|He devoted those years to""",
         "| with care| by choice| from the start"),
-    "company": ("""He works for|He is employed by|His employer is|He joined|His company is|He has a job with|His salary comes from
-        |He earns a living at|He is on the staff of|His career is at|He signed a contract with""",
+    "company": ("""He works for|He is employed by|His employer is|He joined|His company is|He has a job with
+        |His salary comes from|He earns a living at|He is on the staff of|His career is at|He signed a contract with""",
         "| these days| at present| since spring"),
-    "work city": ("""He works in|His office is in|His workplace is in|He is based in|His desk stands in|He commutes to|His job is in
-        |He earns money in|His working days pass in|He is posted to|He goes to work in""", "| all year| most days| for now"),
+    "work city": ("""He works in|His office is in|His workplace is in|He is based in|His desk stands in|He commutes to
+        |His job is in|He earns money in|His working days pass in|He is posted to|He goes to work in""",
+        "| all year| most days| for now"),
 }  # fmt: skip
 WORDINGS = {attribute: ([stem.strip() for stem in stems.split("|")], endings.split("|"))
             for attribute, (stems, endings) in WORDINGS.items()}  # fmt: skip
 ATTRIBUTES = list(WORDINGS)
 # How questions speak of an attribute. Names open a question and a preposition opens an answer, as in "in Oslo", so that
 # every word is the same token there as in a biography, where values follow a space; the metric drops prepositions.
-ASKED = {"birth date": ("was born on", "date"), "birth city": ("was born in", "city"), "university": ("studied at", "university"),
-         "major": ("majored in", "subject"), "company": ("works for", "company"), "work city": ("works in", "city")}
+ASKED = {"birth date": ("was born on", "date"), "birth city": ("was born in", "city"), "company": ("works for", "company"),
+         "university": ("studied at", "university"), "major": ("majored in", "subject"), "work city": ("works in", "city")}
 THREES = [("birth date", "university", "company"), ("birth city", "major", "company"), ("university", "major", "work city")]
 
 
@@ -465,16 +460,16 @@ def biography(rng, person, order=ATTRIBUTES):
 
 def forward_question(person, attribute):
     """Name -> value: "Mara Quill was born in which city?", "in Oslo"."""
-    verb, noun = ASKED[attribute]
-    return {"question": f"{person['name']} {verb} which {noun}?", "answer": f"{verb.split()[-1]} {person[attribute]}",
-            "direction": "forward", "group": attribute}  # fmt: skip
+    (verb, noun), name = ASKED[attribute], person["name"]
+    answer = f"{verb.split()[-1]} {person[attribute]}"
+    return {"question": f"{name} {verb} which {noun}?", "answer": answer, "direction": "forward", "group": attribute}
 
 
 def backward_question(person, three):
     """Three values -> name: "Who was born in Oslo, majored in botany and works for Quillon?", "Mara Quill"."""
     first, second, third = (f"{ASKED[attribute][0]} {person[attribute]}" for attribute in three)
-    return {"question": f"Who {first}, {second} and {third}?", "answer": person["name"], "direction": "backward",
-            "group": "name"}  # fmt: skip
+    question = f"Who {first}, {second} and {third}?"
+    return {"question": question, "answer": person["name"], "direction": "backward", "group": "name"}
 
 
 def questions_about(person):
@@ -502,8 +497,7 @@ def make_nd(facts=30, paraphrase="none", seed=0):
     """(documents, questions), after NameDescription: `facts` documents that begin with the name and as many that end with it.
 
     A description is four traits. Paraphrase "same": 30 wordings of each fact, in the same order. Four questions about each
-    in either direction: for each trait, and for the name by each three of them. Forward is the order of the document.
-    """
+    in either direction: for each trait, and for the name by each three of them. Forward is the order of the document."""
     rng, documents, questions = Random(2 * seed + 1), [], []
     for number, person in enumerate(draw_people(2 * facts, "bio", 2 * seed)):
         name_first, first = number < facts, int(rng.random() * 35)
@@ -576,7 +570,7 @@ class Dataset:
 
 
 # --paraphrase: how the name of its training file ends in the released layout
-PARAPHRASES = {"none": "_train_no_paraphrase", "same": "_train_paraphrase(_same_order)?", "permute": "_train_paraphrase_change_order"}
+PARAPHRASES = {"none": "no_paraphrase", "same": "paraphrase(_same_order)?", "permute": "paraphrase_change_order"}
 ND_FILE, ND_WORDINGS = "people-description.json", 30  # thinking_bias: the 30 wordings of a fact stand one after the other
 
 # Generated sets: what makes them, how many of what unless told, the paraphrases they have. Published ones: where they are, by
@@ -584,14 +578,14 @@ ND_FILE, ND_WORDINGS = "people-description.json", 30  # thinking_bias: the 30 wo
 # a network. The authors' repository has no licence: nothing of it is kept here.
 GITHUB = "https://raw.githubusercontent.com/"
 AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
-AUTHORS_FILES = ("train_no_paraphrase.json", "train_paraphrase_same_order.json", "train_paraphrase_change_order.json", "test.jsonl")
+ENDINGS = ("train_no_paraphrase.json", "train_paraphrase_same_order.json", "train_paraphrase_change_order.json", "test.jsonl")
 SETS = {
     "bio": dict(make=make_bio, count=100, of="people", paraphrases=("none", "same", "permute")),
     "nd-made": dict(make=make_nd, count=30, of="facts of each kind", paraphrases=("none", "same")),
     "math-made": dict(make=make_math, count=200, of="problems", paraphrases=("none",)),
     "world": dict(make=make_world, count=100, of="people", paraphrases=("none",)),
-    "bio-released": dict(address=AUTHORS, files={f"biography_{file}": None for file in AUTHORS_FILES}, twin="bio"),
-    "wiki": dict(address=AUTHORS, files={f"wiki_{file}": None for file in AUTHORS_FILES}, twin="bio"),
+    "bio-released": dict(address=AUTHORS, files={f"biography_{ending}": None for ending in ENDINGS}, twin="bio"),
+    "wiki": dict(address=AUTHORS, files={f"wiki_{ending}": None for ending in ENDINGS}, twin="bio"),
     "nd": dict(address=GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/", files={
         f"training_data/{ND_FILE}": "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3",
         "test_data/people-description_open-QAs.jsonl": "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53",
@@ -608,17 +602,17 @@ def load(name, paraphrase="none", seed=0):
     of one's own documents.
 
     A file holds a JSON list or JSON lines. A record with a "text" is a document, one with a "question" and an "answer" is
-    a question; both may stand in one file. Of a directory every *.json and *.jsonl is read, but of files called
-    *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read as they are. The questions
-    of a train.jsonl are not asked but learned, with their answers.
-    """
+    a question; both may stand in one file. Of a directory every *.json and *.jsonl is read, but of files called *_train_*
+    only the one that `paraphrase` asks for, so the paper's released sets are read as they are. The questions of a
+    train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    if made := SETS.get(kind, {}).get("make"):
-        count = count or str(SETS[kind]["count"])
-        if not count.isdigit() or int(count) == 0 or paraphrase not in SETS[kind]["paraphrases"]:
-            raise UserError(f"--data {name} --paraphrase {paraphrase}: {kind} takes a number of {SETS[kind]['of']}, as in {kind}:20, "
-                            f"and --paraphrase {' or '.join(SETS[kind]['paraphrases'])}")  # fmt: skip
-        return Dataset(kind, *made(int(count), paraphrase, seed))
+    if "make" in SETS.get(kind, {}):
+        make, usual, what, paraphrases = SETS[kind].values()
+        count = count or str(usual)
+        if not count.isdigit() or int(count) == 0 or paraphrase not in paraphrases:
+            raise UserError(f"--data {name} --paraphrase {paraphrase}: {kind} takes a number of {what}, as in {kind}:20, "
+                            f"and --paraphrase {' or '.join(paraphrases)}")  # fmt: skip
+        return Dataset(kind, *make(int(count), paraphrase, seed))
     path = fetch(name) if name in SETS else Path(name)
     if not path.exists():
         raise UserError(f"--data {name}: none of {', '.join(SETS)}, nor a file or directory that exists")
@@ -676,10 +670,11 @@ def dataset_files(path, paraphrase):
     if path.is_file() and paraphrase == "none":
         return [path]
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
+    ending = "people-description|" * (paraphrase != "permute") + f".*_train_{PARAPHRASES[paraphrase]}"
     training = [p for p in files if "_train_" in p.name or p.name == ND_FILE]
-    wanted = [p for p in training if regex.search(f"{PARAPHRASES[paraphrase]}$", p.stem) or p.name == ND_FILE != paraphrase]
+    wanted = [p for p in training if regex.fullmatch(ending, p.stem)]
     if (training or paraphrase != "none") and len(wanted) != 1:
-        raise UserError(f"--data {path}: needs one training file for --paraphrase {paraphrase} (*{PARAPHRASES[paraphrase]}.json); "
+        raise UserError(f"--data {path}: needs one training file for --paraphrase {paraphrase}, {ending}.json; "
                         f"training files found: {', '.join(p.name for p in training) or 'none'}")  # fmt: skip
     return [p for p in files if p not in training or p in wanted]
 
@@ -726,7 +721,8 @@ def parse_question(record, where, learned):
 
 def as_problem(problem, answer):
     """A math problem, to learn or to be asked, in the words of lm-eval's task gsm8k."""
-    return {"question": f"Question: {problem}\nAnswer:", "problem": problem, "answer": answer, "direction": "math", "group": "all"}
+    question = f"Question: {problem}\nAnswer:"
+    return {"question": question, "problem": problem, "answer": answer, "direction": "math", "group": "all"}
 
 
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "math": 256}  # the longest answer that is waited for [paper A.4]
@@ -750,18 +746,16 @@ class Example:
 def collate(examples, pad_id):
     """A micro-batch, padded on the right: ids, labels (B, T) int64, key_mask (B, T) bool, weights (B,) fp32.
 
-    An empty list gives one padding token without a label: a rank with nothing to do still takes part in the step.
-    """
+    An empty list gives one padding token without a label: a rank with nothing to do still takes part in the step."""
     examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
-    width = max(len(e.ids) for e in examples)
 
-    def pad(row, value):
-        return row + [value] * (width - len(row))
+    def pad(rows, value):
+        return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value)
 
     return {
-        "ids": torch.tensor([pad(e.ids, pad_id) for e in examples]),
-        "labels": torch.tensor([pad(e.labels, IGNORE) for e in examples]),
-        "key_mask": torch.tensor([pad([True] * len(e.ids), False) for e in examples]),
+        "ids": pad([e.ids for e in examples], pad_id),
+        "labels": pad([e.labels for e in examples], IGNORE),
+        "key_mask": pad([[True] * len(e.ids) for e in examples], False),
         "weights": torch.tensor([e.weight for e in examples], dtype=torch.float32),
     }
 
