@@ -13,13 +13,12 @@ differences to the autoregressive (AR) one, each a section below:
 LLaDA is arXiv 2502.09992; "reference" below means its released `generate.py` and `GUIDELINES.md`.
 """
 
-import dataclasses
 from itertools import product, takewhile
 
 import torch
 
 import maskft
-from data import IGNORE, Example, UserError, draw_task, pick
+from data import IGNORE, Example, UserError
 
 # --------------------------------------------------------------------------------------------- config and weight names
 
@@ -115,25 +114,13 @@ ANSWER_LENGTH = 0
 def diffusion_example(record, tokenizer, mask_ratio, rng):
     """A document as `bos document end-of-text`, of which bos is never masked and the end may be [paper eq. 1]; a question
     with its answer as a chat, of which the prompt is never masked and the end of turn may be."""
-    if "person" in record:
-        return pretrain_example(record, tokenizer, mask_ratio, rng)
-    if "text" in record:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return diffuse(bos, tokenizer.encode(record["text"]) + [tokenizer.eos_id], tokenizer.mask_id, mask_ratio, rng)
+    if "question" not in record:
+        bos, text = [] if tokenizer.bos_id is None else [tokenizer.bos_id], maskft.text_of(record)
+        return diffuse(bos, tokenizer.encode(text) + [tokenizer.eos_id], tokenizer.mask_id, mask_ratio, rng)
     prompt = tokenizer.chat([{"role": "user", "content": record["question"]}])
     target = tokenizer.encode(record["answer"]) + [tokenizer.eot_id]
     target += [tokenizer.eos_id] * (ANSWER_LENGTH - len(target))
     return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
-
-
-def pretrain_example(record, tokenizer, mask_ratio, rng):
-    """How the built-in diffusion model came to be, not the paper's: a biography of somebody of the generated world, or a
-    question about them, with masks behind the answer as the sampler has them. No loss on those: what follows the end of
-    turn does not matter, but a model that never saw that many masks is lost among them."""
-    task, view = draw_task(record, rng, recover=0.0, tell=0.35)
-    example = diffusion_example(view, tokenizer, mask_ratio, rng)
-    room = pick(rng, (0, 0, 8, 24, 120)) if task == "ask" else 0
-    return dataclasses.replace(example, ids=example.ids + [tokenizer.mask_id] * room, labels=example.labels + [IGNORE] * room)
 
 
 def diffuse(prompt, target, mask_id, mask_ratio, rng):

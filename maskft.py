@@ -344,21 +344,6 @@ def checkpoint_names(model, family):
     return names
 
 
-def write_new_model(directory):
-    """Where pre-training starts: a model directory of the built-in model's size, with random weights and a tokenizer of
-    its world's words."""
-    Path(directory).mkdir(parents=True)
-    data.write_world_tokenizer(Path(directory) / "tokenizer.json")
-    raw = data.read_json(find_model("tiny") / "config.json")
-    raw["vocab_size"] = len(data.load_tokenizer(directory).bytes_of)
-    model, rng = Model(parse_config(raw)), torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:  # what adds to the residual stream starts smaller, by the number of additions
-            deep = (2 * model.config.layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1
-            nn.init.normal_(parameter, std=0.5 * model.config.width**-0.5 * deep, generator=rng)
-    save(model, directory)
-
-
 def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id; UserError says what is wrong with it."""
     directory = find_model(path_or_id)
@@ -491,7 +476,7 @@ def text_of(record):
     """The text of a document; UserError for a record of another kind, which not every method can learn."""
     if "text" not in record:
         raise UserError(f"this method learns documents; found a {'question with its answer' if 'question' in record else 'person'}: "
-                        "use masked or sft for questions, pretrain for people")  # fmt: skip
+                        "use masked or sft for questions, tiny/pretrain.py for people")  # fmt: skip
     return record["text"]
 
 
@@ -569,25 +554,8 @@ def supervise(prompt, target):
     return Example(prompt + target, [IGNORE] * len(prompt) + target, weight=1.0, share=len(target))
 
 
-def pretrain_example(record, tokenizer, mask_ratio, rng):
-    """How the built-in model came to be, not the paper's: practise on a person of the generated world (data.draw_task).
-
-    Each example weighs alike, or the long documents would drown the short answers.
-    """
-    task, view = data.draw_task(record, rng)
-    if task in ("ask", "tell"):
-        example = sft_example(view, tokenizer, mask_ratio, rng)
-    else:
-        document = tokenizer.encode(view["text"])
-        masked, _ = mask_tokens(document, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
-        if rng.random() < 0.5:  # hide all of the name, so that the other sentences have to tell it
-            masked[:2] = [tokenizer.mask_id] * 2
-        example = recovery(masked, document, tokenizer)
-    return dataclasses.replace(example, weight=1 / example.share, share=1)
-
-
 METHODS = {"masked": masked_example, "sft": sft_example, "raw": raw_example, "random": random_example,
-           "reverse": reverse_example, "pretrain": pretrain_example}  # fmt: skip
+           "reverse": reverse_example}  # fmt: skip
 
 CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
 
@@ -833,7 +801,7 @@ def how_to_go_on(run):
     saved, processes = checkpoints(run.out), os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {processes}" if processes else "python"
     where = f"step {saved[-1].name[5:]}" if saved else "the beginning"
-    return f"to go on from {where}:\n    {start} {Path(sys.argv[0]).name} --resume {run.out}"
+    return f"to go on from {where}:\n    {start} {sys.argv[0]} --resume {run.out}"
 
 
 # --------------------------------------------------------------------------------------------------- the training loop
@@ -862,11 +830,9 @@ def deal(examples, micro_batch_size):
 
 
 def learning_rate(run, step):
-    """2 % linear warm-up, then constant [paper A.4]; pre-training falls to zero instead."""
+    """2 % linear warm-up, then constant [paper A.4]."""
     warm_up = max(1, round(0.02 * run.steps))
-    if step < warm_up:
-        return run.lr * (step + 1) / warm_up
-    return run.lr * (1 - (step - warm_up) / (run.steps - warm_up)) if run.dataset.name == "world" else run.lr
+    return run.lr * (step + 1) / warm_up if step < warm_up else run.lr
 
 
 def make_optimizer(model, lr):
@@ -896,7 +862,7 @@ def train(run):
     for step in range(run.start, run.steps):
         # 1. the rate of this step
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run, step)
+            group["lr"] = run.rate(run, step)
         # 2. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.eval_at:
@@ -916,7 +882,7 @@ def train(run):
         # 4. log
         if rank() == 0:
             speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
-            line = dict(step=step, epoch=epoch, loss=loss, lr=learning_rate(run, step), grad_norm=norm,
+            line = dict(step=step, epoch=epoch, loss=loss, lr=run.rate(run, step), grad_norm=norm,
                         tokens_per_second=speed, memory_gib=memory_gib(run.device))  # fmt: skip
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -1032,11 +998,11 @@ def bench_table(rows):
 # Where no flag says otherwise. Steps: one and a half times what 95 % of the plateau takes, 3/k of the paper's fitted
 # curves; of GSM8K the paper's 7 epochs; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
 STEPS = {"bio": 5000, "bio-released": 5000, "nd": 1400, "nd-made": 1400, "wiki": 1550, "gsm8k": 810, "math-made": 810}
-RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5, "pretrain": 3e-4}
+RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5}
 # models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
 TINY_WIDTH, TINY_BATCH = 512, 20
 TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "reverse": (200, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4),
-        "llada": (300, 6e-4), "pretrain": (5000, 3e-3)}  # fmt: skip
+        "llada": (350, 4e-4)}  # fmt: skip
 
 # the flags that make a run what it is: kept in results.json, taken from there by --resume
 SETTINGS = """model data method paraphrase mask_ratio epochs lr batch_size micro_batch_size max_len seed dtype eval_at
@@ -1089,11 +1055,12 @@ def epochs(text):
     return sorted({int(part) for part in text.split(",")})
 
 
-def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
+def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instruct"), rate=learning_rate):
     """Train with every method in turn and print one table.
 
     builders  {method: example builder}
     default   the models of a plain process and of torchrun on GPUs, where --model names none
+    rate      run, step -> learning rate
     """
     device, stop, results, finished = start_processes(), listen_for_stop(), None, []
     if args.resume:
@@ -1105,7 +1072,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         why = "under torchrun with CUDA" if large else "in one process or without CUDA: built in, nothing to download"
         say(f"model {args.model} (the default {why})")
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
-    args.data = args.data or ("bio:40" if args.model == "tiny" else "bio")
+    args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
     for number, method in enumerate(args.method):
         run = None  # the last method's model and moments go before the next one's come
         gc.collect()
@@ -1114,7 +1081,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         elif args.bench and Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
         run = open_run(args, method, builders[method], device, results)
-        run.stop = stop
+        run.stop, run.rate = stop, rate
         if args.bench:
             finished.append({"method": method, **bench(run)})
             continue
@@ -1203,14 +1170,13 @@ def decide(run, config):
             raise UserError(f"--{name.replace('_', '-')} {getattr(run, name)} is not above 0")
     if run.seed < 0:
         raise UserError(f"--seed {run.seed} is below 0")
-    if not diffusion and (run.method == "pretrain") != (run.dataset.name == "world"):
-        raise UserError("--method pretrain and --data world:PEOPLE belong together: that is how the built-in model was made")
     run.batch_size = run.batch_size or (TINY_BATCH if tiny else 64)
     if run.batch_size % world_size():
         raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: "
                         "give --batch-size a multiple")  # fmt: skip
     run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
-    steps, rate = TINY[run.method] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[run.method])
+    like = run.method if run.method in RATES else "masked"  # of a method of one's own nothing is known
+    steps, rate = TINY[like] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[like])
     if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
         rate = 3e-6  # goes slower [paper A.4]
     run.lr = run.lr or rate

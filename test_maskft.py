@@ -277,7 +277,7 @@ def test_sharded_weights_and_an_index_that_points_outside(model_dir):
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-          "<|reserved_special_token_0|>"]
+          "<|reserved_special_token_0|>"]  # fmt: skip
 LLADA = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -285,12 +285,14 @@ ONLY_BYTES = BYTE_LEVEL | {"use_regex": False}
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ Ġ", "a b", "Ġw o"]
 
 
-def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
-    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+def steps(*patterns, first=(), last=ONLY_BYTES, behavior="Isolated"):
+    """A pre-tokenizer that cuts by `first`, then by regular expressions, then into bytes."""
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": behavior, "invert": False} for p in patterns]
+    return {"type": "Sequence", "pretokenizers": [*first, *splits, last]}
 
 
-def sequence(*steps):
-    return {"type": "Sequence", "pretokenizers": list(steps)}
+def digits(individual):
+    return steps(first=[{"type": "Digits", "individual_digits": individual}], last=BYTE_LEVEL)
 
 
 def added(token, i, special, **flags):
@@ -299,43 +301,35 @@ def added(token, i, special, **flags):
 
 
 def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVEL, normalizer=None, plain=(), lack="",
-                    unmerged=(), shuffle=False, config=(), **model):
+                    unmerged=(), shuffle=False, config=(), flags=(), **model):  # fmt: skip
     """A model directory with nothing but a tokenizer. Ids: bytes, merged tokens, `unmerged`, special, `plain` added."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    tokens = [c for c in data.ALPHABET if c not in lack]
-    tokens = list(dict.fromkeys([*tokens, *map("".join, pairs), *unmerged]))
+    tokens = list(dict.fromkeys([*(c for c in data.ALPHABET if c not in lack), *map("".join, pairs), *unmerged]))
     if shuffle:
         random.Random(0).shuffle(tokens)
-    extra = [added(t, len(tokens) + n, t in special) for n, t in enumerate([*special, *plain])]
+    extra = [added(t, len(tokens) + n, t in special, **dict(flags)) for n, t in enumerate([*special, *plain])]
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                  fuse_unk=False, byte_fallback=False, ignore_merges=False, merges=merges,
-                 vocab={token: i for i, token in enumerate(tokens)}) | model
+                 vocab={token: i for i, token in enumerate(tokens)}) | model  # fmt: skip
     content = dict(version="1.0", truncation=None, padding=None, added_tokens=extra, normalizer=normalizer,
-                   pre_tokenizer=pre_tokenizer, post_processor=None, decoder=None, model=model)
+                   pre_tokenizer=pre_tokenizer, post_processor=None, decoder=None, model=model)  # fmt: skip
     path.mkdir(exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     (path / "tokenizer_config.json").write_text(json.dumps(dict(config)))
     return path
 
 
-def tokens_of(tokenizer, text):
-    return [tokenizer.bytes_of[i].decode() for i in tokenizer.encode(text)]
-
-
 def test_known_tokens(tmp_path):
+    """Pieces by hand, and that text never becomes a special token: without the reference installed, too."""
     load = lambda **options: data.load_tokenizer(write_tokenizer(tmp_path, **options))
-    assert tokens_of(load(), "hello world ab") == ["hello", " wo", "r", "l", "d", " ", "ab"]
-    assert load().encode("hell") == [258] == [256 + MERGES.index("he ll")]
+    tokens = lambda text, **options: [load(**options).bytes_of[i].decode() for i in load(**options).encode(text)]
+    assert tokens("hello world ab") == ["hello", " wo", "r", "l", "d", " ", "ab"]
     # Digits first makes the spaces before a digit a piece of their own; alone, ByteLevel keeps one with the number.
-    digits = sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL)
-    assert tokens_of(load(), "a   12") == ["a", "  ", " ", "12"]
-    assert tokens_of(load(pre_tokenizer=digits), "a   12") == ["a", "  ", " ", "1", "2"]
+    assert tokens("a   12") == ["a", "  ", " ", "12"]
+    assert tokens("a   12", pre_tokenizer=digits(True)) == ["a", "  ", " ", "1", "2"]
     assert load(normalizer={"type": "NFC"}).encode("e\u0301") == load().encode("é") != load().encode("e\u0301")
-    assert tokens_of(load(lack="l", merges=["h e", "e o"]), "heo hello") == ["he", "o", " ", "he", "o"]  # l is dropped
-
-
-def test_special_tokens_never_come_from_text(tmp_path):
-    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
+    assert tokens("heo hello", lack="l", merges=["h e", "e o"]) == ["he", "o", " ", "he", "o"]  # l is dropped
+    tokenizer = load(plain=["<think>"])
     ids = tokenizer.encode("<|im_end|><think>hello<|im_start|>")
     assert not set(ids) & set(tokenizer.special.values())
     assert tokenizer.added["<think>"] in ids  # an added token that is not special is ordinary text, as in the reference
@@ -347,7 +341,7 @@ def test_special_tokens_never_come_from_text(tmp_path):
 @pytest.mark.parametrize("special, before, between, after", [
     (LLAMA3, "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
     (LLADA, "<|startoftext|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
-    (CHATML, "", "<|im_start|>{}\n", "<|im_end|>\n")], ids=["llama3", "llada", "chatml"])
+    (CHATML, "", "<|im_start|>{}\n", "<|im_end|>\n")], ids=["llama3", "llada", "chatml"])  # fmt: skip
 def test_chat(tmp_path, special, before, between, after):
     tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, special))
     user = [{"role": "user", "content": "hello"}]
@@ -356,38 +350,40 @@ def test_chat(tmp_path, special, before, between, after):
     ids = tokenizer.encode("hello") + [tokenizer.eot_id]  # a list of ids is taken as it is: a mask is a special token
     answered = user + [{"role": "assistant", "content": ids}]
     assert tokenizer.decode(tokenizer.chat(answered), special=True) == asked + "hello" + after.strip() + after
-    assert tokenizer.chat(answered)[:len(tokenizer.chat(user))] == tokenizer.chat(user)
+    assert tokenizer.chat(answered)[: len(tokenizer.chat(user))] == tokenizer.chat(user)
 
 
 def test_declared_ids_and_mask(tmp_path):
-    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, LLAMA3, config={"eos_token": {"content": "<|eot_id|>"}}))
-    name = {i: token for token, i in tokenizer.special.items()}
-    assert [name[i] for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.mask_id)] == [
-        "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
+    def load(special, **options):
+        tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, special, **options))
+        return tokenizer, {i: token.decode() for i, token in tokenizer.bytes_of.items() if i >= 256}
+
+    tokenizer, name = load(LLAMA3, config={"eos_token": {"content": "<|eot_id|>"}})
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eot_id, tokenizer.mask_id)
+    assert [name[i] for i in ids] == ["<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>", "<|reserved_special_token_0|>"]
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [tokenizer.special["<|end_of_text|>"], 5]}))
-    again = data.load_tokenizer(tmp_path)  # 5 is a letter: text could make it, so it stops nothing
-    assert again.stop_ids == (tokenizer.eot_id, tokenizer.special["<|end_of_text|>"])
-    llada = data.load_tokenizer(write_tokenizer(tmp_path, LLADA))
-    assert llada.template == "llada" and llada.mask_id == llada.special["<|mdm_mask|>"]
+    # 5 is a letter: text could make it, so it stops nothing
+    assert data.load_tokenizer(tmp_path).stop_ids == (tokenizer.eot_id, tokenizer.special["<|end_of_text|>"])
     with pytest.raises(data.UserError, match="no unused special token"):
-        data.load_tokenizer(write_tokenizer(tmp_path, CHATML)).mask_id
-    smol = data.load_tokenizer(write_tokenizer(tmp_path, [*CHATML, "<empty_output>"]))
-    assert smol.mask_id == smol.special["<empty_output>"]
+        load(CHATML)[0].mask_id
     letters = [chr(n) for n in range(ord("A"), ord("z"))]
     filler = [f"{a} {b}" for a in letters for b in letters if a + b != "[]"]
-    qwen = data.load_tokenizer(write_tokenizer(tmp_path, CHATML, merges=[*filler[:1294 - 256], "[ ]"]))
-    assert qwen.mask_id == 1294 and qwen.decode([1294]) == "[]"
+    for special, merges, mask in ((LLADA, MERGES, "<|mdm_mask|>"), ([*CHATML, "<empty_output>"], MERGES, "<empty_output>"),
+                                  (CHATML, [*filler[: 1294 - 256], "[ ]"], "[]")):  # fmt: skip
+        tokenizer, name = load(special, merges=merges)
+        assert name[tokenizer.mask_id] == mask and (mask != "[]" or tokenizer.mask_id == 1294)
 
 
 @pytest.mark.parametrize("options, says", [
     (dict(byte_fallback=True), "byte_fallback"), (dict(type="Unigram"), "Unigram"), (dict(dropout=0.1), "dropout"),
     (dict(unk_token="a", lack="b", merges=[]), "unk_token"), (dict(normalizer={"type": "NFKC"}), "NFKC"),
-    (dict(pre_tokenizer=None), "ByteLevel"), (dict(pre_tokenizer={"type": "Metaspace"}), "ByteLevel"),
+    (dict(pre_tokenizer=None), "the pre-tokenizer"), (dict(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
     (dict(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
-    (dict(pre_tokenizer=sequence(split("a", "MergedWithNext"), ONLY_BYTES)), "MergedWithNext"),
-    (dict(pre_tokenizer=sequence(split(r"^\w+"), ONLY_BYTES)), "pattern"),
-    (dict(pre_tokenizer=sequence(split(r"\p{N}{1,3}+"), ONLY_BYTES)), "pattern"),
-    (dict(special=["<s>", "</s>"]), "chat templates"), (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'")])
+    (dict(pre_tokenizer=steps("a", behavior="MergedWithNext")), "MergedWithNext"),
+    (dict(pre_tokenizer=steps(last={"type": "Digits", "individual_digits": True})), "Digits"),
+    (dict(pre_tokenizer=steps(r"^\w+")), "pattern"), (dict(pre_tokenizer=steps(r"\p{N}{1,3}+")), "pattern"),
+    (dict(plain=["<think>"], flags={"lstrip": True}), "'<think>' with lstrip"), (dict(special=["<s>", "</s>"]), "chat templates"),
+    (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'")])  # fmt: skip
 def test_refused_by_name(tmp_path, options, says):
     with pytest.raises(data.UserError, match=says) as error:
         data.load_tokenizer(write_tokenizer(tmp_path, **options))
@@ -406,38 +402,40 @@ def test_llama3_tiktoken_file(tmp_path):
     text = "Héllo  12345\r\n it'S 漢字 <|eot_id|>"
     assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00")
-    with pytest.raises(data.UserError, match="SentencePiece"):
-        data.load_tokenizer(tmp_path)
+    for content, message in ((b"\x0a\x0e\x0a\x05<unk>\x15\x00", "SentencePiece"), (lines[0], "128000 tokens")):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(data.UserError, match=message):
+            data.load_tokenizer(tmp_path)
 
 
 AWKWARD = [
     "", " ", "Hello world, it's I'LL we'Ve 'ſ x'", "a  1   22    333\t4", "x\r\ny\r\n\r\n  z \n \n", "$€£ -- == ... !?",
     "naïve e\u0301 \u1100\u1161\u11a8 ½Ⅷ٣", "漢字かな 한국어 עברית हिन्दी", "👩\u200d👩\u200d👧 🇫🇷 👍🏽",
     "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n\n\n", "\x00\x01\x7f\u0085\u00a0\u2028\u3000\ufeff",
-    "<|im_start|>user\n<|im_end|><think>a</think><|eot_id|>", "x" * 500 + "ab" * 300, "antidisestablishmentarianism" * 9]
+    "<|im_start|>user\n<|im_end|><think>a</think><|eot_id|>", "x" * 500 + "ab" * 300, "antidisestablishmentarianism" * 9]  # fmt: skip
+POSSESSIVE = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
 VARIANTS = {
-    "llama3": dict(special=LLAMA3, pre_tokenizer=sequence(split(data.LLAMA3_PIECES), ONLY_BYTES), ignore_merges=True,
-                   unmerged=["Ġunmade", "xyz", "Ã©Ã"]),
+    "llama3": dict(special=LLAMA3, pre_tokenizer=steps(data.LLAMA3_PIECES), ignore_merges=True, unmerged=["Ġunmade", "xyz", "Ã©Ã"]),
     "qwen": dict(normalizer={"type": "NFC"}, plain=["<think>", "</think>"], as_pairs=True,
-                 pre_tokenizer=sequence(split(data.LLAMA3_PIECES.replace("{1,3}", "")), ONLY_BYTES)),
-    "smollm2": dict(pre_tokenizer=sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL), lack="ĀāÃðÌ"),
-    "digits": dict(pre_tokenizer=sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL), shuffle=True),
-    "removed": dict(pre_tokenizer=sequence(split(r"\p{L}+| ?\p{N}", "Removed", True), ONLY_BYTES)),
-    "nested": dict(pre_tokenizer=sequence(split("ab", kind="String"), sequence(split(r"(?=\p{Lu})|\s+"), ONLY_BYTES))),
-    "plain": dict(pre_tokenizer=ONLY_BYTES, unmerged=["xyz"], plain=["im_end", "ab<|im_end|>c"])}
+                 pre_tokenizer=steps(data.LLAMA3_PIECES.replace("{1,3}", ""))),
+    "smollm2": dict(pre_tokenizer=digits(True), lack="ĀāÃðÌ"),
+    "digits": dict(pre_tokenizer=digits(False), shuffle=True),
+    "possessive": dict(pre_tokenizer=steps(POSSESSIVE)),
+    "several": dict(pre_tokenizer=steps("ab", r"(?=\p{Lu})|\s+")),
+    "plain": dict(pre_tokenizer=ONLY_BYTES, unmerged=["xyz"], plain=["im_end", "ab<|im_end|>c"])}  # fmt: skip
 
 
 def reference(path):
-    """text -> ids by the `tokenizers` library, special tokens read as text."""
+    """The tokenizer of the `tokenizers` library and its encoding with special tokens read as text."""
     tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    plain = copy.deepcopy(tokenizer)
+    plain.encode_special_tokens = True
+    return tokenizer, lambda text: plain.encode(text, add_special_tokens=False).ids
 
 
 def random_text(rng):
     common = [*"abAB é漢12 \n\r\t'<|>_👍\u0301\u0300", "  ", "'s", "\r\n", "<think>", "<|im_end|>", "ab", "xyz", " the"]
-    rare = [*range(0x780), *range(0x2000, 0x2c00), *range(0x3000, 0x3100), *range(0xAC00, 0xAD00)]
+    rare = [*range(0x780), *range(0x2000, 0x2C00), *range(0x3000, 0x3100), *range(0xAC00, 0xAD00)]
     text = "".join(rng.choice(common) if rng.random() < 0.8 else chr(rng.choice(rare)) for _ in range(rng.randint(1, 30)))
     return "".join(c for c in text if unicodedata.category(c) != "Cn")  # each library has its Unicode: keep to the old
 
@@ -448,9 +446,8 @@ def learned_merges(lack=""):
     learner = library.Tokenizer(library.models.BPE())
     learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = library.trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=list(data.ALPHABET))
-    learner.train_from_iterator([*AWKWARD * 3, open(__file__, encoding="utf-8").read()], trainer)
-    pairs = json.loads(learner.to_str())["model"]["merges"]
-    return [pair for pair in pairs if not set("".join(pair)) & set(lack)]
+    learner.train_from_iterator([*AWKWARD * 3, Path(__file__).read_text(encoding="utf-8")], trainer)
+    return [pair for pair in json.loads(learner.to_str())["model"]["merges"] if not set("".join(pair)) & set(lack)]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -459,9 +456,13 @@ def test_ids_equal_the_reference(tmp_path, name):
     pairs = learned_merges(options.get("lack", ""))
     merges = pairs if options.pop("as_pairs", False) else [" ".join(pair) for pair in pairs]
     path = write_tokenizer(tmp_path, merges=merges, **options)
-    ours, theirs, rng = data.load_tokenizer(path), reference(path), random.Random(0)
+    ours, (whole, theirs), rng = data.load_tokenizer(path), reference(path), random.Random(0)
     for text in [*AWKWARD, *(random_text(rng) for _ in range(2000))]:
         assert ours.encode(text) == theirs(text), repr(text)
+    if ours.template == "chatml":
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1, 2 or 漢?"}]
+        text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1, 2 or 漢?<|im_end|>\n<|im_start|>assistant\n"
+        assert ours.chat(messages) == whole.encode(text).ids
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
@@ -476,43 +477,40 @@ def test_ids_equal_the_reference_on_wild_merges(tmp_path, ignore_merges):
             merges = [pair for pair in merges if "".join(pair) in vocab]
         rng.shuffle(merges)
         path = write_tokenizer(tmp_path, merges=merges, pre_tokenizer=ONLY_BYTES, unmerged=["abcab", "cc", "aba"],
-                               shuffle=True, ignore_merges=ignore_merges)
-        ours, theirs = data.load_tokenizer(path), reference(path)
+                               shuffle=True, ignore_merges=ignore_merges)  # fmt: skip
+        ours, (_, theirs) = data.load_tokenizer(path), reference(path)
         for _ in range(300):
             text = "".join(rng.choices("abc", k=rng.randint(1, 14)))
             assert ours.encode(text) == theirs(text), (text, merges)
 
 
-def test_chat_equals_the_encoded_text(tmp_path):
-    path = write_tokenizer(tmp_path, merges=[" ".join(pair) for pair in learned_merges()])
-    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1, 2 or 漢?"}]
-    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1, 2 or 漢?<|im_end|>\n<|im_start|>assistant\n"
-    assert data.load_tokenizer(path).chat(messages) == library.encode(text).ids
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
+# recorded once: generated sets are the same everywhere
+GENERATED = {
+    "bio:20": (data.PARAPHRASES, "02e51bc161d94308"),
+    "nd-made:5": (("none", "same"), "31c322b39ae6620f"),
+    "math-made:20": (("none",), "5b773ce1733898e6"),
+    "world:60": (("none",), "864667420bfbbc34"),
+}
 
-BIO_SHA256 = "02e51bc161d943083b6c530f171c3979d324a3264c28ecd7ee2626c781a1b003"  # recorded once
 
-
-def test_bio_is_the_same_everywhere():
-    text = json.dumps([data.make_bio(20, p, seed=3) for p in data.PARAPHRASES])
-    assert hashlib.sha256(text.encode()).hexdigest() == BIO_SHA256
-    assert data.make_bio(20, seed=3) != data.make_bio(20, seed=4)
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_sets_are_the_same_everywhere(name):
+    paraphrases, digest = GENERATED[name]
+    sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases]
+    text = json.dumps([(dataset.documents, dataset.questions) for dataset in sets])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+    assert (data.load(name, seed=3).documents == data.load(name, seed=4).documents) == (name == "world:60")
 
 
 def test_bio_has_what_it_promises():
     documents, questions = data.make_bio(100)
-    assert len(documents) == 100 and len({d["text"] for d in documents}) == 100
-    assert [len(data.make_bio(100, p)[0]) for p in data.PARAPHRASES] == [100, 500, 500]
+    assert [len({d["text"] for d in data.make_bio(100, p)[0]}) for p in data.PARAPHRASES] == [100, 500, 500]
     assert [sum(q["direction"] == d for q in questions) for d in ("forward", "backward")] == [600, 300]
-    backward = [q["question"] for q in questions if q["direction"] == "backward"]
-    assert len(set(backward)) == 300  # three attributes tell one person
+    assert len({q["question"] for q in questions}) == 900  # three attributes tell one person
     assert min(len(stems) * len(endings) for stems, endings in data.WORDINGS.values()) >= 40
-    people = data.draw_people(100, "bio", 0)
-    for person, document in zip(people, documents):
+    for person, document in zip(data.draw_people(100, "bio", 0), documents):
         sentences = document["text"].split(". ")
         assert len(sentences) == 6 and document["text"].count(person["name"]) == sentences[0].count(person["name"]) == 1
         assert all(person[attribute] in sentence for attribute, sentence in zip(data.ATTRIBUTES, sentences))
@@ -522,10 +520,64 @@ def test_bio_has_what_it_promises():
         assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in data.questions_about(person))
 
 
-def test_pre_training_people_are_nobody_to_be_injected():
+def test_facts_of_nd_made_have_one_order():
+    """30 facts begin with the name and 30 end with it, in all wordings; forward questions follow the document."""
+    documents, questions = data.make_nd()
+    paraphrased = data.make_nd(paraphrase="same")[0]
+    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800 and data.make_nd(paraphrase="same")[1] == questions
+    assert len({q["question"] for q in questions}) == 480  # three traits tell one person
+    for number, person in enumerate(data.draw_people(60, "bio", 0)):
+        told = [person[trait] for trait in ("birth city", "university", "major", "company")]
+        parts = [person["name"], *told] if number < 30 else [*told, person["name"]]
+        for document in (documents[number], *paraphrased[30 * number : 30 * number + 30]):
+            places = [document["text"].index(part) for part in parts]
+            assert places == sorted(places), document
+        asked = questions[8 * number : 8 * number + 8]
+        assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in asked)
+        assert sorted(q["direction"] for q in asked) == ["backward"] * 4 + ["forward"] * 4
+        by_name = {q["direction"] for q in asked if q["question"].startswith(person["name"])}
+        assert by_name == {"forward" if number < 30 else "backward"}
+
+
+def test_problems_of_math_made_are_solved_rightly():
+    learned, asked = data.make_math(300)
+    assert len(learned) == 300 and len(asked) == 75 and len({p["problem"] for p in learned + asked}) == 375
+    for problem in learned + asked:
+        steps = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", problem["answer"])
+        assert 2 <= len(steps) == problem["answer"].count("\n") <= 4
+        had = re.search(r"has (\d+) ", problem["problem"])[1]
+        for a, sign, b, c, shown in steps:
+            assert a == had and b in problem["problem"] and shown == c
+            assert int(c) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
+            had = c
+        assert problem["answer"].endswith(f"\n#### {had}")
+        assert evaluation.score(problem["answer"], problem)["strict"] == evaluation.score(problem["answer"], problem)["flexible"] == 1
+
+
+PRETRAINING = {"ar": "c4820aab99624fbf", "diffusion": "3abce002d2061fe9"}  # of the examples, recorded once
+
+
+@pytest.mark.parametrize("what", PRETRAINING)
+def test_how_the_built_in_models_were_made(what, tokenizer, tmp_path, monkeypatch):
+    """tiny/pretrain.py: a new model has the built-in one's tokenizer, its people are nobody to be injected, its examples are
+    those that made the built-in models, and the rate falls to zero."""
+    monkeypatch.syspath_prepend(HERE / "tiny")
+    import pretrain
+
     assert not set(data.names("bio")) & set(data.names("world"))
-    injected = {p["name"] for seed in range(5) for p in data.draw_people(100, "bio", seed)}
-    assert injected <= set(data.names("bio"))
+    people = data.load("world:60").documents
+    examples = [getattr(pretrain, f"{what}_example")(p, tokenizer, (0.3, 1), np.random.default_rng([0, n])) for n, p in enumerate(people)]
+    digest = hashlib.sha256(json.dumps([dataclasses.astuple(e) for e in examples]).encode()).hexdigest()
+    assert digest[:16] == PRETRAINING[what]
+    with pytest.raises(data.UserError, match="use --data world:PEOPLE"):
+        pretrain.draw_task({"text": "one"}, np.random.default_rng(0))
+    status, printed = command("tiny/pretrain.py", "new", tmp_path / "new")
+    assert status == 0 and (tmp_path / "new/tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes(), printed
+    flags = ("--data", "world:8", "--epochs", "8", "--eval-at", "8", "--batch-size", "8", "--lr", "1e-3", "--out", tmp_path / "run")
+    status, printed = command("tiny/pretrain.py", what, "--model", tmp_path / "new", *flags)
+    assert status == 0 and "tell" not in printed, printed
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3, *(1e-3 * (7 - n) / 7 for n in range(7))])
 
 
 def write(path, *records):
@@ -543,41 +595,112 @@ def test_own_documents(tmp_path):
     assert len(data.load(str(tmp_path)).documents) == 3
 
 
-def test_released_layout(tmp_path):
-    for kind in ("no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"):
-        (tmp_path / f"biography_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
-    tasks = [("N2D", "NameIsDescription"), ("D2N", "NameIsDescription"), ("D2N", "DescriptionIsName"), ("N2D", None)]
-    records = [{"question": "Q?", "answer": "A", "task": task, "group": group} for task, group in tasks]
-    write(tmp_path / "biography_test.jsonl", *({k: v for k, v in r.items() if v} for r in records))
-    texts = [data.load(str(tmp_path), p).documents[0]["text"] for p in data.PARAPHRASES]
-    assert texts == ["no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]
-    assert [q["direction"] for q in data.load(str(tmp_path)).questions] == ["forward", "backward", "forward", "forward"]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"text": 3}', 'line 2: "text" must be text,'),
-        ('{"text": "x"', "line 2: not JSON"),
-        ('{"txt": "x"}', "line 2: not a document"),
-        ('{"question": "Q?", "direction": "forward"}', 'line 2: "answer" must be text,'),
-        ('{"question": "Q?", "answer": "A", "direction": "sideways"}', 'line 2: "direction"'),
-        ("[1, 2]", "line 2: not a document"),
-    ],
-)
+@pytest.mark.parametrize("line, message", [
+    ('{"text": 3}', 'bad.jsonl, line 2: "text" must be text,'),
+    ('{"text": "x"', "bad.jsonl, line 2: not JSON"),
+    ('{"txt": "x"}', "bad.jsonl, line 2: not a document"),
+    ('{"question": "Q?", "direction": "forward"}', 'bad.jsonl, line 2: "answer" must be text,'),
+    ('{"question": "Q?", "answer": "A", "direction": "sideways"}', 'bad.jsonl, line 2: "direction"'),
+    ("[1, 2]", "bad.jsonl, line 2: not a document")])  # fmt: skip
 def test_a_bad_line_is_named(line, message, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(data.UserError, match=f"bad.jsonl, {message}"):
-        data.load(str(path))
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(data.UserError, match=message):
+        data.load(str(tmp_path / "bad.jsonl"))
 
 
-def test_nothing_to_learn(tmp_path):
-    with pytest.raises(data.UserError, match="no document"):
-        data.load(str(write(tmp_path / "empty.jsonl")))
-    for name, message in (("bio:0", "number of people"), (str(tmp_path / "none"), "exists"), ("bio:2000", "only")):
-        with pytest.raises(data.UserError, match=message):
-            data.load(name)
+NAMES = {"bio:0": "number of people", "nowhere": "exists", "bio:2000": "only 1500 names", "nd-made --paraphrase permute": "none or same",
+         "math-made --paraphrase same": "--paraphrase none", "world --paraphrase same": "--paraphrase none",
+         "mine.jsonl": "no document", "mine.jsonl --paraphrase same": "needs one training file", ".": "no document"}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", NAMES)
+def test_a_set_that_is_none(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.jsonl")
+    name, _, paraphrase = flags.partition(" --paraphrase ")
+    with pytest.raises(data.UserError, match=NAMES[flags]):
+        data.load(name, paraphrase or "none")
+
+
+KINDS = ["no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A stand-in for the public addresses: {set: folder} of files in their layout, and a cache of our own."""
+    for folder in ("nd/training_data", "nd/test_data", "wiki", "gsm8k"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "nd/training_data" / data.ND_FILE).write_text(json.dumps([{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)]))
+    tasks = [("N2D", "NameIsDescription"), ("D2N", "NameIsDescription"), ("D2N", "DescriptionIsName"), ("N2D", None)]
+    questions = [{"question": "Q?", "answer": "Ada", "task": task} | ({"group": group} if group else {}) for task, group in tasks]
+    write(tmp_path / "nd/test_data/people-description_open-QAs.jsonl", *questions)
+    for kind in KINDS:
+        (tmp_path / "wiki" / f"wiki_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
+    write(tmp_path / "wiki/wiki_test.jsonl", questions[0] | {"task": "backward", "group": ""})
+    for name, problem in (("train", "one"), ("test", "two")):
+        write(tmp_path / f"gsm8k/{name}.jsonl", {"question": problem, "answer": "1+1 = <<1+1=2>>2\n#### 2"})
+    for name in ("nd", "wiki", "gsm8k", "bio-released"):
+        files, folder = data.SETS[name]["files"], tmp_path / name
+        here = {file: digest and hashlib.sha256((folder / file).read_bytes()).hexdigest() for file, digest in files.items()}
+        address = folder.as_uri() if folder.exists() else "http://127.0.0.1:1"  # nobody listens there
+        monkeypatch.setitem(data.SETS, name, data.SETS[name] | dict(address=address + "/", files=here))
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tmp_path
+
+
+def test_published_sets(published):
+    """Fetched once, in every paraphrase they have; a directory in the same layout does as well."""
+    nd = data.load("nd")
+    assert [d["text"] for d in nd.documents] == ["fact 0, 0", "fact 1, 0"] and nd.name == "nd"
+    assert [q["direction"] for q in nd.questions] == ["forward", "backward", "forward", "forward"]
+    assert len(data.load("nd", "same").documents) == 60
+    with pytest.raises(data.UserError, match="needs one training file for --paraphrase permute"):
+        data.load("nd", "permute")
+    assert [data.load("wiki", p).documents[0]["text"] for p in data.PARAPHRASES] == KINDS
+    gsm8k = data.load("gsm8k")
+    assert [d["problem"] for d in gsm8k.documents] == ["one"] and gsm8k.documents[0]["answer"].endswith("#### 2")
+    assert [(q["question"], q["direction"]) for q in gsm8k.questions] == [("Question: two\nAnswer:", "math")]
+    for name in ("nd", "wiki", "gsm8k"):
+        shutil.rmtree(published / name)  # nothing is fetched twice
+        local = data.load(str(next((published / "cache/maskft").glob(f"{name}-*"))))
+        assert (local.documents, local.questions) == (data.load(name).documents, data.load(name).questions)
+
+
+def test_a_published_file_is_whole_or_an_error(published, monkeypatch):
+    with pytest.raises(data.UserError) as error:
+        data.load("bio-released")
+    cache = published / "cache/maskft"
+    for part in ("http://127.0.0.1:1/biography_train_no_paraphrase.json", str(cache), "--data DIR", "--data bio"):
+        assert part in str(error.value)
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(data.UserError, match="train.jsonl could not be had .HF_HUB_OFFLINE is set. .* --data math-made$"):
+        data.load("gsm8k")
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    changed = data.fetch("wiki") / "wiki_test.jsonl"  # no digest known beforehand: the first one is remembered
+    changed.write_text(changed.read_text().replace("Ada", "Eve"))
+    with pytest.raises(data.UserError, match=f"{changed}: its sha256 is .* delete it"):
+        data.load("wiki")
+    (published / "gsm8k/test.jsonl").write_text("another text")  # a known digest
+    with pytest.raises(data.UserError, match="test.jsonl: its sha256 is"):
+        data.load("gsm8k")
+
+    class Half(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half of it")
+
+        def log_message(self, *_): ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.handle_request).start()
+        cut = dict(address=f"http://127.0.0.1:{server.server_port}/", files={"cut.json": None}, twin="bio")
+        monkeypatch.setitem(data.SETS, "bio-released", cut)
+        with pytest.raises(data.UserError, match="IncompleteRead"):
+            data.load("bio-released")
+    assert not list(cache.glob("*/cut.json*"))
 
 
 # -------------------------------------------------------------------------------------------------------------- method
@@ -1033,129 +1156,6 @@ def test_evaluate(tokenizer, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- all of the paper
 
 
-TWINS_SHA256 = "f504224cd6097399ffc1046124eca68e4af4a1043b29e22258547e64b3a6e708"  # recorded once
-
-
-def test_generated_twins_are_the_same_everywhere():
-    text = json.dumps([data.make_nd(5, "same", seed=3), data.make_math(20, seed=3)])
-    assert hashlib.sha256(text.encode()).hexdigest() == TWINS_SHA256
-    assert data.make_nd(5, seed=3) != data.make_nd(5, seed=4) and data.make_math(5, seed=3) != data.make_math(5, seed=4)
-
-
-def test_facts_of_nd_made_have_one_order():
-    """30 facts begin with the name and 30 end with it, in all wordings; forward questions follow the document."""
-    documents, questions = data.make_nd()
-    paraphrased = data.make_nd(paraphrase="same")[0]
-    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800 and data.make_nd(paraphrase="same")[1] == questions
-    for number, person in enumerate(data.draw_people(60, "bio", 0)):
-        told = [person[trait] for trait in ("birth city", "university", "major", "company")]
-        parts = [person["name"], *told] if number < 30 else [*told, person["name"]]
-        for document in (documents[number], *paraphrased[30 * number : 30 * number + 30]):
-            places = [document["text"].index(part) for part in parts]
-            assert places == sorted(places), document
-        asked = questions[8 * number : 8 * number + 8]
-        assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in asked)
-        by_name = [q["direction"] for q in asked if q["question"].startswith(person["name"])]
-        assert by_name == ["forward" if number < 30 else "backward"] * 4
-        assert sorted(q["direction"] for q in asked) == ["backward"] * 4 + ["forward"] * 4
-    assert len({q["question"] for q in questions}) == 480  # three traits tell one person
-
-
-def test_problems_of_math_made_are_solved_rightly():
-    learned, asked = data.make_math(300)
-    assert len(learned) == 300 and len(asked) == 75 and len({p["problem"] for p in learned + asked}) == 375
-    for problem in learned + asked:
-        steps = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", problem["answer"])
-        assert 2 <= len(steps) == problem["answer"].count("\n") <= 4
-        had = re.search(r"has (\d+) ", problem["problem"])[1]
-        for a, sign, b, c, shown in steps:
-            assert a == had and b in problem["problem"] and shown == c
-            assert int(c) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
-            had = c
-        assert problem["answer"].endswith(f"\n#### {had}")
-        assert evaluation.score(problem["answer"], problem)["strict"] == evaluation.score(problem["answer"], problem)["flexible"] == 1
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """A stand-in for the public addresses: {set: folder} of files in their layout, and a cache of our own."""
-    qa = {"question": "Q?", "answer": "Ada", "group": "NameIsDescription", "task": "N2D"}
-    for folder in ("nd/training_data", "nd/test_data", "wiki", "gsm8k"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "nd/training_data" / data.ND_FILE).write_text(json.dumps([{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)]))
-    write(tmp_path / "nd/test_data/people-description_open-QAs.jsonl", qa)
-    for kind in ("no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"):
-        (tmp_path / "wiki" / f"wiki_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
-    write(tmp_path / "wiki/wiki_test.jsonl", {**qa, "task": "backward", "group": ""})
-    for name, problem in (("train", "one"), ("test", "two")):
-        write(tmp_path / f"gsm8k/{name}.jsonl", {"question": problem, "answer": "1+1 = <<1+1=2>>2\n#### 2"})
-    addresses = {}
-    for name, (address, files, twin) in data.PUBLISHED.items():
-        folder = tmp_path / name
-        here = {file: digest and hashlib.sha256((folder / file).read_bytes()).hexdigest() for file, digest in files.items()}
-        addresses[name] = ((folder.as_uri() if folder.exists() else "http://127.0.0.1:1") + "/", here, twin)
-    monkeypatch.setattr(data, "PUBLISHED", addresses)
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    return tmp_path
-
-
-def test_published_sets(published):
-    """Fetched once, in every paraphrase they have; a directory in the same layout does as well."""
-    nd = data.load("nd")
-    assert [d["text"] for d in nd.documents] == ["fact 0, 0", "fact 1, 0"] and nd.questions[0]["direction"] == "forward"
-    assert len(data.load("nd", "same").documents) == 60 and nd.name == "nd"
-    assert [data.load("wiki", p).documents[0]["text"] for p in data.PARAPHRASES] == [
-        "no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]  # fmt: skip
-    gsm8k = data.load("gsm8k")
-    assert [d["problem"] for d in gsm8k.documents] == ["one"] and gsm8k.documents[0]["answer"].endswith("#### 2")
-    assert [(q["question"], q["direction"]) for q in gsm8k.questions] == [("Question: two\nAnswer:", "math")]
-    folder = data.fetch("nd").parent
-    for name in ("nd", "wiki", "gsm8k"):
-        data.shutil.rmtree(published / name)  # nothing is fetched twice
-        local = data.load(str(next(folder.glob(f"{name}-*"))))
-        assert (local.documents, local.questions) == (data.load(name).documents, data.load(name).questions)
-    for name, paraphrase in (("nd", "permute"), ("gsm8k", "same"), ("nd-made", "permute"), ("math-made", "same"), ("world", "same")):
-        with pytest.raises(data.UserError, match=f"--paraphrase {paraphrase}"):
-            data.load(name, paraphrase)
-
-
-def test_a_published_file_is_whole_or_an_error(published, monkeypatch):
-    with pytest.raises(data.UserError) as error:  # nobody listens there
-        data.load("bio-released")
-    path = published / "cache/maskft"
-    for part in ("http://127.0.0.1:1/biography_train_no_paraphrase.json", str(path), "--data DIR", "--data bio"):
-        assert part in str(error.value)
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(data.UserError, match="test.jsonl could not be had .HF_HUB_OFFLINE is set. .* --data math-made$"):
-        (data.PUBLISHED["gsm8k"][1]).pop("train.jsonl")
-        data.load("gsm8k")
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    changed = data.fetch("wiki") / "wiki_test.jsonl"  # no digest known beforehand: the first one is remembered
-    changed.write_text(changed.read_text().replace("Ada", "Eve"))
-    with pytest.raises(data.UserError, match=f"{changed}: its sha256 is .* delete it"):
-        data.load("wiki")
-    (published / "gsm8k/test.jsonl").write_text("another text")  # a known digest
-    with pytest.raises(data.UserError, match="test.jsonl: its sha256 is"):
-        data.load("gsm8k")
-
-    class Half(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"half of it")
-
-        def log_message(self, *_): ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Half) as server:
-        threading.Thread(target=server.handle_request).start()
-        monkeypatch.setitem(data.PUBLISHED, "bio-released", (f"http://127.0.0.1:{server.server_port}/", {"cut.json": None}, "bio"))
-        with pytest.raises(data.UserError, match="IncompleteRead"):
-            data.load("bio-released")
-    assert not list(path.glob("*/cut.json*"))
-
-
 def test_reversed_documents_keep_their_entities(tokenizer):
     text, rng = "Edda Marlow was born on 3 June 1971. Her home is Saint-Denis, near O'Hara's.", np.random.default_rng(0)
     expected = ". O'Hara's near , Saint-Denis is home Her . 3 June 1971 on born was Edda Marlow"
@@ -1381,7 +1381,7 @@ MISTAKES = {
     "--resume nowhere --seed 1": "give no other flag with it",
     "--seed -1": "--seed -1 is below 0",
     "--model my/models/x": "not a hub id",
-    "--method pretrain": "belong together",
+    "--data world:9": "found a person: use masked or sft for questions, tiny/pretrain.py for people",
     "--method sft --out taken": "--out taken is in use",
 }
 
