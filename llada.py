@@ -1,6 +1,6 @@
 """LLaDA: the same facts taught to a masked diffusion model, the paper's other half.
 
-    python llada.py --model tiny                          # laptop: start from an autoregressive model's weights
+    python llada.py                                       # laptop: fine-tune the built-in diffusion model, tiny-llada
     torchrun --nproc_per_node 8 llada.py --data bio       # eight GPUs: LLaDA-8B-Instruct, the paper's settings
     python eval.py --model out/bio-llada-1                # answer and score: eval.py knows a diffusion model by its config
 
@@ -268,7 +268,7 @@ def main():
     beside = args.bench and args.model and maskft.read_config(maskft.find_model(args.model)).causal
     args.method = ["sft", "llada"] if beside else ["llada"]  # ordinary fine-tuning of a diffusion model there is not
     builders = {"sft": maskft.sft_example, "llada": diffusion_example}
-    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny", "GSAI-ML/LLaDA-8B-Instruct"))
+    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":

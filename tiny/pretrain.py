@@ -88,7 +88,12 @@ def strangers():
     return data.names("world")
 
 
-def draw_task(record, rng, recover=0.55, tell=0.15):
+# of a diffusion model's practice, the share of biographies, and of the questions the share of forward ones; the last two
+# stages of tiny-llada had 0.6, 0.35 and 0.5, 0.5
+TELL, FORWARD = 0.35, 0.35
+
+
+def draw_task(record, rng, recover=0.55, tell=0.15, forward=0.35):
     """One thing to practise on a person: (task, what to practise it on), drawn with a numpy Generator.
 
     "recover"  {"text": some sentences of a biography}; one in five of somebody new every time, from whom only copying
@@ -109,7 +114,7 @@ def draw_task(record, rng, recover=0.55, tell=0.15):
         return "recover", {"text": biography(rng, person, shuffled(rng, ATTRIBUTES)[:length])}
     if chance < recover + tell or not record["asked"]:
         return "tell", {"text": biography(rng, person, pick(rng, (ATTRIBUTES, shuffled(rng, ATTRIBUTES))))}
-    if rng.random() < 0.35:
+    if rng.random() < forward:
         return "ask", forward_question(person, pick(rng, ATTRIBUTES))
     return "ask", backward_question(person, shuffled(rng, ATTRIBUTES)[:3])
 
@@ -132,7 +137,7 @@ def ar_example(record, tokenizer, mask_ratio, rng):
 def diffusion_example(record, tokenizer, mask_ratio, rng):
     """A diffusion model unmasks a biography or an answer, with masks behind the answer as the sampler has them. No loss on
     those: what follows the end of turn does not matter, but a model that never saw that many masks is lost among them."""
-    task, view = draw_task(record, rng, recover=0.0, tell=0.35)
+    task, view = draw_task(record, rng, recover=0.0, tell=TELL, forward=FORWARD)
     example = llada.diffusion_example(view, tokenizer, mask_ratio, rng)
     room = pick(rng, (0, 0, 8, 24, 120)) if task == "ask" else 0
     return dataclasses.replace(example, ids=example.ids + [tokenizer.mask_id] * room, labels=example.labels + [IGNORE] * room)
