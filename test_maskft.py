@@ -319,21 +319,11 @@ def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVE
     return path
 
 
-def test_known_tokens(tmp_path):
-    """Pieces by hand, and that text never becomes a special token: without the reference installed, too."""
-    load = lambda **options: data.load_tokenizer(write_tokenizer(tmp_path, **options))
-    tokens = lambda text, **options: [load(**options).bytes_of[i].decode() for i in load(**options).encode(text)]
-    assert tokens("hello world ab") == ["hello", " wo", "r", "l", "d", " ", "ab"]
-    # Digits first makes the spaces before a digit a piece of their own; alone, ByteLevel keeps one with the number.
-    assert tokens("a   12") == ["a", "  ", " ", "12"]
-    assert tokens("a   12", pre_tokenizer=digits(True)) == ["a", "  ", " ", "1", "2"]
-    assert load(normalizer={"type": "NFC"}).encode("e\u0301") == load().encode("é") != load().encode("e\u0301")
-    assert tokens("heo hello", lack="l", merges=["h e", "e o"]) == ["he", "o", " ", "he", "o"]  # l is dropped
-    tokenizer = load(plain=["<think>"])
+def test_special_tokens_never_come_from_text(tmp_path):
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
     ids = tokenizer.encode("<|im_end|><think>hello<|im_start|>")
-    assert not set(ids) & set(tokenizer.special.values())
-    assert tokenizer.added["<think>"] in ids  # an added token that is not special is ordinary text, as in the reference
-    assert tokenizer.decode(ids) == "<think>".join(["<|im_end|>", "hello<|im_start|>"])
+    assert not set(ids) & set(tokenizer.special.values()) and {256 + MERGES.index("hell o"), tokenizer.added["<think>"]} <= set(ids)
+    assert tokenizer.decode(ids) == "<|im_end|><think>hello<|im_start|>"  # <think> is added, not special: ordinary text
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("a"), 10**6]) == "a"
     assert tokenizer.decode([tokenizer.eot_id], special=True) == "<|im_end|>"
 
@@ -522,35 +512,32 @@ def test_bio_has_what_it_promises():
 
 def test_facts_of_nd_made_have_one_order():
     """30 facts begin with the name and 30 end with it, in all wordings; forward questions follow the document."""
-    documents, questions = data.make_nd()
-    paraphrased = data.make_nd(paraphrase="same")[0]
-    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800 and data.make_nd(paraphrase="same")[1] == questions
+    (documents, questions), (paraphrased, same) = data.make_nd(), data.make_nd(paraphrase="same")
+    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800 and questions == same
     assert len({q["question"] for q in questions}) == 480  # three traits tell one person
     for number, person in enumerate(data.draw_people(60, "bio", 0)):
-        told = [person[trait] for trait in ("birth city", "university", "major", "company")]
+        told = [person[trait] for trait in data.TRAITS]
         parts = [person["name"], *told] if number < 30 else [*told, person["name"]]
         for document in (documents[number], *paraphrased[30 * number : 30 * number + 30]):
             places = [document["text"].index(part) for part in parts]
             assert places == sorted(places), document
-        asked = questions[8 * number : 8 * number + 8]
-        assert all(q["answer"].split(" ", 1)[-1] in document["text"] for q in asked)
-        assert sorted(q["direction"] for q in asked) == ["backward"] * 4 + ["forward"] * 4
-        by_name = {q["direction"] for q in asked if q["question"].startswith(person["name"])}
-        assert by_name == {"forward" if number < 30 else "backward"}
+        for question in questions[8 * number : 8 * number + 8]:
+            by_name = question["question"].startswith(person["name"])
+            assert question["direction"] == ("forward" if by_name == (number < 30) else "backward")
+            assert question["answer"].split(" ", 1)[-1] in documents[number]["text"]
 
 
 def test_problems_of_math_made_are_solved_rightly():
     learned, asked = data.make_math(300)
     assert len(learned) == 300 and len(asked) == 75 and len({p["problem"] for p in learned + asked}) == 375
     for problem in learned + asked:
-        steps = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", problem["answer"])
-        assert 2 <= len(steps) == problem["answer"].count("\n") <= 4
+        *lines, end = problem["answer"].split("\n")
         had = re.search(r"has (\d+) ", problem["problem"])[1]
-        for a, sign, b, c, shown in steps:
-            assert a == had and b in problem["problem"] and shown == c
-            assert int(c) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[sign]
+        for line in lines:
+            a, sign, b, c, shown = re.search(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)", line).groups()
+            assert a == had and b in problem["problem"] and shown == c and eval(f"{a}{sign}{b}") == int(c)
             had = c
-        assert problem["answer"].endswith(f"\n#### {had}")
+        assert 2 <= len(lines) <= 4 and end == f"#### {had}"
         assert evaluation.score(problem["answer"], problem)["strict"] == evaluation.score(problem["answer"], problem)["flexible"] == 1
 
 
@@ -575,7 +562,7 @@ def test_how_the_built_in_models_were_made(what, tokenizer, tmp_path, monkeypatc
     assert status == 0 and (tmp_path / "new/tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes(), printed
     flags = ("--data", "world:8", "--epochs", "8", "--eval-at", "8", "--batch-size", "8", "--lr", "1e-3", "--out", tmp_path / "run")
     status, printed = command("tiny/pretrain.py", what, "--model", tmp_path / "new", *flags)
-    assert status == 0 and "tell" not in printed, printed
+    assert status == 0, printed
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == pytest.approx([1e-3, *(1e-3 * (7 - n) / 7 for n in range(7))])
 
