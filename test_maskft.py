@@ -1808,10 +1808,10 @@ def released_sample(model, ids, key_mask, width, block):
     return ids[:, width:].tolist()
 
 
-def benchmark_sampler(path, questions=48, batch=16, length=128, block=4):
+def benchmark_sampler(path, name="bio:40", questions=48, batch=16, length=128, block=4):
     """Seconds that the released loop and llada.sample take for the same questions, alternating; the answers are equal."""
     model, tokenizer = maskft.load(path), data.load_tokenizer(maskft.find_model(path))
-    asked = data.load("bio:40").questions
+    asked = data.load(name).questions
     chosen = random.Random(0).sample(asked, questions)
     prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in chosen]
     seconds, words = {"released": 0.0, "ours": 0.0}, 0
@@ -1894,5 +1894,5 @@ def benchmark_training():
     print("maskft / transformers, the smaller of two each:", {name: round(ours[name] / theirs[name], 3) for name in ours})
 
 
-if __name__ == "__main__":  # python test_maskft.py sampler MODEL, or training
+if __name__ == "__main__":  # python test_maskft.py sampler MODEL [DATA], or training
     {"sampler": benchmark_sampler, "training": benchmark_training}[sys.argv[1]](*sys.argv[2:])
