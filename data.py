@@ -179,7 +179,10 @@ def load_tokenizer(path):
     file = next((path / name for name in readers if (path / name).exists()), None)
     if not file:
         raise UserError(f"{path}: no {' or '.join(readers)} here; give a complete model directory")
-    tok = readers[file.name](file)
+    try:
+        tok = readers[file.name](file)
+    except (AttributeError, KeyError, TypeError) as error:  # a field is missing, or a list where an object should be
+        raise UserError(f"{file}: not a whole tokenizer file ({error!r}); download it again") from None
     tok.template = next((name for name in TEMPLATES if MARKS[name] <= tok.special.keys()), None)
     if not tok.template:
         raise UserError(f"{path}: its special tokens fit none of the chat templates {', '.join(TEMPLATES)}; "

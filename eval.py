@@ -201,8 +201,10 @@ def summarize(runs):
         done = [run["evaluations"] for run in group]
         scores = {name: over_seeds(done, name) for name in headlines(done[0][-1])}
         rows.append(json.loads(setting) | {"seeds": [run["arguments"]["seed"] for run in group], "scores": scores})
-    order = [*METHODS, *data.PARAPHRASES]
-    place = lambda row: (row["data"], is_fixed(row), order.index(row["method"]), order.index(row["paraphrase"]), row["name"])
+    methods, paraphrases = list(METHODS), list(data.PARAPHRASES)
+    rank = lambda method: methods.index(method) if method in METHODS else len(METHODS)  # a method of one's own comes last
+    place = lambda row: (row["data"], is_fixed(row), rank(row["method"]), row["method"],
+                         paraphrases.index(row["paraphrase"]), row["name"])  # fmt: skip
     rows.sort(key=place)
     for alike in [list(some) for _, some in groupby(rows, key=place)]:
         apart = [k for k in OTHERS if any(row[k] != alike[0][k] for row in alike)]
@@ -299,7 +301,7 @@ def draw_bars(axes, rows, headline):
 def draw_ratios(axes, rows, headline):
     """The best score against the mask ratio where it was fixed; dashed, that of a random ratio. The paper's figure 4."""
     for row in rows:
-        color, (mean, low, high) = METHODS[row["method"]], row["scores"][headline]["best"]
+        color, (mean, low, high) = METHODS.get(row["method"], "black"), row["scores"][headline]["best"]
         if is_fixed(row):
             axes.vlines(row["mask_ratio"][0], low, high, color=color)
         else:
@@ -307,7 +309,7 @@ def draw_ratios(axes, rows, headline):
     for method in dict.fromkeys(row["method"] for row in rows):
         fixed = [row for row in rows if row["method"] == method and is_fixed(row)]
         ratios, best = [row["mask_ratio"][0] for row in fixed], [row["scores"][headline]["best"][0] for row in fixed]
-        axes.plot(ratios, best, "o-", color=METHODS[method], label=method)
+        axes.plot(ratios, best, "o-", color=METHODS.get(method, "black"), label=method)
     axes.set_xlabel("mask ratio")
 
 

@@ -256,7 +256,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=128, steps=None, block_leng
 
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of text.
     """
-    steps = steps or max_new_tokens
+    steps = max_new_tokens if steps is None else steps
     return sample(model, prompts, max_new_tokens, steps, block_length, stop_ids=tokenizer.stop_ids, threshold=threshold)
 
 
@@ -268,7 +268,8 @@ def main():
     beside = args.bench and args.model and maskft.read_config(maskft.find_model(args.model)).causal
     args.method = ["sft", "llada"] if beside else ["llada"]  # ordinary fine-tuning of a diffusion model there is not
     builders = {"sft": maskft.sft_example, "llada": diffusion_example}
-    maskft.run_methods(args, {method: builders[method] for method in args.method}, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
+    builders = {method: builders[method] for method in args.method}
+    maskft.run_methods(args, builders, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":

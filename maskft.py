@@ -52,12 +52,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
+import llada
 from data import IGNORE, Example, UserError
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -74,7 +74,7 @@ class Config:
     kv_heads: int
     head_size: int
     mlp_width: int
-    context: int  # longest sequence in tokens: what the model was made for, or its sliding window, which is not implemented
+    context: int  # longest sequence in tokens; of a model with a sliding window, which is not implemented, no more than that
     norm_eps: float
     rope_theta: float
     rope_scaling: dict  # {} = plain RoPE
@@ -90,6 +90,8 @@ class Config:
             size, most = getattr(self, name), 2**10 if name == "layers" else 2**30
             if not isinstance(size, int) or not 0 < size <= most:  # before anything of that size is made
                 raise UserError(f"{name} = {size!r} is not a size from 1 to {most}")
+        if self.heads % self.kv_heads or self.head_size % 2:
+            raise UserError(f"{self.heads} heads of size {self.head_size} do not fit {self.kv_heads} kv_heads, or rotary halves")
 
 
 def read_config(directory):
@@ -110,8 +112,6 @@ def parse_config(raw):
     """The Config in the Hugging Face config of any supported family; both spellings of the RoPE fields."""
     family = raw.get("model_type")
     if family == "llada":
-        import llada  # it imports this file, so not before this file is read
-
         return llada.parse_config(raw)
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
         raise UserError(f"model_type {family!r} is not one of llama, mistral, qwen2, qwen3, llada")
@@ -335,8 +335,6 @@ def checkpoint_names(model, family):
     """{our parameter name: its name in a checkpoint of a family, which is config.json's model_type}."""
     table, names = LLAMA_NAMES, {}
     if family == "llada":
-        import llada
-
         table = llada.LLADA_NAMES
     for name, _ in model.named_parameters():
         stem, kind = name.rsplit(".", 1)  # "blocks.7.q", "weight"
@@ -475,7 +473,8 @@ def mask_tokens(ids, ratio, mask_id, rng):
 def text_of(record):
     """The text of a document; UserError for a record of another kind, which not every method can learn."""
     if "text" not in record:
-        raise UserError(f"this method learns documents; found a {'question with its answer' if 'question' in record else 'person'}: "
+        found = "question with its answer" if "question" in record else "person"
+        raise UserError(f"this method learns documents; found a {found}: "
                         "use masked or sft for questions, tiny/pretrain.py for people")  # fmt: skip
     return record["text"]
 
@@ -489,8 +488,9 @@ def masked_example(record, tokenizer, mask_ratio, rng):
     if "question" in record:
         return masked_answer(record, tokenizer, mask_ratio, rng)
     document = tokenizer.encode(text_of(record))
-    masked, _ = mask_tokens(document, draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
-    return recovery(masked, document, tokenizer)
+    ratio = draw_ratio(mask_ratio, rng)  # 1. a ratio, drawn anew every time the document is seen
+    masked, _ = mask_tokens(document, ratio, tokenizer.mask_id, rng)  # 2. each token masked with that probability
+    return recovery(masked, document, tokenizer)  # 3. a chat that recovers it, 4. with loss on the whole document
 
 
 def masked_answer(record, tokenizer, mask_ratio, rng):
@@ -500,6 +500,7 @@ def masked_answer(record, tokenizer, mask_ratio, rng):
     question = tokenizer.encode(RECOVER_ANSWER.format(record.get("problem", record["question"])))
     prompt = tokenizer.chat([{"role": "user", "content": question + masked + tokenizer.encode(RETURN_ANSWER)}])
     labels = [IGNORE] * len(prompt) + [token if h else IGNORE for token, h in zip(answer, hit)]
+    # no end of turn: it has no twin in the prompt [paper, math]
     return Example(prompt + answer, labels, weight=1.0, share=int(hit.sum()))
 
 
@@ -572,7 +573,7 @@ def loss_sum(x, norm, head, labels, weights):
         logits = F.linear(norm(x), head)  # (CHUNK, V)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
-    total = x.float().sum() * 0.0
+    total = x.float().sum() * 0.0  # a rank without a label has a gradient all the same: zero
     *chunks, last = zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK))
     for chunk in chunks:
         total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
@@ -611,7 +612,7 @@ def generate(model, prompts, max_new_tokens=128, stop_ids=()):
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
 
-TIMEOUT = 3600  # seconds in which a step or a batch of answers is done, and the other ranks' answers come
+TIMEOUT = 3600  # seconds that a step, or a batch of answers, may take before its rank is taken to hang
 
 
 def rank():
@@ -638,6 +639,8 @@ def start_processes():
     # gloo beside nccl: small objects and checkpoints travel by it; `watch` has its say before a collective gives up
     backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=TIMEOUT + 300)
     dist.init_process_group(backend, timeout=patience, **alone)
+    if rank():
+        huggingface_hub.utils.disable_progress_bars()  # of downloads; the training bar is rank 0's alone
     return device
 
 
@@ -649,7 +652,8 @@ def watch(run, where):
         os.write(2, f"[rank {rank()}] {where}: no progress in {TIMEOUT} seconds, at\n{''.join(stack)}".encode())
         os._exit(1)  # torchrun ends the others, which were waiting for this one, and most likely say where
 
-    run.alarm.cancel()
+    if run.alarm:
+        run.alarm.cancel()
     run.alarm = threading.Timer(TIMEOUT, end)
     run.alarm.daemon = True
     run.alarm.start()
@@ -686,7 +690,8 @@ def memory(model, gpus, sequences, tokens, size=2, recompute=False):
     # what a layer keeps of a row for backward: four vectors of the width (the inputs of norms and of what follows them),
     # queries and their answers, keys, values; gate and up
     kept = size * rows * (4 * c.width + 2 * (c.heads + c.kv_heads) * c.head_size + 2 * c.mlp_width)
-    logits = min(CHUNK, rows) * c.vocab * (8 + size % 4)  # fp32 logits and softmax, and where it is not fp32 what they are made of
+    # fp32 logits and softmax, and in bf16 also what they are made of
+    logits = min(CHUNK, rows) * c.vocab * (8 + size % 4)
     return {
         "weights": 4 * n / gpus,
         "gradients": 4 * n / gpus,
@@ -702,17 +707,19 @@ def fit_memory(run, model):
     """Set what makes training fit into memory: blocks run again in backward, answers with one layer gathered at a time;
     said aloud, and UserError where that is not enough."""
     if run.device.type == "cuda":
-        have = torch.cuda.get_device_properties(run.device).total_memory
+        have = float(torch.cuda.get_device_properties(run.device).total_memory)
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = 0.9 * have  # libraries and holes take their share
+    have = torch.tensor(have, dtype=torch.float64)
+    dist.all_reduce(have, dist.ReduceOp.MIN)  # all ranks decide alike: `layered` changes what collectives they make
+    room = 0.9 * have.item()  # libraries and holes take their share
     size, rows = getattr(torch, run.dtype).itemsize, min(run.micro_batch_size, run.batch_size // world_size())
     shape = world_size(), rows, min(run.max_len, model.config.context), size
     plain, parts = memory(model, *shape), memory(model, *shape, recompute=True)
     if sum(parts.values()) > room:
         shown = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items())
         raise UserError(f"each process needs {sum(parts.values()) / 0.9 / 2**30:.1f} GiB of memory ({shown}) and has "
-                        f"{have / 2**30:.1f}: use more GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, "
+                        f"{have.item() / 2**30:.1f}: use more GPUs (torchrun --nproc_per_node), a smaller --micro-batch-size, "
                         "--max-len or --model")  # fmt: skip
     model.recompute = sum(plain.values()) > room
     whole = size * sum(p.numel() for p in model.parameters())
@@ -780,6 +787,7 @@ def load_checkpoint(run):
         raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {file.parent} and give the same "
                         f"--resume again: it goes on from {older}")  # fmt: skip
     weights, moments = get_state_dict(run.decoder, run.optimizer)
+    # DCP unpickles .metadata: go on only with runs of your own
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=saved[-1])  # in place
     set_state_dict(run.decoder, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(saved[-1].name[5:])
@@ -856,9 +864,9 @@ def train(run):
     was scored. differs from masked_arLLM, which trains one epoch past its last evaluation.
     """
     stopping, saved_at, log = False, time.monotonic(), open_log(run) if rank() == 0 else None
-    every = 0.1 if sys.stderr.isatty() else 60  # seconds; in a log file each refresh is a line
+    refresh = 0.1 if sys.stderr.isatty() else 60  # seconds; in a log file each refresh is a line
     bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True,
-               mininterval=every, maxinterval=max(every, 10))  # fmt: skip
+               mininterval=refresh, maxinterval=max(refresh, 10))  # fmt: skip
     for step in range(run.start, run.steps):
         # 1. the rate of this step
         for group in run.optimizer.param_groups:
@@ -877,8 +885,8 @@ def train(run):
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.save_every
         loss, stopping, saving = sum_over_ranks(loss, len(run.stop), due)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}. Try a lower --lr; "
-                            f"{how_to_go_on(run)}")  # fmt: skip
+            raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}: "
+                            "begin again with a lower --lr")  # fmt: skip
         # 4. log
         if rank() == 0:
             speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
@@ -899,6 +907,8 @@ def train(run):
     bar.close()
     evaluate_and_record(run, run.steps, run.epochs)
     save(run.decoder, run.out)
+    if rank() == 0 and checkpoints(run.out):  # three times the size of the model each, and of no more use
+        shutil.rmtree(run.out / "ckpt")
     if rank() == 0 and run.predictions and find_spec("matplotlib"):
         evaluation.plot([run.results], run.out / "curves.png")
     return True
@@ -958,6 +968,8 @@ def listen_for_stop():
     def ask(number, frame):
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step; once more ends at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -973,14 +985,23 @@ def memory_gib(device):
 
 def bench(run):
     """{what: figure} of a training step: the faster of two, after one that counts FLOPs; of one GPU."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
     examples = [build(run, i % len(run.dataset.documents), epoch=0) for i in range(run.batch_size)]
     with FlopCounterMode(display=False) as counter:
         update(run, examples)
-    timer = Timer("update(run, examples)", globals={"update": update, "run": run, "examples": examples},
-                  num_threads=torch.get_num_threads())  # fmt: skip
-    seconds = min(timer.timeit(1).mean for _ in range(2))  # waits for the GPU
-    tokens = sum(len(e.ids) for e in examples) / world_size()
-    return {"s/step": seconds, "tokens/s": tokens / seconds, "TFLOP/step": counter.get_total_flops() / 1e12,
+
+    def seconds():
+        began = time.perf_counter()
+        update(run, examples)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    taken, tokens = min(seconds(), seconds()), sum(len(e.ids) for e in examples) / world_size()
+    return {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": counter.get_total_flops() / 1e12,
             "peak GiB": memory_gib(run.device)}  # fmt: skip
 
 
@@ -998,7 +1019,7 @@ def bench_table(rows):
 # Where no flag says otherwise. Steps: one and a half times what 95 % of the plateau takes, 3/k of the paper's fitted
 # curves; of GSM8K the paper's 7 epochs; documents of one's own count as wiki, which is natural text too. Rates: paper A.4.
 STEPS = {"bio": 5000, "bio-released": 5000, "nd": 1400, "nd-made": 1400, "wiki": 1550, "gsm8k": 810, "math-made": 810}
-RATES = {"masked": 5e-6, "random": 5e-6, "sft": 5e-6, "raw": 5e-6, "reverse": 5e-6, "llada": 1e-5}
+AR_RATE, MASKED_8B_RATE, DIFFUSION_RATE = 5e-6, 3e-6, 1e-5  # masked fine-tuning of Llama-8B, and its control, go slower
 # models narrower than TINY_WIDTH, made here: method -> (steps, lr), in batches of TINY_BATCH
 TINY_WIDTH, TINY_BATCH = 512, 20
 TINY = {"sft": (100, 5e-4), "raw": (100, 5e-4), "reverse": (200, 5e-4), "masked": (300, 6e-4), "random": (300, 6e-4),
@@ -1073,26 +1094,23 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         say(f"model {args.model} (the default {why})")
     args.method = args.method or (["sft", "masked"] if args.model == "tiny" else ["masked"])
     args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
-    for number, method in enumerate(args.method):
-        run = None  # the last method's model and moments go before the next one's come
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif args.bench and Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
-        run = open_run(args, method, builders[method], device, results)
+    # all methods first, so that a mistake in the last one does not wait for the training of the others
+    runs = [prepare(args, method, builders[method], device) for method in args.method]
+    for number, run in enumerate(runs):
+        open_run(run, args, results)
         run.stop, run.rate = stop, rate
         if args.bench:
-            finished.append({"method": method, **bench(run)})
+            finished.append({"method": run.method, **bench(run)})
+            close_run(run)
             continue
-        say(f"{method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, {run.epochs} epochs = "
-            f"{run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
+        say(f"{run.method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, "
+            f"{run.epochs} epochs = {run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
         try:
             done, left = train(run), args.method[number + 1 :]
         except (OSError, safetensors.SafetensorError, CheckpointException) as error:  # of files, training only writes
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
-        run.alarm.cancel()
+        close_run(run)
         if left and any(sum_over_ranks(len(stop))):
             say(f"stopped; not begun: --method {' '.join(left)}")
             return
@@ -1105,57 +1123,78 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
 def unfinished(out, builders):
     """The results so far of a run that --resume names; UserError where it cannot go on."""
     results = data.read_json(Path(out) / "results.json")
-    if results["arguments"]["method"] not in builders:
-        raise UserError(f"--resume {out}: a run of {results['arguments']['method']}, which the other script goes on with")
-    ended = any(e["epoch"] == results["arguments"]["epochs"] for e in results["evaluations"])
-    if ended and not checkpoints(Path(out)):  # it would begin anew, over what is there
+    method = results.get("arguments", {}).get("method")
+    if method not in builders:
+        raise UserError(f"--resume {out}: a run of {method}, not of one of this script's methods, {', '.join(builders)}")
+    if any((Path(out) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):  # saved last
         raise UserError(f"--resume {out}: this run is finished. To ask its questions again: python eval.py --model {out}")
     return results
 
 
-def open_run(args, method, example, device, results):
-    """A run with every setting decided and everything loaded: new, or with its `results` where a checkpoint left it."""
+def prepare(args, method, example, device):
+    """A run with every setting decided and its data checked, before there are weights."""
     run = argparse.Namespace(**{name: getattr(args, name) for name in SETTINGS})
-    run.method, run.example, run.device, run.start, run.answer = method, example, device, 0, answer
-    run.alarm = threading.Timer(TIMEOUT, print)  # never started: `watch` puts its own in this place
-    directory = find_model(run.model)
-    config, run.tokenizer = read_config(directory), data.load_tokenizer(directory)
+    run.method, run.example, run.device, run.start, run.alarm = method, example, device, 0, None
+    run.directory, run.named = find_model(run.model), args.out and args.out + (f"-{method}" if args.method[1:] else "")
+    config, run.tokenizer = read_config(run.directory), data.load_tokenizer(run.directory)
     if method == "llada":
-        import llada
-
-        config, run.answer = llada.check_or_adapt(config, run.tokenizer), llada.answer
+        config = llada.check_or_adapt(config, run.tokenizer)
+    run.answer = answer if config.causal else llada.answer
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
     native, why = native_dtype(device)
     why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
     say(f"{method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
-    config.raw = {**config.raw, "torch_dtype" if "torch_dtype" in config.raw else "dtype": run.dtype}
+    config.raw = {name: value for name, value in config.raw.items() if name != "dtype"} | {"torch_dtype": run.dtype}
     # the policy makes the parameters bf16 already: autocast copies no weight, and covers what is not a parameter
     run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     with torch.device("meta"):
-        model = Model(config)
-    fit_memory(run, model)
-    run.decoder = shard(model, device, getattr(torch, run.dtype))
+        run.decoder = Model(config)
+    fit_memory(run, run.decoder)
+    if run.named and (Path(run.named).is_file() or Path(run.named).is_dir() and any(Path(run.named).iterdir())):
+        raise UserError(f"--out {run.named} is in use: give another name, or go on with --resume {run.named}")
+    return run
+
+
+def open_run(run, args, results):
+    """Weights, optimizer and directory of a run: new, or with its `results` where a checkpoint left it."""
+    shard(run.decoder, run.device, getattr(torch, run.dtype))
     if args.bench:  # speed does not depend on the weights
-        run.decoder.to_empty(device=device)
+        run.decoder.to_empty(device=run.device)
         for parameter in run.decoder.parameters():
             nn.init.normal_(parameter.to_local(), std=0.02)
     else:
-        load_weights(run.decoder, directory, device)
-        run.out = Path(args.resume) if results else new_directory(args, run)
+        load_weights(run.decoder, run.directory, run.device)
+        run.out = Path(args.resume) if results else new_directory(run)
     run.optimizer = make_optimizer(run.decoder, run.lr)
+    learned = hashlib.sha256(json.dumps(run.dataset.documents).encode()).hexdigest()
     if results:
+        if results["documents"] != learned:
+            raise UserError(f"--resume {run.out}: --data {run.data} is not what it was when the run began: "
+                            "bring that back, or begin a new run")  # fmt: skip
         run.start = load_checkpoint(run)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": {
-        "device": name, "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]},
-        "decoding": evaluation.decoding(run.dataset.questions, config.causal)}  # fmt: skip
+    gpu = run.device.type == "cuda"
+    environment = {"device": torch.cuda.get_device_name(run.device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+                   "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}  # fmt: skip
+    how = evaluation.decoding(run.dataset.questions, run.decoder.config.causal)
+    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment,
+                              "documents": learned, "decoding": how}  # fmt: skip
     run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
     if rank() == 0 and not args.bench and not results:
-        data.copy_tokenizer(directory, run.out)
+        data.copy_tokenizer(run.directory, run.out)
         evaluation.write_results(run.out, run.results, [])
-    return run
+
+
+def close_run(run):
+    """Give the memory of model and moments back, before the next method's are made."""
+    if run.alarm:
+        run.alarm.cancel()
+    run.decoder = run.optimizer = None
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def decide(run, config):
@@ -1175,10 +1214,11 @@ def decide(run, config):
         raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: "
                         "give --batch-size a multiple")  # fmt: skip
     run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
-    like = run.method if run.method in RATES else "masked"  # of a method of one's own nothing is known
-    steps, rate = TINY[like] if tiny else (STEPS.get(run.dataset.name, STEPS["wiki"]), RATES[like])
-    if run.method == "masked" and config.raw["model_type"] == "llama" and config.width >= 4096:
-        rate = 3e-6  # goes slower [paper A.4]
+    steps, rate = STEPS.get(run.dataset.name, STEPS["wiki"]), DIFFUSION_RATE if diffusion else AR_RATE
+    if run.method in ("masked", "random") and config.raw["model_type"] == "llama" and config.width >= 4096:
+        rate = MASKED_8B_RATE
+    if tiny:  # of a method of one's own nothing is known
+        steps, rate = TINY.get(run.method, TINY["masked"])
     run.lr = run.lr or rate
     check_dataset(run, config.context)
     run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)
@@ -1222,19 +1262,14 @@ def native_dtype(device):
     return "float32", "bfloat16 is not native here"
 
 
-def new_directory(args, run):
-    """A free directory for the run; UserError if --out names one in use."""
+def new_directory(run):
+    """The directory of a new run, made: what --out names, or the next free number."""
     numbered = (f"out/{run.dataset.name}-{run.method}-{n}" for n in count(1))
-    named = args.out and (args.out if len(args.method) == 1 else f"{args.out}-{run.method}")
-    choice = [named or next(name for name in numbered if not Path(name).exists())]
+    choice = [run.named or next(name for name in numbered if not Path(name).exists())]
     dist.broadcast_object_list(choice)  # what rank 0 saw: others may look later
-    out = Path(choice[0])
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} is in use: give another name, or go on with --resume {out}")
-    dist.barrier()
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    return out
+        Path(choice[0]).mkdir(parents=True, exist_ok=bool(run.named))  # of two runs that saw the same number, one ends here
+    return Path(choice[0])
 
 
 @record  # any other error: torchrun ends the run, and shows the traceback of the rank that failed first

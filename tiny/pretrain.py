@@ -90,7 +90,7 @@ def strangers():
 
 # of a diffusion model's practice, the share of biographies, and of the questions the share of forward ones; the last two
 # stages of tiny-llada had 0.6, 0.35 and 0.5, 0.5
-TELL, FORWARD = 0.35, 0.35
+TELL_SHARE, FORWARD_SHARE = 0.35, 0.35
 
 
 def draw_task(record, rng, recover=0.55, tell=0.15, forward=0.35):
@@ -137,7 +137,7 @@ def ar_example(record, tokenizer, mask_ratio, rng):
 def diffusion_example(record, tokenizer, mask_ratio, rng):
     """A diffusion model unmasks a biography or an answer, with masks behind the answer as the sampler has them. No loss on
     those: what follows the end of turn does not matter, but a model that never saw that many masks is lost among them."""
-    task, view = draw_task(record, rng, recover=0.0, tell=TELL, forward=FORWARD)
+    task, view = draw_task(record, rng, recover=0.0, tell=TELL_SHARE, forward=FORWARD_SHARE)
     example = llada.diffusion_example(view, tokenizer, mask_ratio, rng)
     room = pick(rng, (0, 0, 8, 24, 120)) if task == "ask" else 0
     return dataclasses.replace(example, ids=example.ids + [tokenizer.mask_id] * room, labels=example.labels + [IGNORE] * room)
