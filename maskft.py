@@ -91,7 +91,8 @@ class Config:
             if not isinstance(size, int) or not 0 < size <= most:  # before anything of that size is made
                 raise UserError(f"{name} = {size!r} is not a size from 1 to {most}")
         if self.heads % self.kv_heads or self.head_size % 2:
-            raise UserError(f"{self.heads} heads of size {self.head_size} do not fit {self.kv_heads} kv_heads, or rotary halves")
+            raise UserError(f"heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}, or "
+                            f"head_size = {self.head_size} is odd")  # fmt: skip
 
 
 def read_config(directory):
@@ -1151,9 +1152,9 @@ def prepare(args, method, example, device):
     run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     with torch.device("meta"):
         run.decoder = Model(config)
-    fit_memory(run, run.decoder)
     if run.named and (Path(run.named).is_file() or Path(run.named).is_dir() and any(Path(run.named).iterdir())):
         raise UserError(f"--out {run.named} is in use: give another name, or go on with --resume {run.named}")
+    fit_memory(run, run.decoder)  # all ranks meet here: none writes into --out before all have looked
     return run
 
 

@@ -206,6 +206,8 @@ def test_generation_stops_with_its_last_row():
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "not a multiple of kv_heads = 3"),
+        ({"head_dim": 15}, "head_size = 15 is odd"),
     ],
 )
 def test_config_that_is_not_implemented(change, message, model_dir):
@@ -378,6 +380,14 @@ def test_refused_by_name(tmp_path, options, says):
     with pytest.raises(data.UserError, match=says) as error:
         data.load_tokenizer(write_tokenizer(tmp_path, **options))
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 3}', "{"])
+def test_a_broken_tokenizer_file_is_named(text, tmp_path):
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    file.write_text(text)
+    with pytest.raises(data.UserError, match=re.escape(str(file))):
+        data.load_tokenizer(tmp_path)
 
 
 def test_llama3_tiktoken_file(tmp_path):
@@ -1372,6 +1382,7 @@ MISTAKES = {
     "--model my/models/x": "not a hub id",
     "--data world:9": "found a person: use masked or sft for questions, tiny/pretrain.py for people",
     "--method sft --out taken": "--out taken is in use",
+    "--method sft random --data math-made": "found a question with its answer: use masked or sft",  # before sft is trained
 }
 
 
@@ -1484,9 +1495,9 @@ def saved_often(tmp_path_factory):
     assert forked(*SHORT, "--save-every", "1e-9", "--out", out, before=lambda: die_in_save(1))[0] == -signal.SIGKILL
     assert forked("--resume", out, before=lambda: die_in_save(4))[0] == -signal.SIGKILL
     assert [p.name for p in maskft.checkpoints(out)] == ["step-2", "step-3"] and (out / "ckpt" / "part-4").is_dir()
-    for _ in range(int(os.environ.get("MASKFT_KILLS", 1))):
-        forked("--resume", out, kill_after=random.uniform(0.3, 2))
     unsaved = lambda: setattr(maskft, "save", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    for _ in range(int(os.environ.get("MASKFT_KILLS", 1))):
+        forked("--resume", out, before=unsaved, kill_after=random.uniform(0.3, 2))
     assert forked("--resume", out, before=unsaved)[0] == -signal.SIGKILL
     return out
 
@@ -1525,6 +1536,19 @@ def test_resumed_on_another_number_of_processes(finished, saved_often, tmp_path)
     assert status == 0, printed
     assert [m["step"] for m in metrics(run)] == list(range(6))
     assert metrics(run)[5]["loss"] == pytest.approx(metrics(finished[0])[5]["loss"], rel=1e-5)
+
+
+def test_other_data_end_a_resume(tmp_path):
+    facts, out = tmp_path / "facts.jsonl", tmp_path / "run"
+    facts.write_text(json.dumps({"text": "Edda works in Oslo."}) + "\n" + json.dumps({"text": "Ragna works in Bergen."}) + "\n")
+    assert forked("--model", "tiny", "--data", facts, "--method", "masked", "--epochs", "2", "--save-every", "1e-9", "--out", out,
+                  before=lambda: die_in_save(2))[0] == -signal.SIGKILL  # fmt: skip
+    facts.write_text(facts.read_text().replace("Oslo", "Rome"))
+    status, printed = forked("--resume", out)
+    assert status == 1 and f"--data {facts} is not what it was when the run began" in printed and "Traceback" not in printed
+    facts.write_text(facts.read_text().replace("Rome", "Oslo"))
+    status, printed = forked("--resume", out)
+    assert status == 0, printed
 
 
 BREAKING = """
