@@ -1864,29 +1864,24 @@ SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hi
 
 
 def cost_of(which):
-    """Of a masked step of 8 x 256: seconds, TFLOP, GiB at its peak above the libraries, share of the speed of a large matmul;
-    and seconds of 16 x (40 + 64) greedy tokens."""
+    """Of a masked step of 8 x 256: seconds, TFLOP, share of the speed of a large matmul, GiB at its peak (resident, above the
+    libraries; and given out by torch's allocator), shares of its time; and seconds of 16 x (40 + 64) greedy tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM  # for both, so that both begin alike
 
     torch.manual_seed(0)
     libraries = maskft.memory_gib(torch.device("cpu"))
     ids, prompts = torch.randint(9, 49152, (8, 256)), torch.randint(9, 49152, (16, 40))
     labels = ids.where(torch.arange(256) >= 141, IGNORE)  # a document's share of its masked example, about
-    if which == "maskft":
-        maskft.start_processes()
-        with torch.device("meta"):
-            model = maskft.Model(maskft.parse_config({**SMOLLM2, "model_type": "llama"}))
-        model = maskft.shard(model, torch.device("cpu"), torch.float32)
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter.to_local(), std=0.02)
-        loss = lambda: model(ids, labels=labels, weights=torch.ones(8)) / (8 * 115)
-        answer = lambda: maskft.generate(model, prompts.tolist(), 64)
-    else:
+    if which == "transformers":
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, attn_implementation="sdpa"))
         loss = lambda: model(ids, labels=labels).loss
         answer = lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=64, min_new_tokens=64,
                                         do_sample=False, pad_token_id=0)  # fmt: skip
+    else:
+        maskft.start_processes()
+        model = sharded_model(torch.float32, which == "maskft, recomputing", **SMOLLM2)[1]
+        loss = lambda: model(ids, labels=labels, weights=torch.ones(8)) / (8 * 115)
+        answer = lambda: maskft.generate(model, prompts.tolist(), 64)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
@@ -1902,23 +1897,35 @@ def cost_of(which):
 
     with FlopCounterMode(display=False) as counter:
         step()
+    step()  # the memory that one step frees is there for the next: the first ones wait for the system's
     matrix, flops = torch.randn(2048, 2048), counter.get_total_flops()
     peak = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix) for _ in range(3))
-    costs = {"step": seconds(step), "GiB": maskft.memory_gib(torch.device("cpu")) - libraries, "TFLOP": flops / 1e12}
-    with maskft.gathered(model) if which == "maskft" else contextlib.nullcontext():
-        return {**costs, "of matmul peak": flops / costs["step"] / peak, "answers": seconds(answer)}
+    costs = {"step": min(seconds(step), seconds(step)), "TFLOP": flops / 1e12}
+    costs |= {"of matmul peak": flops / costs["step"] / peak, "resident GiB": maskft.memory_gib(torch.device("cpu")) - libraries}
+    kept = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and moments
+    costs["allocated GiB"] = (kept + allocated_peak(step)) / 2**30
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    taken = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    for kind in ("mm", "scaled_dot_product", "softmax"):
+        costs[f"in {kind}"] = sum(t for name, t in taken.items() if kind in name and "::" in name) / sum(taken.values())
+    with contextlib.nullcontext() if which == "transformers" else maskft.gathered(model):
+        costs["answers"] = seconds(answer)
+    return costs
 
 
 def benchmark_training():
     """A step and answers of SmolLM2-135M's shape, ours and transformers' alternating, each in a process of its own; then the
     ratios, of which that of the FLOPs is what the step's time should come to: ours makes logits at labels alone."""
-    costs = {"maskft": [], "transformers": []}
+    costs = {"maskft": [], "transformers": [], "maskft, recomputing": []}
     for which in [*costs] * 2:
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             costs[which].append(pool.submit(cost_of, which).result())
         print(which, {name: round(figure, 3) for name, figure in costs[which][-1].items()}, flush=True)
-    ours, theirs = ({name: min(cost[name] for cost in both) for name in both[0]} for both in costs.values())
-    print("maskft / transformers, the smaller of two each:", {name: round(ours[name] / theirs[name], 3) for name in ours})
+    least = {which: {name: min(cost[name] for cost in both) for name in both[0]} for which, both in costs.items()}
+    theirs = least.pop("transformers")
+    for which, ours in least.items():
+        print(f"{which} / transformers, the smaller of two each:", {name: round(ours[name] / theirs[name], 3) for name in ours})
 
 
 if __name__ == "__main__":  # python test_maskft.py sampler MODEL [DATA], or training
