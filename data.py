@@ -181,7 +181,7 @@ def load_tokenizer(path):
         raise UserError(f"{path}: no {' or '.join(readers)} here; give a complete model directory")
     try:
         tok = readers[file.name](file)
-    except (AttributeError, KeyError, TypeError) as error:  # a field is missing, or a list where an object should be
+    except (AttributeError, KeyError, TypeError, regex.error) as error:  # a field is missing, a list for an object, ...
         raise UserError(f"{file}: not a whole tokenizer file ({error!r}); download it again") from None
     tok.template = next((name for name in TEMPLATES if MARKS[name] <= tok.special.keys()), None)
     if not tok.template:
@@ -328,13 +328,10 @@ def last_merge(token, ranks):
     return low
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")  # fmt: skip
-
-
 def copy_tokenizer(source, target):
     """Copy what belongs to the tokenizer, so that a saved model is a whole model directory."""
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                 "generation_config.json", "chat_template.jinja"):  # fmt: skip
         if (Path(source) / name).is_file():
             shutil.copy(Path(source) / name, Path(target) / name)
 
@@ -572,8 +569,10 @@ class Dataset:
     questions: list  # {"question", "answer", "direction": "forward" | "backward", "group"}
 
 
-# --paraphrase: how the name of its training file ends in the released layout
-PARAPHRASES = {"none": "no_paraphrase", "same": "paraphrase(_same_order)?", "permute": "paraphrase_change_order"}
+# --paraphrase: what its training file is called in the released layout
+PARAPHRASES = {"none": "people-description|.*_train_no_paraphrase",
+               "same": "people-description|.*_train_paraphrase(_same_order)?",
+               "permute": ".*_train_paraphrase_change_order"}  # fmt: skip
 ND_FILE, ND_WORDINGS = "people-description.json", 30  # thinking_bias: the 30 wordings of a fact stand one after the other
 
 # Generated sets: what makes them, how many of what unless told, the paraphrases they have. Published ones: where they are, by
@@ -597,7 +596,9 @@ SETS = {
         files={"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
                "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}, twin="math-made"),
 }  # fmt: skip
-DATA_HELP = f"{', '.join(SETS)} (generated ones also as bio:PEOPLE), or a file or directory of one's own"
+# what training is offered: `world` is there to make and to examine the built-in models, in tiny/pretrain.py and eval.py
+OFFERED = ", ".join(name for name in SETS if name != "world")
+DATA_HELP = f"{OFFERED} (generated ones also as bio:PEOPLE), or a file or directory of one's own"
 
 
 def load(name, paraphrase="none", seed=0):
@@ -612,13 +613,13 @@ def load(name, paraphrase="none", seed=0):
     if "make" in SETS.get(kind, {}):
         make, usual, what, paraphrases = SETS[kind].values()
         count = count or str(usual)
-        if not count.isdigit() or int(count) == 0 or paraphrase not in paraphrases:
+        if not count.isdecimal() or int(count) == 0 or paraphrase not in paraphrases:
             raise UserError(f"--data {name} --paraphrase {paraphrase}: {kind} takes a number of {what}, as in {kind}:20, "
                             f"and --paraphrase {' or '.join(paraphrases)}")  # fmt: skip
         return Dataset(kind, *make(int(count), paraphrase, seed))
     path = fetch(name) if name in SETS else Path(name)
     if not path.exists():
-        raise UserError(f"--data {name}: none of {', '.join(SETS)}, nor a file or directory that exists")
+        raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
     documents, questions = [], []
     for file in dataset_files(path, paraphrase):
         learned = file.stem == "train"
@@ -646,17 +647,17 @@ def fetch(name):
         try:
             if not path.exists():
                 download(address + file, path)
-            text = path.read_bytes()
+            found = sha256(path.read_bytes()).hexdigest()
         except (OSError, HTTPException, UnicodeDecodeError) as error:
             raise UserError(
                 f"--data {name}: {address}{file} could not be had ({error}) and is not at {path}. Put it there, or give a "
                 f"directory with such files (--data DIR), or take the generated twin, which needs no network: --data {twin}"
             ) from None
         if not digest and not note.exists():
-            write_text(note, sha256(text).hexdigest())
+            write_text(note, found)
         digest = digest or note.read_text()
-        if sha256(text).hexdigest() != digest:
-            raise UserError(f"{path}: its sha256 is {sha256(text).hexdigest()}, not {digest}: delete it to fetch it again")
+        if found != digest:
+            raise UserError(f"{path}: its sha256 is {found}, not {digest}: delete it to fetch it again")
     return directory
 
 
@@ -673,11 +674,10 @@ def dataset_files(path, paraphrase):
     if path.is_file() and paraphrase == "none":
         return [path]
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
-    ending = "people-description|" * (paraphrase != "permute") + f".*_train_{PARAPHRASES[paraphrase]}"
-    training = [p for p in files if "_train_" in p.name or p.name == ND_FILE]
-    wanted = [p for p in training if regex.fullmatch(ending, p.stem)]
+    training, pattern = [p for p in files if "_train_" in p.name or p.name == ND_FILE], PARAPHRASES[paraphrase]
+    wanted = [p for p in training if regex.fullmatch(pattern, p.stem)]
     if (training or paraphrase != "none") and len(wanted) != 1:
-        raise UserError(f"--data {path}: needs one training file for --paraphrase {paraphrase}, {ending}.json; "
+        raise UserError(f"--data {path}: needs one training file for --paraphrase {paraphrase}, {pattern}.json; "
                         f"training files found: {', '.join(p.name for p in training) or 'none'}")  # fmt: skip
     return [p for p in files if p not in training or p in wanted]
 
@@ -686,7 +686,7 @@ def read_records(path):
     """("FILE, line N", record) for every record of a JSON list or of JSON lines; a bad one is a UserError naming it."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        pairs = [(f"{path}, item {n}", record) for n, record in enumerate(read_json(path), 1)]
+        pairs = [(f"{path}, item {n}", record) for n, record in enumerate(parse_json(text, path), 1)]
     else:
         lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         pairs = [(where, parse_json(line, where)) for where, line in lines]
@@ -770,9 +770,9 @@ def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and what the counts are."""
     text, mask_id = "", tokenizer.mask_id  # a property that searches
     # runs of tokens of one kind, decoded together: a character may be several tokens
-    kinds = [(label != IGNORE, token == mask_id) for token, label in zip(example.ids, example.labels)]
-    for (loss, masked), run in groupby(zip(kinds, example.ids), key=lambda pair: pair[0]):
-        ids = [token for _, token in run]
+    pairs = zip(example.ids, example.labels)
+    for (loss, masked), run in groupby(pairs, key=lambda pair: (pair[1] != IGNORE, pair[0] == mask_id)):
+        ids = [token for token, _ in run]
         part = "_" * len(ids) if masked else tokenizer.decode(ids, special=True)
         text += f"[{part}]" if loss else part
     masked, supervised = example.ids.count(mask_id), sum(label != IGNORE for label in example.labels)

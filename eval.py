@@ -84,7 +84,7 @@ def math_scores(prediction, reference):
     return {k: float([bare(number) for number in numbers] == [bare(reference)]) for k, numbers in found.items()}
 
 
-METRICS = ("rouge1", "exact", "f1", "strict", "flexible")
+METRICS = ("rouge1", "exact", "f1", "strict", "flexible", "length")
 
 
 def score(prediction, question):
@@ -97,7 +97,7 @@ def score(prediction, question):
 
 
 def average(predictions):
-    """Scores by direction and by direction and group: {cell: {metric: mean, ..., "length", "n", "interval": {metric: [low,
+    """Scores by direction and by direction and group: {cell: {metric: mean, ..., "n", "interval": {metric: [low,
     high]}}}. Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement: how much hangs on the
     questions. How much hangs on chance in training, only more seeds tell."""
     cells = {}
@@ -109,9 +109,7 @@ def average(predictions):
         values = np.array([[p[k] for k in metrics] for p in some])  # (n, metrics)
         draws = np.random.default_rng(0).integers(len(some), size=(1000, len(some)))
         ends = np.quantile([values[draw].mean(0) for draw in draws], (0.025, 0.975), axis=0).T.tolist()
-        length = sum(p["length"] for p in some) / len(some)
-        means = dict(zip(metrics, values.mean(0).tolist()))
-        cells[cell] = {**means, "length": length, "n": len(some), "interval": dict(zip(metrics, ends))}
+        cells[cell] = {**dict(zip(metrics, values.mean(0).tolist())), "n": len(some), "interval": dict(zip(metrics, ends))}
     return dict(sorted(cells.items()))
 
 
@@ -146,9 +144,8 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         chunk = mine[start : start + BATCH]
         texts = [tokenizer.decode(ids).strip() for ids in answer([prompts[i] for i in chunk], max_new_tokens=longest)]
         answered |= {i: {**questions[i], "prediction": t, **score(t, questions[i])} for i, t in zip(chunk, texts)}
-    shares = [answered]
+    shares = [answered] * world
     if world > 1:
-        shares *= world
         dist.all_gather_object(shares, answered)
     answered = {i: prediction for share in shares for i, prediction in share.items()}
     predictions = [answered[i] for i in range(len(questions))]
@@ -201,10 +198,11 @@ def summarize(runs):
         done = [run["evaluations"] for run in group]
         scores = {name: over_seeds(done, name) for name in headlines(done[0][-1])}
         rows.append(json.loads(setting) | {"seeds": [run["arguments"]["seed"] for run in group], "scores": scores})
-    methods, paraphrases = list(METHODS), list(data.PARAPHRASES)
-    rank = lambda method: methods.index(method) if method in METHODS else len(METHODS)  # a method of one's own comes last
-    place = lambda row: (row["data"], is_fixed(row), rank(row["method"]), row["method"],
-                         paraphrases.index(row["paraphrase"]), row["name"])  # fmt: skip
+
+    def place(row):
+        method = [*METHODS, row["method"]].index(row["method"]), row["method"]  # those of one's own come last
+        return row["data"], is_fixed(row), *method, list(data.PARAPHRASES).index(row["paraphrase"]), row["name"]
+
     rows.sort(key=place)
     for alike in [list(some) for _, some in groupby(rows, key=place)]:
         apart = [k for k in OTHERS if any(row[k] != alike[0][k] for row in alike)]
@@ -294,22 +292,20 @@ def draw_bars(axes, rows, headline):
         axes.bar(x, mean, width, color=METHODS.get(name), label=name)
         axes.vlines(x, low, high, color="black", linewidth=1)
         axes.plot(x, [row["scores"][headline]["best"][0] for row in some], "k.")
-    axes.set(xlim=(-0.5, len(groups) - 0.5), xticks=range(len(groups)), xticklabels=groups)
-    axes.set_xlabel("paraphrase (bar: last, dot: best)")
+    axes.set(xlim=(-0.5, len(groups) - 0.5), xticks=range(len(groups)), xticklabels=groups,
+             xlabel="paraphrase (bar: last, dot: best)")  # fmt: skip
 
 
 def draw_ratios(axes, rows, headline):
     """The best score against the mask ratio where it was fixed; dashed, that of a random ratio. The paper's figure 4."""
     for row in rows:
-        color, (mean, low, high) = METHODS.get(row["method"], "black"), row["scores"][headline]["best"]
-        if is_fixed(row):
-            axes.vlines(row["mask_ratio"][0], low, high, color=color)
-        else:
+        if not is_fixed(row):
+            mean, color = row["scores"][headline]["best"][0], METHODS[row["method"]]
             axes.axhline(mean, color=color, linestyle="--", label=f"{row['name']}, random ratio")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        fixed = [row for row in rows if row["method"] == method and is_fixed(row)]
-        ratios, best = [row["mask_ratio"][0] for row in fixed], [row["scores"][headline]["best"][0] for row in fixed]
-        axes.plot(ratios, best, "o-", color=METHODS.get(method, "black"), label=method)
+    for method, fixed in groupby(filter(is_fixed, rows), key=lambda row: row["method"]):
+        ratios, mean, low, high = zip(*[(row["mask_ratio"][0], *row["scores"][headline]["best"]) for row in fixed])
+        axes.plot(ratios, mean, "o-", color=METHODS[method], label=method)
+        axes.vlines(ratios, low, high, color=METHODS[method])
     axes.set_xlabel("mask ratio")
 
 
@@ -319,42 +315,45 @@ def report(directories, out):
     for path in (Path(directory) / "results.json" for directory in directories):
         try:
             run = data.read_json(path)
-            ended, scored = run["evaluations"][-1]["epoch"] == run["arguments"]["epochs"], summarize([run])[0]["scores"]
-            why = None if ended and scored else f"{path}: {'no questions were asked' if ended else 'not finished'}"
+            if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
+                raise data.UserError(f"{path}: not finished")
+            if not summarize([run])[0]["scores"]:
+                raise data.UserError(f"{path}: no questions were asked")
+            runs.append(run)
         except data.UserError as error:
-            why = error
+            print(f"left out: {error}")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            why = f"{path}: not a training run of this version ({type(error).__name__}: {error})"
-        print(f"left out: {why}") if why else runs.append(run)
+            print(f"left out: {path}: not a training run of this version ({type(error).__name__}: {error})")
     if not runs:
         raise data.UserError("--report: no finished run with questions in these directories")
     text, rows = table(runs), summarize(runs)
     print(text)
-    if not out:
-        return
-    data.write_text(Path(out) / "report.md", text + "\n")
-    data.write_text(Path(out) / "report.json", json.dumps(rows, indent=1) + "\n")
-    for name, some in groupby(rows, key=lambda row: row["data"]) if find_spec("matplotlib") else ():
-        draw_all(list(some), Path(out), re.sub(r"[^\w.]+", "-", name) + ".png")
+    if out:
+        data.write_text(Path(out) / "report.md", text + "\n")
+        data.write_text(Path(out) / "report.json", json.dumps(rows, indent=1) + "\n")
+    if out and find_spec("matplotlib"):
+        for _, some in groupby(rows, key=lambda row: row["data"]):
+            draw_all(list(some), Path(out))
 
 
-def draw_all(rows, out, end):
+def draw_all(rows, out):
     """The figures of a data set. Fixed mask ratios have their own; they are in the others where there is nothing else."""
+    end = re.sub(r"[^\w.]+", "-", rows[0]["data"]) + ".png"
     usual = [row for row in rows if not is_fixed(row)] or rows
     draw_panels(usual, out / f"bars-{end}", draw_bars)
     for paraphrase in dict.fromkeys(row["paraphrase"] for row in rows):
-        some = [row for row in usual if row["paraphrase"] == paraphrase]
-        if some:
-            draw_panels(some, out / f"curves-{paraphrase}-{end}", draw_curves)
-        some = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] in MASKING]
-        if any(map(is_fixed, some)):
-            draw_panels(some, out / f"ratios-{paraphrase}-{end}", draw_ratios)
+        if curves := [row for row in usual if row["paraphrase"] == paraphrase]:
+            draw_panels(curves, out / f"curves-{paraphrase}-{end}", draw_curves)
+        ratios = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] in MASKING]
+        if any(map(is_fixed, ratios)):
+            draw_panels(ratios, out / f"ratios-{paraphrase}-{end}", draw_ratios)
 
 
 def samples(predictions):
     """Three questions with their answers, as text: one forward, two backward where there are."""
-    wanted = {"forward": 1, "backward": 2, "math": 2}
-    chosen = [p for direction, n in wanted.items() for p in [p for p in predictions if p["direction"] == direction][:n]]
+    chosen = []
+    for direction, n in {"forward": 1, "backward": 2, "math": 2}.items():
+        chosen += [p for p in predictions if p["direction"] == direction][:n]
     shown = "\n{direction}: {question}\n  answered {prediction!r}, true is {answer!r}"
     return "\n".join(shown.format(**p) for p in chosen)
 
@@ -364,7 +363,7 @@ def score_table(scores):
     lines = [f"{'':32}{'n':>6}  mean [95 % interval]"]
     for cell, means in scores.items():
         values = [f"{k} {means[k]:.3f} [{low:.2f}-{high:.2f}]" for k, (low, high) in means["interval"].items()]
-        lines.append(f"{cell:32}{means['n']:>6}  {'  '.join(values)}  words {means['length']:.1f}")
+        lines.append(f"{cell:32}{means['n']:>6}  {'  '.join(values)}")
     return "\n".join(lines)
 
 
@@ -373,16 +372,16 @@ def score_table(scores):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="directory, built-in name or hub id of the model to ask")
-    add("--data", help="as for maskft.py (default: what the run in --model learned, else bio)")
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="directory, built-in name or hub id of the model to ask")
+    what.add_argument("--report", nargs="+", metavar="DIR", help="ask nothing; one table of these runs, and with --out figures")
+    add("--data", help="as for maskft.py, or world:PEOPLE, whom the built-in models know (default: that of the run, else bio)")
     add("--paraphrase", choices=data.PARAPHRASES, help="for a directory in the released layout (default: the run's, else none)")
     add("--seed", type=int, help="of the generated people (default: that of the run in --model, else 0)")
     add("--max-new-tokens", type=int, help="longest answer (default: 128, for math 256)")
     add("--block-length", type=int, help="diffusion models: tokens decoded together (default: 4)")
     add("--steps", type=int, help="diffusion models: forward passes for a whole answer (default: one a token)")
     add("--threshold", type=float, help="diffusion models: keep all tokens this probable at once; faster, approximate")
-    add("--report", nargs="+", metavar="DIR", help="ask nothing; one table of these runs, and with --out figures")
     add("--out", help="directory for results.json and preds.jsonl, or report.md, report.json and figures")
     return parser
 
@@ -392,8 +391,6 @@ def main():
     args = arguments().parse_args()
     if args.out and (Path(args.out) / "results.json").exists():
         raise data.UserError(f"--out {args.out} has a results.json already: give another name")
-    if bool(args.model) == bool(args.report):
-        raise data.UserError("give either --model to ask a model, or --report to compare runs")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise data.UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
     if args.out:
