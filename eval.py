@@ -197,7 +197,7 @@ def summarize(runs):
     for setting, group in groups.items():
         done = [run["evaluations"] for run in group]
         scores = {name: over_seeds(done, name) for name in headlines(done[0][-1])}
-        rows.append(json.loads(setting) | {"seeds": [run["arguments"]["seed"] for run in group], "scores": scores})
+        rows.append(json.loads(setting) | {"seeds": sorted(run["arguments"]["seed"] for run in group), "scores": scores})
 
     def place(row):
         method = [*METHODS, row["method"]].index(row["method"]), row["method"]  # those of one's own come last

@@ -373,7 +373,8 @@ def test_declared_ids_and_mask(tmp_path):
     (dict(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
     (dict(pre_tokenizer=steps("a", behavior="MergedWithNext")), "MergedWithNext"),
     (dict(pre_tokenizer=steps(last={"type": "Digits", "individual_digits": True})), "Digits"),
-    (dict(pre_tokenizer=steps(r"^\w+")), "pattern"), (dict(pre_tokenizer=steps(r"\p{N}{1,3}+")), "pattern"),
+    (dict(pre_tokenizer=steps("(?=a")), "not a whole tokenizer file"), (dict(pre_tokenizer=steps(r"^\w+")), "pattern"),
+    (dict(pre_tokenizer=steps(r"\p{N}{1,3}+")), "pattern"),
     (dict(plain=["<think>"], flags={"lstrip": True}), "'<think>' with lstrip"), (dict(special=["<s>", "</s>"]), "chat templates"),
     (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'")])  # fmt: skip
 def test_refused_by_name(tmp_path, options, says):
@@ -605,7 +606,8 @@ def test_a_bad_line_is_named(line, message, tmp_path):
         data.load(str(tmp_path / "bad.jsonl"))
 
 
-NAMES = {"bio:0": "number of people", "nowhere": "exists", "bio:2000": "only 1500 names", "nd-made --paraphrase permute": "none or same",
+NAMES = {"bio:0": "number of people", "bio:²": "number of people", "nowhere": "exists", "bio:2000": "only 1500 names",
+         "nd-made --paraphrase permute": "none or same",
          "math-made --paraphrase same": "--paraphrase none", "world --paraphrase same": "--paraphrase none",
          "mine.jsonl": "no document", "mine.jsonl --paraphrase same": "needs one training file", ".": "no document"}  # fmt: skip
 
