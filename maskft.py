@@ -1227,6 +1227,8 @@ def decide(run, config):
     run.steps = run.epochs * run.steps_per_epoch
     if run.eval_at is None:
         run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
+    if beyond := [epoch for epoch in run.eval_at if not 0 <= epoch <= run.epochs]:
+        raise UserError(f"--eval-at {beyond[0]}: of {run.epochs} epochs the first is 0, and {run.epochs} is after the last")
 
 
 def check_dataset(run, context):
@@ -1235,6 +1237,8 @@ def check_dataset(run, context):
     documents, limit, kept = run.dataset.documents, min(run.max_len, context), []
     for number, document in enumerate(documents):
         length = len(build(run, number, epoch=0).ids)
+        if run.method == "reverse" and length > limit / 2:  # its other text, drawn in another epoch, may be longer
+            length = max(len(build(run, number, epoch).ids) for epoch in range(8))
         if length <= limit:
             kept.append(document)
         elif "question" not in document:
