@@ -1228,7 +1228,7 @@ def decide(run, config):
     if run.eval_at is None:
         run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
     if beyond := [epoch for epoch in run.eval_at if not 0 <= epoch <= run.epochs]:
-        raise UserError(f"--eval-at {beyond[0]}: of {run.epochs} epochs the first is 0, and {run.epochs} is after the last")
+        raise UserError(f"--eval-at {beyond[0]}: the {run.epochs} epochs count from 0, and {run.epochs} means after the last")
 
 
 def check_dataset(run, context):
