@@ -50,9 +50,9 @@ PUBLISHED = {
 
 def parse_config(raw):
     """The Config in a LLaDA config.json; UserError names a field whose value is not implemented."""
-    maskft.refuse_unless(raw, **{field: (value,) if value else (value, None) for field, value in PUBLISHED.items()})
+    allowed = {field: (value,) if value else (value, None) for field, value in PUBLISHED.items()}
     absent = dict.fromkeys(["clip_qkv", "rope_scaling", "quantization_config"], (None,))
-    maskft.refuse_unless(raw, multi_query_attention=(None, False), **absent)
+    maskft.refuse_unless(raw, multi_query_attention=(None, False), **allowed, **absent)
     width, heads = raw["d_model"], raw["n_heads"]
     vocab = raw.get("embedding_size") or raw["vocab_size"]  # the rows there are; vocab_size may count fewer
     if not 0 <= raw["mask_token_id"] < vocab:
@@ -265,10 +265,10 @@ def answer(model, tokenizer, prompts, max_new_tokens=128, steps=None, block_leng
 
 def main():
     args = maskft.parse_flags(maskft.arguments(__doc__, methods=False))
-    beside = args.bench and args.model and maskft.read_config(maskft.find_model(args.model)).causal
-    args.method = ["sft", "llada"] if beside else ["llada"]  # ordinary fine-tuning of a diffusion model there is not
-    builders = {"sft": maskft.sft_example, "llada": diffusion_example}
-    builders = {method: builders[method] for method in args.method}
+    builders = {"llada": diffusion_example}
+    if args.bench and args.model and maskft.read_config(maskft.find_model(args.model)).causal:
+        builders = {"sft": maskft.sft_example, **builders}  # to compare with; a diffusion model has no ordinary fine-tuning
+    args.method = list(builders)
     maskft.run_methods(args, builders, default=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
 
 

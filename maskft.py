@@ -278,7 +278,7 @@ class Model(nn.Module):
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
-            if self.recompute and labels is not None and torch.is_grad_enabled():
+            if self.recompute and labels is not None:
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, layer)
@@ -334,9 +334,7 @@ LLAMA_NAMES = {
 
 def checkpoint_names(model, family):
     """{our parameter name: its name in a checkpoint of a family, which is config.json's model_type}."""
-    table, names = LLAMA_NAMES, {}
-    if family == "llada":
-        table = llada.LLADA_NAMES
+    table, names = llada.LLADA_NAMES if family == "llada" else LLAMA_NAMES, {}
     for name, _ in model.named_parameters():
         stem, kind = name.rsplit(".", 1)  # "blocks.7.q", "weight"
         names[name] = f"{table[re.sub(r'[0-9]+', '{}', stem)].format(re.sub('[^0-9]', '', stem))}.{kind}"
@@ -365,10 +363,8 @@ def find_model(name):
     except errors.GatedRepoError:
         why = (f"is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`, "
                "or give a local directory or the built-in model (--model tiny)")  # fmt: skip
-    except errors.HFValidationError as error:
-        why = f"is no directory, and not a hub id ({error})"
-    except errors.RepositoryNotFoundError:
-        why = "is no model on the hub (a private one needs `hf auth login`)"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        why = "is no directory, and no model on the hub (a private one needs `hf auth login`)"
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         why = (f"is not in the local cache and the hub could not be reached ({type(error).__name__}). On a machine with a "
                f"network: `hf download {name} --local-dir DIR`, then --model DIR; or --model tiny")  # fmt: skip
@@ -380,11 +376,13 @@ def open_tensors(directory):
     single, index, tensors = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
     if not single.is_file() and not index.is_file():
         raise UserError(f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)")
-    files = {} if single.is_file() else data.read_json(index).get("weight_map", {})
-    for name, file in files.items():
-        if Path(file).name != file or not (directory / file).is_file():
-            raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a file of this directory")
-    for path in {directory / file for file in files.values()} or [single]:
+    try:
+        files = {single.name} if single.is_file() else set(data.read_json(index)["weight_map"].values())
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{index}: no weight_map, which says what file a tensor is in: download it again") from None
+    for path in [directory / str(file) for file in files]:
+        if path.parent != directory or not path.is_file():
+            raise UserError(f"{index}: names {path}, which is not a file of this directory")
         try:
             with safetensors.safe_open(path, framework="pt", device="cpu") as file:
                 tensors |= {name: (file.get_slice(name).get_shape(), path) for name in file.keys()}
@@ -574,10 +572,8 @@ def loss_sum(x, norm, head, labels, weights):
         logits = F.linear(norm(x), head)  # (CHUNK, V)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
-    total = x.float().sum() * 0.0  # a rank without a label has a gradient all the same: zero
-    *chunks, last = zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK))
-    for chunk in chunks:
-        total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False)
+    *chunks, last = zip(x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK))  # N = 0: one chunk, of no rows
+    total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
     return total + chunk_loss(*last)  # not made again: backward begins with it
 
 
@@ -609,6 +605,11 @@ def generate(model, prompts, max_new_tokens=128, stop_ids=()):
         ids, last = new[:, None], torch.ones_like(new[:, None], dtype=torch.bool)
         key_mask = torch.cat([key_mask, last], dim=1)
     return [list(takewhile(lambda token: token not in stop_ids, row)) for row in torch.stack(answers, dim=1).tolist()]
+
+
+def answer(model, tokenizer, prompts, max_new_tokens=128):
+    """Greedy answers of an autoregressive model."""
+    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids)
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
@@ -672,8 +673,7 @@ def shard(model, device, dtype):
     the gathered copies are bf16."""
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # without cast_forward_inputs=False the RoPE tables would be rounded to bf16
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = bf16 if dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -783,10 +783,10 @@ def load_checkpoint(run):
     # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks its share of the files
     notes = sorted(saved[-1].glob("*.sha256"))[rank() :: world_size()]
     dist.all_gather_object(damaged, [n.with_suffix("") for n in notes if sha256(n.with_suffix("")) != n.read_text()])
-    for file in sum(damaged, []):
+    if damaged := sum(damaged, []):
         older = f"step {saved[-2].name[5:]}" if saved[1:] else "the beginning"
-        raise UserError(f"{file}: damaged, its checksum is not that of what was saved. Delete {file.parent} and give the same "
-                        f"--resume again: it goes on from {older}")  # fmt: skip
+        raise UserError(f"{damaged[0]}: damaged, its checksum is not that of what was saved. Delete {saved[-1]} and give the "
+                        f"same --resume again: it goes on from {older}")  # fmt: skip
     weights, moments = get_state_dict(run.decoder, run.optimizer)
     # DCP unpickles .metadata: go on only with runs of your own
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=saved[-1])  # in place
@@ -864,7 +864,7 @@ def train(run):
     Epochs run 0..N-1; the model is evaluated before the epochs in run.eval_at and once after the last, so what is saved
     was scored. differs from masked_arLLM, which trains one epoch past its last evaluation.
     """
-    stopping, saved_at, log = False, time.monotonic(), open_log(run) if rank() == 0 else None
+    saved_at, log = time.monotonic(), open_log(run) if rank() == 0 else None
     refresh = 0.1 if sys.stderr.isatty() else 60  # seconds; in a log file each refresh is a line
     bar = tqdm(total=run.steps, initial=run.start, desc=run.method, unit="step", disable=rank() > 0, dynamic_ncols=True,
                mininterval=refresh, maxinterval=max(refresh, 10))  # fmt: skip
@@ -908,7 +908,7 @@ def train(run):
     bar.close()
     evaluate_and_record(run, run.steps, run.epochs)
     save(run.decoder, run.out)
-    if rank() == 0 and checkpoints(run.out):  # three times the size of the model each, and of no more use
+    if rank() == 0 and (run.out / "ckpt").exists():  # three times the size of the model each, and of no more use
         shutil.rmtree(run.out / "ckpt")
     if rank() == 0 and run.predictions and find_spec("matplotlib"):
         evaluation.plot([run.results], run.out / "curves.png")
@@ -985,11 +985,14 @@ def memory_gib(device):
 
 
 def bench(run):
-    """{what: figure} of a training step: the faster of two, after one that counts FLOPs; of one GPU."""
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    """{"method", what: figure} of a training step: the faster of two, after one that counts FLOPs; of one GPU."""
+    if run.device.type == "cpu" and Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew, as the GPU's does in close_run
+    shard(run.decoder, run.device, getattr(torch, run.dtype))
+    run.decoder.to_empty(device=run.device)
+    for parameter in run.decoder.parameters():  # speed does not depend on the weights
+        nn.init.normal_(parameter.to_local(), std=0.02)
+    run.optimizer = make_optimizer(run.decoder, run.lr)
     examples = [build(run, i % len(run.dataset.documents), epoch=0) for i in range(run.batch_size)]
     with FlopCounterMode(display=False) as counter:
         update(run, examples)
@@ -1002,8 +1005,10 @@ def bench(run):
         return time.perf_counter() - began
 
     taken, tokens = min(seconds(), seconds()), sum(len(e.ids) for e in examples) / world_size()
-    return {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": counter.get_total_flops() / 1e12,
-            "peak GiB": memory_gib(run.device)}  # fmt: skip
+    figures = {"s/step": taken, "tokens/s": tokens / taken, "TFLOP/step": counter.get_total_flops() / 1e12,
+               "peak GiB": memory_gib(run.device)}  # fmt: skip
+    close_run(run)
+    return {"method": run.method, **figures}
 
 
 def bench_table(rows):
@@ -1097,13 +1102,11 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
     args.data = args.data or ("bio:40" if args.model in ("tiny", "tiny-llada") else "bio")
     # all methods first, so that a mistake in the last one does not wait for the training of the others
     runs = [prepare(args, method, builders[method], device) for method in args.method]
+    if args.bench:
+        return say(bench_table([bench(run) for run in runs]))
     for number, run in enumerate(runs):
         open_run(run, args, results)
         run.stop, run.rate = stop, rate
-        if args.bench:
-            finished.append({"method": run.method, **bench(run)})
-            close_run(run)
-            continue
         say(f"{run.method}: {len(run.dataset.documents)} documents, {len(run.dataset.questions)} questions, "
             f"{run.epochs} epochs = {run.steps} steps of {run.batch_size}, lr {run.lr:g}, into {run.out}")  # fmt: skip
         try:
@@ -1118,7 +1121,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         if not done:
             return
         finished.append(run.results)
-    say(bench_table(finished) if args.bench else f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
+    say(f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
 
 
 def unfinished(out, builders):
@@ -1136,15 +1139,14 @@ def prepare(args, method, example, device):
     """A run with every setting decided and its data checked, before there are weights."""
     run = argparse.Namespace(**{name: getattr(args, name) for name in SETTINGS})
     run.method, run.example, run.device, run.start, run.alarm = method, example, device, 0, None
-    run.directory, run.named = find_model(run.model), args.out and args.out + (f"-{method}" if args.method[1:] else "")
+    run.directory, run.out = find_model(run.model), args.out and Path(args.out + (f"-{method}" if args.method[1:] else ""))
     config, run.tokenizer = read_config(run.directory), data.load_tokenizer(run.directory)
     if method == "llada":
         config = llada.check_or_adapt(config, run.tokenizer)
     run.answer = answer if config.causal else llada.answer
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
     decide(run, config)
-    native, why = native_dtype(device)
-    why, run.dtype = ("as set", run.dtype) if run.dtype else (why, native)
+    run.dtype, why = (run.dtype, "as set") if run.dtype else native_dtype(device)
     say(f"{method}: computes in {run.dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
     config.raw = {name: value for name, value in config.raw.items() if name != "dtype"} | {"torch_dtype": run.dtype}
@@ -1152,39 +1154,37 @@ def prepare(args, method, example, device):
     run.autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     with torch.device("meta"):
         run.decoder = Model(config)
-    if run.named and (Path(run.named).is_file() or Path(run.named).is_dir() and any(Path(run.named).iterdir())):
-        raise UserError(f"--out {run.named} is in use: give another name, or go on with --resume {run.named}")
+    if run.out and run.out.exists() and (run.out.is_file() or any(run.out.iterdir())):
+        raise UserError(f"--out {run.out} is in use: give another name, or go on with --resume {run.out}")
     fit_memory(run, run.decoder)  # all ranks meet here: none writes into --out before all have looked
     return run
 
 
 def open_run(run, args, results):
     """Weights, optimizer and directory of a run: new, or with its `results` where a checkpoint left it."""
-    shard(run.decoder, run.device, getattr(torch, run.dtype))
-    if args.bench:  # speed does not depend on the weights
-        run.decoder.to_empty(device=run.device)
-        for parameter in run.decoder.parameters():
-            nn.init.normal_(parameter.to_local(), std=0.02)
-    else:
-        load_weights(run.decoder, run.directory, run.device)
-        run.out = Path(args.resume) if results else new_directory(run)
-    run.optimizer = make_optimizer(run.decoder, run.lr)
     learned = hashlib.sha256(json.dumps(run.dataset.documents).encode()).hexdigest()
+    if results and results["documents"] != learned:
+        raise UserError(f"--resume {args.resume}: --data {run.data} is not what it was when the run began: "
+                        "bring that back, or begin a new run")  # fmt: skip
+    shard(run.decoder, run.device, getattr(torch, run.dtype))
+    load_weights(run.decoder, run.directory, run.device)
+    run.optimizer = make_optimizer(run.decoder, run.lr)
     if results:
-        if results["documents"] != learned:
-            raise UserError(f"--resume {run.out}: --data {run.data} is not what it was when the run began: "
-                            "bring that back, or begin a new run")  # fmt: skip
+        run.out = Path(args.resume)
         run.start = load_checkpoint(run)
-    gpu = run.device.type == "cuda"
-    environment = {"device": torch.cuda.get_device_name(run.device) if gpu else f"CPU, {torch.get_num_threads()} threads",
-                   "processes": world_size(), "torch": torch.__version__, "python": sys.version.split()[0]}  # fmt: skip
-    how = evaluation.decoding(run.dataset.questions, run.decoder.config.causal)
-    run.results = results or {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment,
-                              "documents": learned, "decoding": how}  # fmt: skip
-    run.results["evaluations"] = [e for e in run.results.get("evaluations", []) if e["step"] < run.start]
-    if rank() == 0 and not args.bench and not results:
-        data.copy_tokenizer(run.directory, run.out)
-        evaluation.write_results(run.out, run.results, [])
+        results["evaluations"] = [e for e in results["evaluations"] if e["step"] < run.start]
+    else:
+        run.out, gpu = new_directory(run), run.device.type == "cuda"
+        device = torch.cuda.get_device_name(run.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+        environment = {"device": device, "processes": world_size(), "torch": torch.__version__,
+                       "python": sys.version.split()[0]}  # fmt: skip
+        how = evaluation.decoding(run.dataset.questions, run.decoder.config.causal)
+        results = {"arguments": {name: getattr(run, name) for name in SETTINGS}, "environment": environment,
+                   "documents": learned, "decoding": how, "evaluations": []}  # fmt: skip
+        if rank() == 0:
+            data.copy_tokenizer(run.directory, run.out)
+            evaluation.write_results(run.out, results, [])
+    run.results = results
 
 
 def close_run(run):
@@ -1227,6 +1227,8 @@ def decide(run, config):
     run.steps = run.epochs * run.steps_per_epoch
     if run.eval_at is None:
         run.eval_at = [0] + [2**i for i in range(run.epochs.bit_length()) if 2**i < run.epochs]
+    if beyond := [epoch for epoch in run.eval_at if not 0 <= epoch <= run.epochs]:
+        raise UserError(f"--eval-at {beyond[0]}: the {run.epochs} epochs count from 0, and {run.epochs} means after the last")
 
 
 def check_dataset(run, context):
@@ -1235,6 +1237,8 @@ def check_dataset(run, context):
     documents, limit, kept = run.dataset.documents, min(run.max_len, context), []
     for number, document in enumerate(documents):
         length = len(build(run, number, epoch=0).ids)
+        if run.method == "reverse" and length > limit / 2:  # its other text, drawn in another epoch, may be longer
+            length = max(len(build(run, number, epoch).ids) for epoch in range(8))
         if length <= limit:
             kept.append(document)
         elif "question" not in document:
@@ -1265,12 +1269,12 @@ def native_dtype(device):
 
 def new_directory(run):
     """The directory of a new run, made: what --out names, or the next free number."""
-    numbered = (f"out/{run.dataset.name}-{run.method}-{n}" for n in count(1))
-    choice = [run.named or next(name for name in numbered if not Path(name).exists())]
+    numbered = (Path(f"out/{run.dataset.name}-{run.method}-{n}") for n in count(1))
+    choice = [run.out or next(path for path in numbered if not path.exists())]
     dist.broadcast_object_list(choice)  # what rank 0 saw: others may look later
     if rank() == 0:
-        Path(choice[0]).mkdir(parents=True, exist_ok=bool(run.named))  # of two runs that saw the same number, one ends here
-    return Path(choice[0])
+        choice[0].mkdir(parents=True, exist_ok=bool(run.out))  # of two runs that saw the same number, one ends here
+    return choice[0]
 
 
 @record  # any other error: torchrun ends the run, and shows the traceback of the rank that failed first
@@ -1286,11 +1290,6 @@ def entry_point(body):
         sys.exit("interrupted")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def answer(model, tokenizer, prompts, max_new_tokens=128):
-    """Greedy answers of an autoregressive model."""
-    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids)
 
 
 def main():

@@ -274,6 +274,9 @@ def test_sharded_weights_and_an_index_that_points_outside(model_dir):
     index.write_text(json.dumps({"weight_map": {**files, min(files): "../model-0.safetensors"}}))
     with pytest.raises(data.UserError, match="not a file of this directory"):
         maskft.load(model_dir)
+    index.write_text("[]")
+    with pytest.raises(data.UserError, match="index.json: no weight_map"):
+        maskft.load(model_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -1269,6 +1272,18 @@ def test_a_math_run(tmp_path):
         maskft.check_dataset(run, context=512)
 
 
+def test_reverse_is_checked_with_its_longer_text(tokenizer):
+    run = plain_run(tokenizer, "reverse", seed=1)
+    run.method, run.dataset.documents, run.dataset.questions = "reverse", [{"text": "a.b,c;d:e!f?g" * 10}], []
+    lengths = [len(maskft.build(run, 0, epoch).ids) for epoch in range(8)]
+    assert lengths[0] < max(lengths)  # so a look at the first epoch is not enough
+    run.max_len = max(lengths)
+    maskft.check_dataset(run, context=512)
+    run.max_len = lengths[0]
+    with pytest.raises(data.UserError, match=f"document 1: {max(lengths)} tokens as a training example, more than --max-len"):
+        maskft.check_dataset(run, context=512)
+
+
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 SHORT = ("--model", "tiny", "--data", "bio:6", "--method", "masked", "--batch-size", "4", "--epochs", "3", "--eval-at", "0,1")
@@ -1381,6 +1396,8 @@ MISTAKES = {
     "--resume nowhere": "nowhere/results.json: No such file",
     "--resume nowhere --seed 1": "give no other flag with it",
     "--seed -1": "--seed -1 is below 0",
+    "--epochs 3 --eval-at 0,4": "--eval-at 4: the 3 epochs count from 0",
+    "--eval-at -1": "--eval-at -1: the ",
     "--model my/models/x": "not a hub id",
     "--data world:9": "found a person: use masked or sft for questions, tiny/pretrain.py for people",
     "--method sft --out taken": "--out taken is in use",
