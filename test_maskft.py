@@ -37,7 +37,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -183,13 +182,6 @@ def test_rope_by_hand():
     assert torch.equal(still, x) and torch.allclose(turned, torch.cat([expected.real, expected.imag]))
 
 
-def test_older_and_newer_spelling():
-    old = maskft.parse_config(llama(rope_theta=5e5, rope_scaling=LLAMA3_ROPE))
-    new = maskft.parse_config(llama(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}))
-    assert old.rope_theta == new.rope_theta == 5e5
-    assert new.rope_scaling.items() >= old.rope_scaling.items() >= LLAMA3_ROPE.items()
-
-
 @pytest.mark.parametrize("make", [random_model, lambda: tiny_llada()], ids=["causal", "full"])
 @torch.no_grad()
 def test_attention_and_padding(make):
@@ -244,8 +236,12 @@ def test_config_that_is_not_implemented_or_absurd(change, message, tmp_path):
         maskft.load(tmp_path)
 
 
-def test_sliding_window_matters_only_beyond_it():
-    model = random_model(model_type="mistral", sliding_window=16)
+def test_rope_fields_old_and_new_and_a_window_that_is_not_implemented():
+    old = maskft.parse_config(llama(rope_theta=5e5, rope_scaling=LLAMA3_ROPE))
+    new = maskft.parse_config(llama(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}))
+    assert old.rope_theta == new.rope_theta == 5e5
+    assert new.rope_scaling.items() >= old.rope_scaling.items() >= LLAMA3_ROPE.items()
+    model = random_model(model_type="mistral", sliding_window=16)  # it matters beyond its size only
     model(torch.zeros(1, 16, dtype=torch.int64))
     with pytest.raises(data.UserError, match="more than the model takes, 16"):
         model(torch.zeros(1, 17, dtype=torch.int64))
@@ -573,9 +569,6 @@ def test_problems_of_math_made_are_solved_rightly():
         assert scores["strict"] == scores["flexible"] == 1
 
 
-PRETRAINING = {"ar": "c4820aab99624fbf", "diffusion": "3abce002d2061fe9"}  # of the examples, recorded once
-
-
 def test_how_the_built_in_models_were_made(tokenizer, tmp_path, monkeypatch):
     """tiny/pretrain.py: a new model has the built-in one's tokenizer, its people are nobody to be injected, its examples are
     those that made the built-in models, and the rate falls to zero."""
@@ -588,7 +581,7 @@ def test_how_the_built_in_models_were_made(tokenizer, tmp_path, monkeypatch):
     command("tiny/pretrain.py", "new", tmp_path / "new")
     assert (tmp_path / "new/tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes()
     people, flags = data.load("world:60").documents, "--data world:8 --epochs 8 --eval-at 8 --batch-size 8 --lr 1e-3".split()
-    for what, digest in PRETRAINING.items():
+    for what, digest in (("ar", "c4820aab99624fbf"), ("diffusion", "3abce002d2061fe9")):  # recorded once
         make, draw = getattr(pretrain, f"{what}_example"), np.random.default_rng
         examples = [make(person, tokenizer, (0.3, 1), draw([0, n])) for n, person in enumerate(people)]
         content = json.dumps([dataclasses.astuple(example) for example in examples])
@@ -604,7 +597,7 @@ def test_own_documents(tmp_path):
     dataset = data.load(str(file))
     assert [d["text"] for d in dataset.documents] == ["one", "two"] and dataset.documents[1]["where"] == f"{file}, line 3"
     assert dataset.questions == [{**question, "group": "all", "where": f"{file}, line 2"}] and dataset.name == "mine"
-    (tmp_path / "list.json").write_text(json.dumps([{"text": "three"}]))
+    write(tmp_path / "list.json", [{"text": "three"}])
     assert len(data.load(str(tmp_path)).documents) == 3
 
 
@@ -641,14 +634,13 @@ def published(tmp_path, monkeypatch):
     """A stand-in for the public addresses: {set: folder} of files in their layout, and a cache of our own."""
     for folder in ("nd/training_data", "nd/test_data", "wiki", "gsm8k"):
         (tmp_path / folder).mkdir(parents=True)
-    facts = [{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)]
-    (tmp_path / "nd/training_data" / data.ND_FILE).write_text(json.dumps(facts))
+    write(tmp_path / "nd/training_data" / data.ND_FILE, [{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)])
     tasks = [("N2D", "NameIsDescription"), ("D2N", "NameIsDescription"), ("D2N", "DescriptionIsName"), ("N2D", None)]
     questions = [{"question": "Q?", "answer": "Ada", "task": task, "group": group} for task, group in tasks]
     del questions[-1]["group"]
     write(tmp_path / "nd/test_data/people-description_open-QAs.jsonl", *questions)
     for kind in KINDS:
-        (tmp_path / "wiki" / f"wiki_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
+        write(tmp_path / f"wiki/wiki_train_{kind}.json", [{"text": kind}])
     write(tmp_path / "wiki/wiki_test.jsonl", questions[0] | {"task": "backward", "group": ""})
     for name, problem in (("train", "one"), ("test", "two")):
         write(tmp_path / f"gsm8k/{name}.jsonl", {"question": problem, "answer": "1+1 = <<1+1=2>>2\n#### 2"})
@@ -827,17 +819,10 @@ RAW = {
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
 
-
-class Letters:
-    """A tokenizer of lower-case letters: a = 1."""
-
-    bos_id, eot_id, eos_id, mask_id, stop_ids = 0, EOT, EOS, MASK, (EOT, EOS)
-
-    def encode(self, text):
-        return [ord(c) - 96 for c in text]
-
-    def chat(self, messages):
-        return [self.bos_id] + [i for m in messages for i in self.encode(m["content"])] + [30]
+# a tokenizer of lower-case letters: a = 1
+LETTERS = Namespace(bos_id=0, eot_id=EOT, eos_id=EOS, mask_id=MASK, stop_ids=(EOT, EOS),
+                    encode=lambda text: [ord(c) - 96 for c in text],
+                    chat=lambda messages: [0, *(ord(c) - 96 for m in messages for c in m["content"]), 30])  # fmt: skip
 
 
 def tiny_llada():
@@ -869,25 +854,20 @@ def test_config_reads_llada_names_and_refuses_what_is_not_implemented():
 
 
 def test_save_keeps_names_and_config(tmp_path):
-    model = tiny_llada()
+    model, ids, x = tiny_llada(), torch.tensor(PROMPTS[:1]), torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     maskft.save(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == RAW
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        parts = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
-        names = {f"blocks.{layer}.{part}" for layer in (0, 1) for part in parts} | {"wte", "ln_f", "ff_out"}
-        assert set(file.keys()) == {f"model.transformer.{name}.weight" for name in names}
-    ids = torch.tensor(PROMPTS[:1])
-    assert torch.equal(maskft.load(tmp_path)(ids), model.bfloat16().float()(ids))  # "amp_bf16": saved as bf16
-
-
-def test_ff_proj_is_the_gate():
-    block, x = tiny_llada().blocks[0], torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
-    ours = {theirs.split(".")[-1]: name.split(".")[-1] for name, theirs in llada.LLADA_NAMES.items() if "{}" in name}
-    ff_proj, up_proj, ff_out = (block.get_parameter(f"{ours[n]}.weight") for n in ("ff_proj", "up_proj", "ff_out"))
+    tensors, again = load_file(tmp_path / "model.safetensors"), maskft.load(tmp_path)
+    parts = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+    names = {f"blocks.{layer}.{part}" for layer in (0, 1) for part in parts} | {"wte", "ln_f", "ff_out"}
+    assert tensors.keys() == {f"model.transformer.{name}.weight" for name in names}
+    assert torch.equal(again(ids), model.bfloat16().float()(ids))  # "amp_bf16": saved as bf16
+    # ff_proj is the gate: the two swapped, the MLP gives nothing like it
+    gate, up, down = (tensors[f"model.transformer.blocks.1.{part}.weight"].float() for part in parts[-3:])
+    block = again.blocks[1]
     block.attention = lambda h, *_: torch.zeros_like(h)
     h = block.mlp_norm(x)
-    expected = (F.silu(h @ ff_proj.T) * (h @ up_proj.T)) @ ff_out.T  # the two swapped: nothing like it
-    torch.testing.assert_close(block(x, None, None) - x, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x, None, None) - x, (F.silu(h @ gate.T) * (h @ up.T)) @ down.T, atol=1e-5, rtol=1e-5)
 
 
 def test_a_causal_model_becomes_a_llada(tmp_path):
@@ -907,7 +887,7 @@ def test_a_causal_model_becomes_a_llada(tmp_path):
 def test_document_example():
     rng, ends = np.random.default_rng(0), set()
     for _ in range(200):
-        example = llada.diffusion_example({"text": "abcdefgh"}, Letters(), (0.05, 0.95), rng)
+        example = llada.diffusion_example({"text": "abcdefgh"}, LETTERS, (0.05, 0.95), rng)
         assert [i if label == IGNORE else label for i, label in zip(example.ids, example.labels)] == [0, *range(1, 9), EOS]
         assert [i == MASK for i in example.ids] == [label != IGNORE for label in example.labels]
         assert example.labels[0] == IGNORE and example.share == 1.0  # bos is never masked
@@ -918,11 +898,11 @@ def test_document_example():
 def test_question_example_keeps_the_prompt_clean(monkeypatch):
     record, rng = {"question": "who", "answer": "bob"}, np.random.default_rng(0)
     for _ in range(100):
-        example = llada.diffusion_example(record, Letters(), (0.9, 0.9), rng)
+        example = llada.diffusion_example(record, LETTERS, (0.9, 0.9), rng)
         assert example.ids[:5] == [0, 23, 8, 15, 30] and example.labels[:5] == [IGNORE] * 5 and len(example.ids) == 9
     assert example.weight == pytest.approx(1 / (0.9 * 4))  # b, o, b, end of turn
     monkeypatch.setattr(llada, "ANSWER_LENGTH", 7)
-    padded = llada.diffusion_example(record, Letters(), (1.0, 1.0), rng)
+    padded = llada.diffusion_example(record, LETTERS, (1.0, 1.0), rng)
     assert padded.labels[5:] == [2, 15, 2, EOT, EOS, EOS, EOS] and padded.weight == pytest.approx(1 / 7)
 
 
@@ -932,7 +912,7 @@ def test_expected_loss_of_a_uniform_model_is_ln_v(mask_ratio):
     model, rng = tiny_llada(), np.random.default_rng(0)
     torch.nn.init.zeros_(model.head.weight)
     records = [{"text": "abcd"}, {"text": "abcd" * 3}] * 1000
-    examples = [llada.diffusion_example(record, Letters(), mask_ratio, rng) for record in records]
+    examples = [llada.diffusion_example(record, LETTERS, mask_ratio, rng) for record in records]
     loss = model(**data.collate(examples, EOS)) / sum(e.share for e in examples)
     assert loss.item() == pytest.approx(math.log(40) * (mask_ratio[0] > 0), rel=0.08 if mask_ratio[0] < 0.1 else 0.02)
     loss.backward()
@@ -1012,8 +992,7 @@ def test_sampler_edges():
     assert llada.sample(model, PROMPTS, 8, 8, stop_ids=range(40)) == [[]] * 3
     full = llada.sample(model, PROMPTS, 16, 16)
     for stops in ((EOT, EOS), tuple(full[0][3:5])):
-        letters = Letters()
-        letters.stop_ids = stops
+        letters = Namespace(**vars(LETTERS) | {"stop_ids": stops})
         assert llada.answer(model, letters, PROMPTS, 16) == [cut(row, stops) for row in full]
 
 
@@ -1308,7 +1287,7 @@ def test_the_debug_view(tokenizer):
 
 
 def test_readme_tells_the_truth():
-    """Every command in the README parses, its flags exist, and its line counts are those of the files."""
+    """Every command in it parses, its line counts are those of the files, and no flag is untried or unread."""
     readme = (HERE / "README.md").read_text()
     counts = re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)
     assert len(counts) == 5
@@ -1324,25 +1303,20 @@ def test_readme_tells_the_truth():
         if script:
             parsers[script].parse_args(words[words.index(script) + 1 :])
             tried += " ".join(words)
-    for parser in parsers.values():
-        assert all(action.option_strings[-1] in tried for action in parser._actions if action.dest != "help")
-
-
-def test_every_flag_is_read():
     code = (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
-    for action in [*maskft.arguments("", methods=True)._actions, *evaluation.arguments()._actions]:
-        read = rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\""
-        assert action.dest == "help" or re.search(read, code), action.dest
+    for action in (action for parser in parsers.values() for action in parser._actions if action.dest != "help"):
+        assert action.option_strings[-1] in tried
+        assert re.search(rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\"", code), action.dest
 
 
 # ------------------------------------------------------------------------------------------------- robustness and cost
 
 
-@pytest.fixture(scope="module")
-def saved_often(tmp_path_factory):
+@pytest.fixture
+def saved_often(tmp_path):
     """The run of `finished`, saved after every step, killed before the first save, inside the fourth, at random and before
     the model is written."""
-    out = tmp_path_factory.mktemp("killed") / "run"
+    out = tmp_path / "run"
     die_in_save = lambda nth: partial(send, signal.SIGKILL, maskft.dcp, "save", nth)  # all is written, but not renamed
     unsaved = lambda: setattr(maskft, "save", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     killed = partial(forked, maskft, status=-signal.SIGKILL)
@@ -1355,13 +1329,12 @@ def saved_often(tmp_path_factory):
     return out
 
 
-def test_killed_at_any_moment_nothing_is_lost(finished, saved_often, tmp_path):
-    """Nor by a damaged checkpoint, which is named, or a full disk: it goes on from the one before."""
-    assert losses(saved_often) == losses(finished[1])
-    assert (saved_often / "preds.jsonl").read_text() == (finished[1] / "preds.jsonl").read_text()
-    assert sorted(p.name for p in (saved_often / "ckpt").iterdir()) == ["step-5", "step-6"]
-    run = shutil.copytree(saved_often, tmp_path / "run")
-    file = run / "ckpt" / "step-6" / "__0_0.distcp"
+def test_killed_at_any_moment_nothing_is_lost(finished, saved_often):
+    """Nor by a checkpoint that is damaged, a full disk, or other data; then the last step is taken again, by two processes."""
+    run, out = saved_often, finished[1]
+    assert losses(run) == losses(out) and (run / "preds.jsonl").read_text() == (out / "preds.jsonl").read_text()
+    assert sorted(p.name for p in (run / "ckpt").iterdir()) == ["step-5", "step-6"]
+    file, results = run / "ckpt" / "step-6" / "__0_0.distcp", run / "results.json"
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 4
@@ -1374,28 +1347,12 @@ def test_killed_at_any_moment_nothing_is_lost(finished, saved_often, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
     printed = forked(maskft, "--resume", run, before=limit, status=1)
     assert "cannot be written to" in printed and "to go on from step 5" in printed
-    forked(maskft, "--resume", run)
-    assert losses(run) == losses(finished[1])
-
-
-def test_resumed_on_another_number_of_processes(finished, saved_often, tmp_path):
-    run = shutil.copytree(saved_often, tmp_path / "run")
-    shutil.rmtree(run / "ckpt" / "step-6")  # so the last step is taken again
+    results.write_text(results.read_text().replace("bio:6", "bio:7"))
+    assert "--data bio:7 is not what it was when the run began" in forked(maskft, "--resume", run, status=1)
+    results.write_text(results.read_text().replace("bio:7", "bio:6"))
     command("maskft.py", "--resume", run, processes=2)
     assert [step for step, *_ in losses(run)] == [*range(6)]
-    assert losses(run)[5] == pytest.approx(losses(finished[1])[5], rel=1e-4)
-
-
-def test_other_data_end_a_resume(tmp_path):
-    facts, out = tmp_path / "facts.jsonl", tmp_path / "run"
-    documents = [{"text": "Edda works in Oslo."}, {"text": "Ragna works in Bergen."}]
-    flags = ("--data", write(facts, *documents), "--method", "masked", "--epochs", "2", "--save-every", "1e-9", "--out", out)
-    die_in_save = partial(send, signal.SIGKILL, maskft.dcp, "save", 2)
-    forked(maskft, "--model", "tiny", *flags, before=die_in_save, status=-signal.SIGKILL)
-    write(facts, {"text": "Edda works in Rome."}, documents[1])
-    assert f"--data {facts} is not what it was when the run began" in forked(maskft, "--resume", out, status=1)
-    write(facts, *documents)
-    forked(maskft, "--resume", out)
+    assert losses(run)[5] == pytest.approx(losses(out)[5], rel=1e-4)
 
 
 BREAKING = """
@@ -1509,8 +1466,9 @@ def test_processes_change_rounding_alone(method, tmp_path):
     assert (tmp_path / "one/preds.jsonl").read_text() == (tmp_path / "more/preds.jsonl").read_text()
 
 
-@pytest.mark.parametrize("torchrun, device, model", [(False, "cuda", "tiny"), (True, "cpu", "tiny"), (True, "cuda", "big")])
-def test_default_model(torchrun, device, model, monkeypatch):
+@pytest.mark.parametrize("environment, device, chosen", [
+    ({}, "cuda", "tiny bio:40 sft"), ({"RANK": "0"}, "cpu", "tiny bio:40 sft"), ({"RANK": "0"}, "cuda", "big bio masked")])
+def test_default_model(environment, device, chosen, monkeypatch):
     def prepare(args, method, *_):
         raise data.UserError(f"{args.model} {args.data} {method}")
 
@@ -1518,11 +1476,10 @@ def test_default_model(torchrun, device, model, monkeypatch):
     monkeypatch.setattr(maskft, "listen_for_stop", list)
     monkeypatch.setattr(maskft, "prepare", prepare)
     monkeypatch.delenv("RANK", raising=False)
-    if torchrun:
-        monkeypatch.setenv("RANK", "0")
-    args = maskft.arguments("", methods=True).parse_args([])
-    with pytest.raises(data.UserError, match="tiny bio:40 sft" if model == "tiny" else "big bio masked"):
-        maskft.run_methods(args, maskft.METHODS, default=("tiny", "big"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(data.UserError, match=chosen):
+        maskft.run_methods(maskft.arguments("", methods=True).parse_args([]), maskft.METHODS, default=("tiny", "big"))
 
 
 def sharded_model(dtype, recompute=False, **changes):
