@@ -1411,7 +1411,8 @@ def test_answers_gathered_whole_or_layer_by_layer(decoding, tokenizer, monkeypat
     the ranks call the model a different number of times; layer by layer equally often, or this would hang."""
     directory, answer = HERE / "tiny", maskft.answer
     if decoding != "greedy":
-        directory, answer = HERE / "tiny-llada", partial(llada.answer, threshold=0.9 if decoding == "threshold" else None)
+        how = dict(block_length=16, threshold=0.9) if decoding == "threshold" else {}
+        directory, answer = HERE / "tiny-llada", partial(llada.answer, **how)
     monkeypatch.setattr(evaluation, "BATCH", 8)
     questions = data.make_bio(3)[1]
 
