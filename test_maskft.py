@@ -1459,7 +1459,8 @@ def test_processes_change_rounding_alone(method, tmp_path):
 
 
 @pytest.mark.parametrize("environment, device, chosen", [
-    ({}, "cuda", "tiny bio:40 sft"), ({"RANK": "0"}, "cpu", "tiny bio:40 sft"), ({"RANK": "0"}, "cuda", "big bio masked")])
+    ({}, "cuda", "tiny bio:40 sft"), ({"RANK": "0"}, "cpu", "tiny bio:40 sft"),
+    ({"RANK": "0"}, "cuda", "big bio masked")])  # fmt: skip
 def test_default_model(environment, device, chosen, monkeypatch):
     def prepare(args, method, *_):
         raise data.UserError(f"{args.model} {args.data} {method}")
