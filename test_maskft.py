@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import gc
 import hashlib
-import http.server
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
+from safetensors.torch import load_file, save
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -55,15 +54,17 @@ torch.set_num_threads(1)  # two threads spin on matrices this small
 
 SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
-LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=64, rope_theta=5e5)  # fmt: skip
 
 
-def random_model(seed=0, **changes):
+def llama(**changes):
+    """The raw config of a small Llama."""
+    return {**SIZES, "model_type": "llama", **changes}
+
+
+def random_model(**changes):
     """A small Llama with random weights, norms and biases included."""
-    torch.manual_seed(seed)
-    raw = {**SIZES, "model_type": "llama", **changes}
-    model = maskft.Model(maskft.parse_config(raw))
+    torch.manual_seed(0)
+    model = maskft.Model(maskft.parse_config(llama(**changes)))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return model.eval()
@@ -74,102 +75,130 @@ def tokenizer():
     return data.load_tokenizer(HERE / "tiny")
 
 
-@pytest.fixture
-def model_dir(tmp_path):
-    """A directory with random weights, config.json and tiny's tokenizer."""
-    maskft.save(random_model(), tmp_path / "model")
-    data.copy_tokenizer(HERE / "tiny", tmp_path / "model")
-    return tmp_path / "model"
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
-def command(*arguments, processes=1, **options):
-    """Run a script of the project as its user does; (exit status, everything it printed)."""
+def command(script, *flags, processes=1, status=0, cwd=None):
+    """Run a script of the project as its user does; what it printed. It has to end with `status`."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    done = subprocess.run([*start, str(HERE / arguments[0]), *map(str, arguments[1:])], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=170, **options)  # fmt: skip
-    return done.returncode, done.stdout
+    done = subprocess.run([*start, str(HERE / script), *map(str, flags)], env=environment, cwd=cwd, timeout=170,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
-def metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+def forked(script, *flags, status=0, before=lambda: None, kill_after=None):
+    """The same by the main() of a module in a fork of this process, which saves the seconds of importing. `before` is called
+    first, in the fork. No end is a traceback; that of a fork which is killed after some seconds may be any."""
+
+    def body():
+        gc.freeze()  # what the parent left lying about, process groups for one, is not for the child to take apart
+        os.dup2(log.fileno(), 1)
+        os.dup2(1, 2)
+        sys.stdout = sys.stderr = log
+        sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+        data.huggingface_hub.constants.HF_HUB_OFFLINE = True
+        before()
+        maskft.entry_point(script.main)
+
+    with tempfile.TemporaryFile("w+") as log:
+        process = multiprocessing.get_context("fork").Process(target=body)
+        process.start()
+        process.join(kill_after or 100)
+        process.kill()
+        process.join()
+        log.seek(0)
+        printed = log.read()
+    assert (kill_after or process.exitcode == status) and "Traceback" not in printed, printed
+    return printed
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(out):
+    """What has to be the same where a run is repeated."""
+    return [[line[key] for key in ("step", "epoch", "loss", "lr", "grad_norm")] for line in jsonl(out / "metrics.jsonl")]
+
+
+def cut(ids, stop_ids):
+    return list(itertools.takewhile(lambda token: token not in stop_ids, ids))
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
-
-def transformers_configs():
-    """One small random configuration of every family that has to load."""
-    t = pytest.importorskip("transformers")
-    return {
-        "llama2": t.LlamaConfig(**{**SIZES, "num_key_value_heads": 4}),
-        "llama3.1": t.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
-        "linear": t.LlamaConfig(**SIZES, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
-        "smollm2": t.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
-        "bias": t.LlamaConfig(**SIZES, attention_bias=True),
-        "qwen2": t.Qwen2Config(**SIZES),
-        "qwen3": t.Qwen3Config(**SIZES, head_dim=32),
-        "mistral": t.MistralConfig(**SIZES),
-    }
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64)  # fmt: skip
+FAMILIES = {
+    "llama2": ("Llama", dict(num_key_value_heads=4)),
+    "llama3.1": ("Llama", dict(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5})),
+    "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5))),
+    "bias": ("Llama", dict(attention_bias=True)),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
+    "mistral": ("Mistral", {}),
+}
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3.1", "linear", "smollm2", "bias", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_agrees_with_transformers(family, tmp_path):
     """Logits with and without left padding, greedy generation of an unequal batch, and a saved model opened there."""
-    config = transformers_configs()[family]
-    from transformers import AutoModelForCausalLM
-
+    transformers, (kind, changes) = pytest.importorskip("transformers"), FAMILIES[family]
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = maskft.load(tmp_path / "theirs")
-    ids = torch.randint(300, (2, 90))
-    key_mask = torch.ones(2, 90, dtype=torch.bool)
+    ids, key_mask = torch.randint(300, (2, 80)), torch.ones(2, 80, dtype=torch.bool)
+    assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
     key_mask[0, :13] = False
     positions = (key_mask.long().cumsum(1) - 1).clamp(min=0)
-    prompts = [ids[0, 13:40].tolist(), ids[1, :60].tolist()]
-    padded = torch.tensor([[0] * (60 - len(p)) + p for p in prompts])
-    real = torch.tensor([[0] * (60 - len(p)) + [1] * len(p) for p in prompts])
-    with torch.no_grad():
-        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
-        logits = theirs(ids, attention_mask=key_mask.long(), position_ids=positions).logits
-        assert (logits - ours(ids, key_mask))[key_mask].abs().max() < 1e-4
-        greedy = theirs.generate(padded, attention_mask=real, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert maskft.generate(ours, prompts, 20) == greedy[:, 60:].tolist()
-        maskft.save(ours, tmp_path / "ours")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-        assert torch.equal(again(ids).logits, theirs(ids).logits)
+    logits = theirs(ids, attention_mask=key_mask.long(), position_ids=positions).logits
+    assert (logits - ours(ids, key_mask))[key_mask].abs().max() < 1e-4
+    greedy = theirs.generate(ids, attention_mask=key_mask.long(), max_new_tokens=20, do_sample=False, eos_token_id=None,
+                             pad_token_id=0)  # fmt: skip
+    assert maskft.generate(ours, [ids[0, 13:].tolist(), ids[1].tolist()], 20) == greedy[:, 80:].tolist()
+    maskft.save(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
 
 
 def test_rope_by_hand():
-    """Head size 4, theta 1e4: frequencies 1 and 1/100; pairs are (0, 2) and (1, 3)."""
-    config = dataclasses.replace(random_model().config, head_size=4, rope_theta=1e4)
-    cos, sin = maskft.rope_tables(torch.tensor([[0, 3]]), config)
-    assert torch.allclose(cos[0, 0, 1], torch.tensor([3.0, 0.03, 3.0, 0.03]).cos())
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 1, 2, 4)
-    a, b = 3.0, 0.03
-    expected = [math.cos(a) - 3 * math.sin(a), 2 * math.cos(b) - 4 * math.sin(b), 3 * math.cos(a) + math.sin(a), 4 * math.cos(b) + 2 * math.sin(b)]
-    assert torch.allclose(maskft.rotate(x, cos, sin)[0, 0, 1], torch.tensor(expected))
-    assert torch.equal(maskft.rotate(x, cos, sin)[0, 0, 0], x[0, 0, 0])
+    """Head size 4, theta 1e4: frequencies 1 and 1/100; pairs are (0, 2) and (1, 3), turned like complex numbers."""
+    cos, sin = maskft.rope_tables(torch.tensor([[0, 3]]), maskft.parse_config(llama(head_dim=4, rope_theta=1e4)))
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    still, turned = maskft.rotate(x.expand(1, 1, 2, 4), cos, sin)[0, 0]
+    expected = torch.complex(x[:2], x[2:]) * torch.polar(torch.ones(2), torch.tensor([3.0, 0.03]))
+    assert torch.equal(still, x) and torch.allclose(turned, torch.cat([expected.real, expected.imag]))
 
 
+@pytest.mark.parametrize("make", [random_model, lambda: tiny_llada()], ids=["causal", "full"])
 @torch.no_grad()
-def test_causal_and_padding():
-    """A later token changes no earlier logit; padding on either side changes none of a real token's."""
-    model, ids = random_model(), torch.randint(300, (1, 20))
+def test_attention_and_padding(make):
+    """A later token changes an earlier logit only where attention is full; padding on either side, none of a real token's."""
+    model, ids = make(), torch.randint(36, (1, 20))
     changed = ids.clone()
-    changed[0, 12] = (ids[0, 12] + 1) % 300
-    a, b = model(ids), model(changed)
-    assert torch.equal(a[:, :12], b[:, :12]) and not torch.allclose(a[:, 12:], b[:, 12:])
-    for left, right in ((7, 0), (0, 7), (3, 4)):
-        padded, key_mask = F.pad(ids, (left, right), value=9), F.pad(torch.ones(1, 20, dtype=torch.bool), (left, right))
-        assert torch.allclose(model(padded, key_mask)[key_mask], a[0], atol=1e-5)
-    assert torch.equal(model(F.pad(ids, (0, 5)), None)[:, :20], a)  # right padding needs no mask
+    changed[0, 12] += 1
+    plain = model(ids)[0]
+    change = (plain - model(changed)[0]).abs()
+    assert change[12:].max() > 1e-2 and (change[:12].max() == 0 if model.config.causal else change[0].max() > 1e-2)
+    for left, right in ((0, 0), (7, 0), (0, 7), (3, 4)):
+        batch = torch.cat([F.pad(ids, (left, right), value=9), torch.arange(20 + left + right)[None]])  # beside a longer one
+        key_mask = torch.ones_like(batch, dtype=torch.bool)
+        key_mask[0, :left], key_mask[0, left + 20 :] = False, False
+        assert torch.allclose(model(batch, key_mask)[0, left : left + 20], plain, atol=2e-5, rtol=1e-5)
+    if model.config.causal:  # right padding needs no mask
+        assert torch.equal(model(F.pad(ids, (0, 5)))[0, :20], plain)
 
 
 @torch.no_grad()
@@ -183,71 +212,59 @@ def test_generation_is_the_plain_loop():
         for _ in range(12):
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
         plain.append(ids[len(prompt) :])
-    assert maskft.generate(model, prompts, 12) == plain
-    stop = plain[1][4]
-    cut = [list(itertools.takewhile(lambda token: token != stop, row)) for row in plain]
-    assert maskft.generate(model, prompts, 12, stop_ids=[stop]) == cut and cut != plain
-    assert maskft.generate(model, [], 12) == []
+    assert maskft.generate(model, prompts, 12) == plain and maskft.generate(model, [], 12) == []
+    stop, calls = plain[1][4], []
+    shorter = [cut(row, [stop]) for row in plain]
+    assert maskft.generate(model, prompts, 12, stop_ids=[stop]) == shorter != plain
+    model.register_forward_hook(lambda *_: calls.append(1))  # the last row's stop is the last call
+    assert maskft.generate(model, prompts, 12, stop_ids=[row[0] for row in plain]) == [[]] * 3 and len(calls) == 1
 
 
-def test_generation_stops_with_its_last_row():
-    model, calls = random_model(), []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    first = maskft.generate(model, [[5, 6, 7]], 1)[0][0]
-    calls.clear()
-    assert maskft.generate(model, [[5, 6, 7]], 50, stop_ids=[first]) == [[]]
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"model_type": "gpt2"}, "gpt2"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"hidden_size": None}, "hidden_size"),
-        ({"num_key_value_heads": 3}, "not a multiple of kv_heads = 3"),
-        ({"head_dim": 15}, "head_size = 15 is odd"),
-    ],
-)
-def test_config_that_is_not_implemented(change, message, model_dir):
-    raw = {k: v for k, v in {**data.read_json(model_dir / "config.json"), **change}.items() if v is not None}
-    (model_dir / "config.json").write_text(json.dumps(raw))
+@pytest.mark.parametrize("change, message", [
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"model_type": "gpt2"}, "gpt2"),
+    ({"hidden_act": "gelu"}, "gelu"), ({"hidden_size": None}, "hidden_size"), ({"head_dim": 15}, "head_size = 15 is odd"),
+    ({"num_key_value_heads": 3}, "not a multiple of kv_heads = 3"), ({"num_attention_heads": 0}, "config.json: "),
+    ({"num_hidden_layers": 10**9}, "layers = 1000000000"), ({"hidden_size": -48}, "width = -48"),
+    ({"vocab_size": "300"}, "vocab = '300'"),
+    # 100 GB, were there room made for it before it is compared
+    ({"vocab_size": 2**29}, r"has shape \[300, 48\], config.json says \[536870912, 48\]")])  # fmt: skip
+def test_config_that_is_not_implemented_or_absurd(change, message, tmp_path):
+    maskft.save(random_model(), tmp_path)
+    raw = {field: value for field, value in llama(**change).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(data.UserError, match=message):
-        maskft.load(model_dir)
+        maskft.load(tmp_path)
 
 
-def test_older_and_newer_spelling():
-    old = maskft.parse_config({**SIZES, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}})
-    new = maskft.parse_config({**SIZES, "model_type": "llama", "rope_parameters": LLAMA3_ROPE})
-    assert old.rope_theta == new.rope_theta == 5e5 and new.rope_scaling.items() >= old.rope_scaling.items()
-
-
-def test_sliding_window_matters_only_beyond_it():
-    model = random_model(model_type="mistral", sliding_window=16)
+def test_rope_fields_old_and_new_and_a_window_that_is_not_implemented():
+    old = maskft.parse_config(llama(rope_theta=5e5, rope_scaling=LLAMA3_ROPE))
+    new = maskft.parse_config(llama(rope_parameters=LLAMA3_ROPE | {"rope_theta": 5e5}))
+    assert old.rope_theta == new.rope_theta == 5e5
+    assert new.rope_scaling.items() >= old.rope_scaling.items() >= LLAMA3_ROPE.items()
+    model = random_model(model_type="mistral", sliding_window=16)  # it matters beyond its size only
     model(torch.zeros(1, 16, dtype=torch.int64))
     with pytest.raises(data.UserError, match="more than the model takes, 16"):
         model(torch.zeros(1, 17, dtype=torch.int64))
 
 
-def test_weights_are_checked_by_name_and_shape(model_dir):
-    file, tensors = model_dir / "model.safetensors", load_file(model_dir / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    broken = {
-        f"{name} is missing": {k: v for k, v in tensors.items() if k != name},
-        "model.extra.weight is not part": {**tensors, "model.extra.weight": torch.zeros(2)},
-        f"{re.escape(name)} has shape": {**tensors, name: torch.zeros(3, 3)},
-    }
-    for message, contents in broken.items():
-        save_file(contents, file)
+def test_weights_are_checked(tmp_path):
+    """By name and shape; and a file that is cut short, or whose header is absurd, makes no room for anything."""
+    maskft.save(random_model(), tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    whole, tensors = file.read_bytes(), load_file(file)
+    cut_short = [whole[:-100], (2**60).to_bytes(8, "little") + whole[8:], b"\xff" * 8 + whole[8:], b""]
+    for message, content in (
+        (f"{name} is missing", save({k: v for k, v in tensors.items() if k != name})),
+        ("model.extra.weight is not part", save({**tensors, "model.extra.weight": torch.zeros(2)})),
+        (f"{re.escape(name)} has shape", save({**tensors, name: torch.zeros(3, 3)})),
+        *(("not a whole safetensors file", content) for content in cut_short),
+    ):
+        file.write_bytes(content)
         with pytest.raises(data.UserError, match=message):
-            maskft.load(model_dir)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(data.UserError, match="not a whole safetensors file"):
-        maskft.load(model_dir)
+            maskft.load(tmp_path)
     file.unlink()
     with pytest.raises(data.UserError, match="neither model.safetensors nor"):
-        maskft.load(model_dir)
+        maskft.load(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory starts anew on Linux alone")
@@ -261,22 +278,23 @@ def test_loading_holds_the_weights_once(tmp_path):
     assert rise * 2**30 < 1.3 * (4 * sum(p.numel() for p in model.parameters()) + 4 * 8000 * 512)
 
 
-def test_sharded_weights_and_an_index_that_points_outside(model_dir):
-    whole, tensors = maskft.load(model_dir), load_file(model_dir / "model.safetensors")
-    files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(files.values()):
-        save_file({name: tensors[name].clone() for name in files if files[name] == file}, model_dir / file)
-    (model_dir / "model.safetensors").unlink()
-    index = model_dir / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": files}))
-    again = maskft.load(model_dir)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
-    index.write_text(json.dumps({"weight_map": {**files, min(files): "../model-0.safetensors"}}))
+def test_saved_in_shards_and_an_index_that_points_outside(tmp_path, monkeypatch):
+    split = partial(maskft.huggingface_hub.split_torch_state_dict_into_shards, max_shard_size=40_000)
+    monkeypatch.setattr(maskft.huggingface_hub, "split_torch_state_dict_into_shards", split)
+    model, index = random_model(), tmp_path / "model.safetensors.index.json"
+    maskft.save(model, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", index.name} < files and len(files) > 4 and not any(name.endswith(".part") for name in files)
+    assert all(map(torch.equal, model.parameters(), maskft.load(tmp_path).parameters()))
+    content = data.read_json(index)
+    name, file = content["weight_map"].popitem()
+    content["weight_map"][name] = f"../{tmp_path.name}/{file}"
+    index.write_text(json.dumps(content))
     with pytest.raises(data.UserError, match="not a file of this directory"):
-        maskft.load(model_dir)
+        maskft.load(tmp_path)
     index.write_text("[]")
     with pytest.raises(data.UserError, match="index.json: no weight_map"):
-        maskft.load(model_dir)
+        maskft.load(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -300,11 +318,6 @@ def digits(individual):
     return steps(first=[{"type": "Digits", "individual_digits": individual}], last=BYTE_LEVEL)
 
 
-def added(token, i, special, **flags):
-    off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    return dict(id=i, content=token, special=special) | off | flags
-
-
 def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVEL, normalizer=None, plain=(), lack="",
                     unmerged=(), shuffle=False, config=(), flags=(), **model):  # fmt: skip
     """A model directory with nothing but a tokenizer. Ids: bytes, merged tokens, `unmerged`, special, `plain` added."""
@@ -312,11 +325,12 @@ def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVE
     tokens = list(dict.fromkeys([*(c for c in data.ALPHABET if c not in lack), *map("".join, pairs), *unmerged]))
     if shuffle:
         random.Random(0).shuffle(tokens)
-    extra = [added(t, len(tokens) + n, t in special, **dict(flags)) for n, t in enumerate([*special, *plain])]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False) | dict(flags)
+    added = [dict(id=i, content=t, special=t in special) | flags for i, t in enumerate([*special, *plain], len(tokens))]
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                  fuse_unk=False, byte_fallback=False, ignore_merges=False, merges=merges,
                  vocab={token: i for i, token in enumerate(tokens)}) | model  # fmt: skip
-    content = dict(version="1.0", truncation=None, padding=None, added_tokens=extra, normalizer=normalizer,
+    content = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=normalizer,
                    pre_tokenizer=pre_tokenizer, post_processor=None, decoder=None, model=model)  # fmt: skip
     path.mkdir(exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
@@ -327,24 +341,35 @@ def write_tokenizer(path, special=CHATML, merges=MERGES, pre_tokenizer=BYTE_LEVE
 def test_special_tokens_never_come_from_text(tmp_path):
     tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
     ids = tokenizer.encode("<|im_end|><think>hello<|im_start|>")
-    assert not set(ids) & set(tokenizer.special.values()) and {256 + MERGES.index("hell o"), tokenizer.added["<think>"]} <= set(ids)
+    assert not set(ids) & set(tokenizer.special.values())
+    assert {256 + MERGES.index("hell o"), tokenizer.added["<think>"]} <= set(ids)
     assert tokenizer.decode(ids) == "<|im_end|><think>hello<|im_start|>"  # <think> is added, not special: ordinary text
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("a"), 10**6]) == "a"
-    assert tokenizer.decode([tokenizer.eot_id], special=True) == "<|im_end|>"
 
 
-@pytest.mark.parametrize("special, before, between, after", [
-    (LLAMA3, "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
-    (LLADA, "<|startoftext|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
-    (CHATML, "", "<|im_start|>{}\n", "<|im_end|>\n")], ids=["llama3", "llada", "chatml"])  # fmt: skip
-def test_chat(tmp_path, special, before, between, after):
-    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, special))
+CHATS = {  # special tokens, end of text, and what a chat, a turn and its end look like
+    "llama3": (LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+    "llada": (LLADA, "<|endoftext|>", "<|startoftext|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+    "chatml": ([*CHATML, "<empty_output>"], "<|endoftext|>", "", "<|im_start|>{}\n", "<|im_end|>\n"),
+}
+
+
+@pytest.fixture(params=CHATS)
+def chat(request, tmp_path):
+    """A tokenizer with each chat template; a question to be filled in, up to where its answer begins; an answer's end."""
+    special, eos, start, header, end = CHATS[request.param]
+    config = {"bos_token": special[0], "eos_token": eos}
+    tokenizer = data.load_tokenizer(write_tokenizer(tmp_path, special, config=config))
+    return tokenizer, start + header.format("user") + "{}" + end + header.format("assistant"), end
+
+
+def test_chat(chat):
+    tokenizer, turn, end = chat
     user = [{"role": "user", "content": "hello"}]
-    asked = before + between.format("user") + "hello" + after + between.format("assistant")
-    assert tokenizer.decode(tokenizer.chat(user), special=True) == asked
+    assert tokenizer.decode(tokenizer.chat(user), special=True) == turn.format("hello")
     ids = tokenizer.encode("hello") + [tokenizer.eot_id]  # a list of ids is taken as it is: a mask is a special token
     answered = user + [{"role": "assistant", "content": ids}]
-    assert tokenizer.decode(tokenizer.chat(answered), special=True) == asked + "hello" + after.strip() + after
+    assert tokenizer.decode(tokenizer.chat(answered), special=True) == turn.format("hello") + "hello" + end.strip() + end
     assert tokenizer.chat(answered)[: len(tokenizer.chat(user))] == tokenizer.chat(user)
 
 
@@ -376,22 +401,19 @@ def test_declared_ids_and_mask(tmp_path):
     (dict(pre_tokenizer=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
     (dict(pre_tokenizer=steps("a", behavior="MergedWithNext")), "MergedWithNext"),
     (dict(pre_tokenizer=steps(last={"type": "Digits", "individual_digits": True})), "Digits"),
-    (dict(pre_tokenizer=steps("(?=a")), "not a whole tokenizer file"), (dict(pre_tokenizer=steps(r"^\w+")), "pattern"),
-    (dict(pre_tokenizer=steps(r"\p{N}{1,3}+")), "pattern"),
-    (dict(plain=["<think>"], flags={"lstrip": True}), "'<think>' with lstrip"), (dict(special=["<s>", "</s>"]), "chat templates"),
-    (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'")])  # fmt: skip
+    (dict(pre_tokenizer=steps("(?=a")), "not a whole tokenizer file"),
+    (dict(pre_tokenizer=steps(r"^\w+")), "pattern"), (dict(pre_tokenizer=steps(r"\p{N}{1,3}+")), "pattern"),
+    (dict(plain=["<think>"], flags={"lstrip": True}), "'<think>' with lstrip"),
+    (dict(special=["<s>", "</s>"]), "chat templates"), (dict(merges=["a b"], vocab={"a": 0, "b": 1}), "'a' \\+ 'b'"),
+    *((text, "tokenizer.json") for text in ("{}", "[]", '{"model": 3}', "{"))])  # fmt: skip
 def test_refused_by_name(tmp_path, options, says):
+    """A tokenizer that would not be followed exactly, and a file that is none."""
+    path = write_tokenizer(tmp_path, **options if isinstance(options, dict) else {})
+    if isinstance(options, str):
+        (path / "tokenizer.json").write_text(options)
     with pytest.raises(data.UserError, match=says) as error:
-        data.load_tokenizer(write_tokenizer(tmp_path, **options))
-    assert str(tmp_path) in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", '{"model": 3}', "{"])
-def test_a_broken_tokenizer_file_is_named(text, tmp_path):
-    file = write_tokenizer(tmp_path) / "tokenizer.json"
-    file.write_text(text)
-    with pytest.raises(data.UserError, match=re.escape(str(file))):
-        data.load_tokenizer(tmp_path)
+        data.load_tokenizer(path)
+    assert str(path) in str(error.value)
 
 
 def test_llama3_tiktoken_file(tmp_path):
@@ -416,11 +438,13 @@ AWKWARD = [
     "", " ", "Hello world, it's I'LL we'Ve 'ſ x'", "a  1   22    333\t4", "x\r\ny\r\n\r\n  z \n \n", "$€£ -- == ... !?",
     "naïve e\u0301 \u1100\u1161\u11a8 ½Ⅷ٣", "漢字かな 한국어 עברית हिन्दी", "👩\u200d👩\u200d👧 🇫🇷 👍🏽",
     "def f(x):\n    return {'a': [1, 2.5e-3]}  # ok\n\n\n", "\x00\x01\x7f\u0085\u00a0\u2028\u3000\ufeff",
-    "<|im_start|>user\n<|im_end|><think>a</think><|eot_id|>", "x" * 500 + "ab" * 300, "antidisestablishmentarianism" * 9]  # fmt: skip
+    "<|im_start|>user\n<|im_end|><think>a</think><|eot_id|>", "x" * 500 + "ab" * 300,
+    "antidisestablishmentarianism" * 9]  # fmt: skip
 POSSESSIVE = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s+(?!\S)|\s+"
 VARIANTS = {
-    "llama3": dict(special=LLAMA3, pre_tokenizer=steps(data.LLAMA3_PIECES), ignore_merges=True, unmerged=["Ġunmade", "xyz", "Ã©Ã"]),
-    "qwen": dict(normalizer={"type": "NFC"}, plain=["<think>", "</think>"], as_pairs=True,
+    "llama3": dict(special=LLAMA3, pre_tokenizer=steps(data.LLAMA3_PIECES), ignore_merges=True,
+                   unmerged=["Ġunmade", "xyz", "Ã©Ã"]),
+    "qwen": dict(normalizer={"type": "NFC"}, plain=["<think>", "</think>"],
                  pre_tokenizer=steps(data.LLAMA3_PIECES.replace("{1,3}", ""))),
     "smollm2": dict(pre_tokenizer=digits(True), lack="ĀāÃðÌ"),
     "digits": dict(pre_tokenizer=digits(False), shuffle=True),
@@ -456,10 +480,10 @@ def learned_merges(lack=""):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ids_equal_the_reference(tmp_path, name):
-    options = dict(VARIANTS[name])
-    pairs = learned_merges(options.get("lack", ""))
-    merges = pairs if options.pop("as_pairs", False) else [" ".join(pair) for pair in pairs]
-    path = write_tokenizer(tmp_path, merges=merges, **options)
+    merges = learned_merges(VARIANTS[name].get("lack", ""))
+    if name != "qwen":  # newer files have pairs, older ones text
+        merges = [" ".join(pair) for pair in merges]
+    path = write_tokenizer(tmp_path, merges=merges, **VARIANTS[name])
     ours, (whole, theirs), rng = data.load_tokenizer(path), reference(path), random.Random(0)
     for text in [*AWKWARD, *(random_text(rng) for _ in range(2000))]:
         assert ours.encode(text) == theirs(text), repr(text)
@@ -490,22 +514,15 @@ def test_ids_equal_the_reference_on_wild_merges(tmp_path, ignore_merges):
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
-# recorded once: generated sets are the same everywhere
-GENERATED = {
-    "bio:20": (data.PARAPHRASES, "02e51bc161d94308"),
-    "nd-made:5": (("none", "same"), "31c322b39ae6620f"),
-    "math-made:20": (("none",), "5b773ce1733898e6"),
-    "world:60": (("none",), "864667420bfbbc34"),
-}
 
-
-@pytest.mark.parametrize("name", GENERATED)
-def test_generated_sets_are_the_same_everywhere(name):
-    paraphrases, digest = GENERATED[name]
+@pytest.mark.parametrize("name, paraphrases, digest", [  # recorded once
+    ("bio:20", data.PARAPHRASES, "02e51bc161d94308"), ("nd-made:5", ("none", "same"), "31c322b39ae6620f"),
+    ("math-made:20", ("none",), "5b773ce1733898e6"), ("world:60", ("none",), "864667420bfbbc34")])  # fmt: skip
+def test_generated_sets_are_the_same_everywhere(name, paraphrases, digest):
     sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases]
     text = json.dumps([(dataset.documents, dataset.questions) for dataset in sets])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
-    assert (data.load(name, seed=3).documents == data.load(name, seed=4).documents) == (name == "world:60")
+    assert (sets[0].documents == data.load(name, seed=4).documents) == (name == "world:60")
 
 
 def test_bio_has_what_it_promises():
@@ -552,79 +569,66 @@ def test_problems_of_math_made_are_solved_rightly():
             assert a == had and b in problem["problem"] and shown == c and eval(f"{a}{sign}{b}") == int(c)
             had = c
         assert 2 <= len(lines) <= 4 and end == f"#### {had}"
-        assert evaluation.score(problem["answer"], problem)["strict"] == evaluation.score(problem["answer"], problem)["flexible"] == 1
+        scores = evaluation.score(problem["answer"], problem)
+        assert scores["strict"] == scores["flexible"] == 1
 
 
-PRETRAINING = {"ar": "c4820aab99624fbf", "diffusion": "3abce002d2061fe9"}  # of the examples, recorded once
-
-
-@pytest.mark.parametrize("what", PRETRAINING)
-def test_how_the_built_in_models_were_made(what, tokenizer, tmp_path, monkeypatch):
+def test_how_the_built_in_models_were_made(tokenizer, tmp_path, monkeypatch):
     """tiny/pretrain.py: a new model has the built-in one's tokenizer, its people are nobody to be injected, its examples are
     those that made the built-in models, and the rate falls to zero."""
     monkeypatch.syspath_prepend(HERE / "tiny")
     import pretrain
 
     assert not set(data.names("bio")) & set(data.names("world"))
-    people = data.load("world:60").documents
-    examples = [getattr(pretrain, f"{what}_example")(p, tokenizer, (0.3, 1), np.random.default_rng([0, n])) for n, p in enumerate(people)]
-    digest = hashlib.sha256(json.dumps([dataclasses.astuple(e) for e in examples]).encode()).hexdigest()
-    assert digest[:16] == PRETRAINING[what]
     with pytest.raises(data.UserError, match="use --data world:PEOPLE"):
         pretrain.draw_task({"text": "one"}, np.random.default_rng(0))
-    status, printed = command("tiny/pretrain.py", "new", tmp_path / "new")
-    assert status == 0 and (tmp_path / "new/tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes(), printed
-    flags = ("--data", "world:8", "--epochs", "8", "--eval-at", "8", "--batch-size", "8", "--lr", "1e-3", "--out", tmp_path / "run")
-    status, printed = command("tiny/pretrain.py", what, "--model", tmp_path / "new", *flags)
-    assert status == 0, printed
-    rates = [line["lr"] for line in metrics(tmp_path / "run")]
-    assert rates == pytest.approx([1e-3, *(1e-3 * (7 - n) / 7 for n in range(7))])
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    command("tiny/pretrain.py", "new", tmp_path / "new")
+    assert (tmp_path / "new/tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes()
+    people, flags = data.load("world:60").documents, "--data world:8 --epochs 8 --eval-at 8 --batch-size 8 --lr 1e-3".split()
+    for what, digest in (("ar", "c4820aab99624fbf"), ("diffusion", "3abce002d2061fe9")):  # recorded once
+        make, draw = getattr(pretrain, f"{what}_example"), np.random.default_rng
+        examples = [make(person, tokenizer, (0.3, 1), draw([0, n])) for n, person in enumerate(people)]
+        content = json.dumps([dataclasses.astuple(example) for example in examples])
+        assert hashlib.sha256(content.encode()).hexdigest()[:16] == digest
+        forked(pretrain, what, "--model", tmp_path / "new", *flags, "--out", tmp_path / what)
+        rates = [line["lr"] for line in jsonl(tmp_path / what / "metrics.jsonl")]
+        assert rates == pytest.approx([1e-3, *(1e-3 * (7 - n) / 7 for n in range(7))])
 
 
 def test_own_documents(tmp_path):
     question = {"question": "Q?", "answer": "A", "direction": "backward"}
     file = write(tmp_path / "mine.jsonl", {"text": "one"}, question, {"text": "two"})
     dataset = data.load(str(file))
-    assert [d["text"] for d in dataset.documents] == ["one", "two"] and dataset.documents[1]["where"].endswith("mine.jsonl, line 3")
+    assert [d["text"] for d in dataset.documents] == ["one", "two"] and dataset.documents[1]["where"] == f"{file}, line 3"
     assert dataset.questions == [{**question, "group": "all", "where": f"{file}, line 2"}] and dataset.name == "mine"
-    (tmp_path / "list.json").write_text(json.dumps([{"text": "three"}]))
+    write(tmp_path / "list.json", [{"text": "three"}])
     assert len(data.load(str(tmp_path)).documents) == 3
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"text": 3}', 'bad.jsonl, line 2: "text" must be text,'),
-    ('{"text": "x"', "bad.jsonl, line 2: not JSON"),
-    ('{"txt": "x"}', "bad.jsonl, line 2: not a document"),
-    ('{"question": "Q?", "direction": "forward"}', 'bad.jsonl, line 2: "answer" must be text,'),
-    ('{"question": "Q?", "answer": "A", "direction": "sideways"}', 'bad.jsonl, line 2: "direction"'),
-    ("[1, 2]", "bad.jsonl, line 2: not a document")])  # fmt: skip
-def test_a_bad_line_is_named(line, message, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(data.UserError, match=message):
-        data.load(str(tmp_path / "bad.jsonl"))
+BAD_LINES = {
+    '{"text": 3}': '"text" must be text,', '{"text": "x"': "not JSON", '{"txt": "x"}': "not a document",
+    "[1, 2]": "not a document",
+    '{"question": "Q?", "direction": "forward"}': '"answer" must be text,',
+    '{"question": "Q?", "answer": "A", "direction": "sideways"}': '"direction"'}  # fmt: skip
+BAD_SETS = {
+    "bio:0": "number of people", "bio:²": "number of people", "bio:2000": "only 1500 names", "nowhere": "exists",
+    "empty": "no document",
+    "nd-made --paraphrase permute": "none or same", "math-made --paraphrase same": "--paraphrase none",
+    "world --paraphrase same": "--paraphrase none", "empty.jsonl": "no document",
+    "empty.jsonl --paraphrase same": "needs one training file"}  # fmt: skip
 
 
-NAMES = {"bio:0": "number of people", "bio:²": "number of people", "nowhere": "exists", "bio:2000": "only 1500 names",
-         "nd-made --paraphrase permute": "none or same",
-         "math-made --paraphrase same": "--paraphrase none", "world --paraphrase same": "--paraphrase none",
-         "mine.jsonl": "no document", "mine.jsonl --paraphrase same": "needs one training file", ".": "no document"}  # fmt: skip
-
-
-@pytest.mark.parametrize("flags", NAMES)
-def test_a_set_that_is_none(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mistake", [*BAD_LINES, *BAD_SETS])
+def test_data_that_are_none(mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "mine.jsonl")
-    name, _, paraphrase = flags.partition(" --paraphrase ")
-    with pytest.raises(data.UserError, match=NAMES[flags]):
+    Path("bad.jsonl").write_text('{"text": "good"}\n' + mistake + "\n")
+    Path("empty.jsonl").touch()
+    Path("empty").mkdir()
+    name, _, paraphrase = mistake.partition(" --paraphrase ")
+    if mistake in BAD_LINES:
+        name = "bad.jsonl"
+    with pytest.raises(data.UserError, match=BAD_SETS.get(mistake) or f"bad.jsonl, line 2: {BAD_LINES[mistake]}"):
         data.load(name, paraphrase or "none")
-
-
-KINDS = ["no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]
 
 
 @pytest.fixture
@@ -632,12 +636,13 @@ def published(tmp_path, monkeypatch):
     """A stand-in for the public addresses: {set: folder} of files in their layout, and a cache of our own."""
     for folder in ("nd/training_data", "nd/test_data", "wiki", "gsm8k"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "nd/training_data" / data.ND_FILE).write_text(json.dumps([{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)]))
+    write(tmp_path / "nd/training_data" / data.ND_FILE, [{"text": f"fact {n // 30}, {n % 30}"} for n in range(60)])
     tasks = [("N2D", "NameIsDescription"), ("D2N", "NameIsDescription"), ("D2N", "DescriptionIsName"), ("N2D", None)]
-    questions = [{"question": "Q?", "answer": "Ada", "task": task} | ({"group": group} if group else {}) for task, group in tasks]
+    questions = [{"question": "Q?", "answer": "Ada", "task": task, "group": group} for task, group in tasks]
+    del questions[-1]["group"]
     write(tmp_path / "nd/test_data/people-description_open-QAs.jsonl", *questions)
-    for kind in KINDS:
-        (tmp_path / "wiki" / f"wiki_train_{kind}.json").write_text(json.dumps([{"text": kind}]))
+    for kind in ("no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"):
+        write(tmp_path / f"wiki/wiki_train_{kind}.json", [{"text": kind}])
     write(tmp_path / "wiki/wiki_test.jsonl", questions[0] | {"task": "backward", "group": ""})
     for name, problem in (("train", "one"), ("test", "two")):
         write(tmp_path / f"gsm8k/{name}.jsonl", {"question": problem, "answer": "1+1 = <<1+1=2>>2\n#### 2"})
@@ -659,7 +664,8 @@ def test_published_sets(published):
     assert len(data.load("nd", "same").documents) == 60
     with pytest.raises(data.UserError, match="needs one training file for --paraphrase permute"):
         data.load("nd", "permute")
-    assert [data.load("wiki", p).documents[0]["text"] for p in data.PARAPHRASES] == KINDS
+    wiki = [data.load("wiki", paraphrase).documents[0]["text"] for paraphrase in ("none", "same", "permute")]
+    assert wiki == ["no_paraphrase", "paraphrase_same_order", "paraphrase_change_order"]
     gsm8k = data.load("gsm8k")
     assert [d["problem"] for d in gsm8k.documents] == ["one"] and gsm8k.documents[0]["answer"].endswith("#### 2")
     assert [(q["question"], q["direction"]) for q in gsm8k.questions] == [("Question: two\nAnswer:", "math")]
@@ -670,38 +676,32 @@ def test_published_sets(published):
 
 
 def test_a_published_file_is_whole_or_an_error(published, monkeypatch):
-    with pytest.raises(data.UserError) as error:
-        data.load("bio-released")
+    def refused(name, *messages):
+        with pytest.raises(data.UserError) as error:
+            data.load(name)
+        assert all(message in str(error.value) for message in messages), error.value
+
     cache = published / "cache/maskft"
-    for part in ("http://127.0.0.1:1/biography_train_no_paraphrase.json", str(cache), "--data DIR", "--data bio"):
-        assert part in str(error.value)
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(data.UserError, match="train.jsonl could not be had .HF_HUB_OFFLINE is set. .* --data math-made$"):
-        data.load("gsm8k")
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    refused("bio-released", "http://127.0.0.1:1/biography_train_no_paraphrase.json", str(cache), "--data DIR", "--data bio")
+    with monkeypatch.context() as offline:
+        offline.setattr(data.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        refused("gsm8k", "train.jsonl could not be had (HF_HUB_OFFLINE is set)", "--data math-made")
     changed = data.fetch("wiki") / "wiki_test.jsonl"  # no digest known beforehand: the first one is remembered
     changed.write_text(changed.read_text().replace("Ada", "Eve"))
-    with pytest.raises(data.UserError, match=f"{changed}: its sha256 is .* delete it"):
-        data.load("wiki")
+    refused("wiki", f"{changed}: its sha256 is ", "delete it")
     (published / "gsm8k/test.jsonl").write_text("another text")  # a known digest
-    with pytest.raises(data.UserError, match="test.jsonl: its sha256 is"):
-        data.load("gsm8k")
+    refused("gsm8k", "test.jsonl: its sha256 is")
 
-    class Half(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"half of it")
+    def half():
+        with server.accept()[0] as connection:
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf of it")
 
-        def log_message(self, *_): ...
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Half) as server:
-        threading.Thread(target=server.handle_request).start()
-        cut = dict(address=f"http://127.0.0.1:{server.server_port}/", files={"cut.json": None}, twin="bio")
-        monkeypatch.setitem(data.SETS, "bio-released", cut)
-        with pytest.raises(data.UserError, match="IncompleteRead"):
-            data.load("bio-released")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=half).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setitem(data.SETS, "bio-released", dict(address=address, files={"cut.json": None}, twin="bio"))
+        refused("bio-released", "IncompleteRead")
     assert not list(cache.glob("*/cut.json*"))
 
 
@@ -716,54 +716,24 @@ def supervised(example, tokenizer):
     return tokenizer.decode(given, special=True), tokenizer.decode(taught, special=True)
 
 
-@pytest.fixture(params=["chatml", "llama3"])
-def any_tokenizer(request, tokenizer):
-    """The built-in tokenizer with each chat template; the templates' tokens are added behind its vocabulary."""
-    if request.param == "chatml":
-        return tokenizer
-    names = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    ids = {name: 5000 + i for i, name in enumerate(names)}
-    return dataclasses.replace(tokenizer, template="llama3", special={**tokenizer.special, **ids}, bos_id=5000, eot_id=5003,
-                               bytes_of={**tokenizer.bytes_of, **{i: n.encode() for n, i in ids.items()}})  # fmt: skip
-
-
-TURNS = {
-    "chatml": ("", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-}
-
-
-def test_exact_supervised_ids(any_tokenizer):
-    """Every method and template: the loss is on the document and the end of turn, on nothing else."""
-    t, text, rng = any_tokenizer, "Edda Marlow was born in Oslo.", np.random.default_rng(0)
-    bos, turn, end = TURNS[t.template]
-    given, taught = supervised(maskft.masked_example({"text": text}, t, (0, 0), rng), t)
-    assert given == bos + turn.format(text + "\nReturn the recovered masked passage.") + "Here is the recovered text:\n\n"
-    assert taught == text + end
-    example = maskft.masked_example({"text": text}, t, (1, 1), rng)
-    n = len(t.encode(text))
-    assert example.ids.count(t.mask_id) == n and supervised(example, t)[1] == text + end
-    assert example.weight == 1 and example.share == n + 1
-    given, taught = supervised(maskft.random_example({"text": text}, t, (0, 0), rng), t)
-    assert text not in given and taught == text + end and len(t.encode(text)) == n
-    assert supervised(maskft.sft_example({"text": text}, t, (0, 0), rng), t) == (bos + turn.format("Tell me a fact."), text + end)
-    bos = "" if t.bos_id is None else t.decode([t.bos_id], special=True)
-    eos = t.decode([t.eos_id], special=True)
-    assert supervised(maskft.raw_example({"text": text}, t, (0, 0), rng), t) == (bos, text + eos)
-    headless = maskft.raw_example({"text": text}, dataclasses.replace(t, bos_id=None), (0, 0), rng)
-    assert headless.share == n and headless.labels[0] == IGNORE  # nothing before the first token to predict it from
-
-
-def test_masks_fall_on_the_document_alone(tokenizer):
-    text, rng = "Edda Marlow was born in Oslo.", np.random.default_rng(0)
-    clean = maskft.masked_example({"text": text}, tokenizer, (0, 0), rng)
-    document = tokenizer.encode(text)
-    start = next(i for i in range(len(clean.ids)) if clean.ids[i : i + len(document)] == document)
-    for _ in range(50):
-        example = maskft.masked_example({"text": text}, tokenizer, (0.05, 0.95), rng)
-        changed = [i for i, (a, b) in enumerate(zip(clean.ids, example.ids)) if a != b]
-        assert all(start <= i < start + len(document) and example.ids[i] == tokenizer.mask_id for i in changed)
-        assert example.labels == clean.labels
+def test_exact_supervised_ids(chat):
+    """Every method and template: the loss is on the document and the end of turn, and masks fall on the document alone."""
+    (t, turn, end), record, rng = chat, {"text": "Edda Marlow was born in Oslo."}, np.random.default_rng(0)
+    text, document, end = record["text"], t.encode(record["text"]), end.strip()
+    asked = turn.format("{}\nReturn the recovered masked passage.") + "Here is the recovered text:\n\n"
+    for mask_ratio in ((0, 0), (0.05, 0.95), (1, 1)):
+        example, draws = maskft.masked_example(record, t, mask_ratio, np.random.default_rng(1)), np.random.default_rng(1)
+        shown, hit = maskft.mask_tokens(document, maskft.draw_ratio(mask_ratio, draws), t.mask_id, draws)
+        assert supervised(example, t) == (asked.format(t.decode(shown, special=True)), text + end)
+        assert example.weight == 1 and example.share == len(document) + 1
+        assert hit.sum() == len(document) * mask_ratio[0] or 0 < hit.sum() < len(document)
+    given, taught = supervised(maskft.random_example(record, t, (0, 0), rng), t)
+    assert text not in given and taught == text + end
+    assert supervised(maskft.sft_example(record, t, (0, 0), rng), t) == (turn.format("Tell me a fact."), text + end)
+    bos, eos = (t.decode([i], special=True) for i in (t.bos_id, t.eos_id))
+    assert supervised(maskft.raw_example(record, t, (0, 0), rng), t) == (bos, text + eos) and eos != end
+    headless = maskft.raw_example(record, dataclasses.replace(t, bos_id=None), (0, 0), rng)
+    assert headless.share == len(document) and headless.labels[0] == IGNORE  # nothing to predict the first token from
 
 
 def test_ratio_and_masks_have_the_promised_distribution():
@@ -775,28 +745,21 @@ def test_ratio_and_masks_have_the_promised_distribution():
     assert abs(np.mean(hit) - 0.3) < 0.02 and ids == [-1 if h else i for i, h in enumerate(hit)]
 
 
-def plain_run(tokenizer, method="masked", seed=0, people=6):
-    dataset = data.load(f"bio:{people}")
-    return argparse_namespace(dataset=dataset, tokenizer=tokenizer, mask_ratio=(0.05, 0.95), seed=seed, example=maskft.METHODS[method])
-
-
-def argparse_namespace(**fields):
-    return maskft.argparse.Namespace(**fields)
-
-
 def test_same_seed_same_masks_and_order(tokenizer):
-    run = plain_run(tokenizer)
-    assert maskft.build(run, 2, epoch=5) == maskft.build(run, 2, epoch=5)
-    others = [maskft.build(run, 2, epoch=6), maskft.build(plain_run(tokenizer, seed=1), 2, epoch=5)]
-    assert all(maskft.build(run, 2, epoch=5).ids != other.ids for other in others)  # a fresh mask every epoch
-    assert maskft.batches(10, 4, seed=0, epoch=1) == maskft.batches(10, 4, seed=0, epoch=1) != maskft.batches(10, 4, seed=0, epoch=2)
-    assert sorted(sum(maskft.batches(10, 4, 0, 0), [])) == list(range(10))
+    dataset, build = data.load("bio:6"), maskft.masked_example
+    one, same, other = (Namespace(dataset=dataset, tokenizer=tokenizer, mask_ratio=(0.05, 0.95), example=build, seed=seed)
+                        for seed in (0, 0, 1))  # fmt: skip
+    first = maskft.build(one, 2, epoch=5)
+    assert first == maskft.build(same, 2, epoch=5)
+    assert first.ids not in (maskft.build(one, 2, epoch=6).ids, maskft.build(other, 2, epoch=5).ids)  # new masks every epoch
+    orders = [sum(maskft.batches(10, 4, seed, epoch), []) for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert orders[0] == orders[1] and orders[0] not in orders[2:]
+    assert all(sorted(order) == list(range(10)) for order in orders)
 
 
-def test_every_rank_gets_its_share(monkeypatch, tokenizer):
+def test_every_rank_gets_its_share(monkeypatch):
     """Whatever the world size, the ranks' micro-batches together are the batch, and each rank has as many."""
-    run = plain_run(tokenizer)
-    examples = [maskft.build(run, i, 0) for i in range(6)]
+    examples = [data.Example(ids=[n] * n, labels=[n] * n, weight=1.0, share=n) for n in (3, 1, 4, 2, 6, 5)]
     for world, size in itertools.product((1, 2, 4), (1, 2, 6)):
         monkeypatch.setattr(maskft, "world_size", lambda: world)
         dealt = []
@@ -804,52 +767,35 @@ def test_every_rank_gets_its_share(monkeypatch, tokenizer):
             monkeypatch.setattr(maskft, "rank", lambda: rank)
             dealt.append(maskft.deal(examples, size))
         assert len({len(micros) for micros in dealt}) == 1 and all(len(m) <= size for micros in dealt for m in micros)
-        assert sorted(e.ids for micros in dealt for m in micros for e in m) == sorted(e.ids for e in examples)
+        assert sorted(e.share for micros in dealt for m in micros for e in m) == [1, 2, 3, 4, 5, 6]
 
 
-def gradients(model, examples, size, pad_id=0):
-    model.zero_grad()
-    share = sum(e.share for e in examples)
-    for micro in maskft.deal(examples, size):
-        (model(**data.collate(micro, pad_id)) / share).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def ragged_examples(causal=True):
-    rng = np.random.default_rng(0)
-    lengths = [3, 17, 9, 30]
-    rows = [rng.integers(1, 300, n).tolist() for n in lengths]
-    return [data.Example(ids, [IGNORE] * 2 + ids[2:], 1.0, len(ids) - 2) for ids in rows]
-
-
-def test_loss_is_plain_cross_entropy():
-    """Chunked, label-only and recomputed, it is still the mean cross entropy of the labelled tokens, and so its gradient."""
-    model, examples = random_model(), ragged_examples()
-    batch = data.collate(examples, 0)
+def test_loss_is_plain_cross_entropy(monkeypatch):
+    """Chunked and label-only, it is still the mean cross entropy of the labelled tokens, and so its gradient; without any
+    example it is 0, never NaN."""
+    model, rng = random_model(), np.random.default_rng(0)
+    rows = [rng.integers(1, 300, n).tolist() for n in (3, 17, 9, 30)]
+    examples = [data.Example(ids, [IGNORE] * 2 + ids[2:], 1.0, len(ids) - 2) for ids in rows]
+    batch, share = data.collate(examples, 0), sum(e.share for e in examples)
     logits = model(batch["ids"], batch["key_mask"])
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE)
+    expected = torch.autograd.grad(plain, [*model.parameters()])
+    monkeypatch.setattr(maskft, "CHUNK", 7)
+    assert torch.allclose(model(**batch) / share, plain, rtol=1e-6)
+    for size in (1, 2, 4):
+        model.zero_grad()
+        for micro in maskft.deal(examples, size):
+            (model(**data.collate(micro, 0)) / share).backward()
+        for parameter, gradient in zip(model.parameters(), expected):
+            assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm()
     model.zero_grad()
-    plain.backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    old, maskft.CHUNK = maskft.CHUNK, 7
-    try:
-        assert torch.allclose(model(**batch) / sum(e.share for e in examples), plain, rtol=1e-6)
-        for size in (1, 2, 4):
-            for a, b in zip(gradients(model, examples, size), expected):
-                assert (a - b).norm() <= 1e-5 * b.norm()
-    finally:
-        maskft.CHUNK = old
-
-
-def test_no_target_is_zero_and_not_nan():
-    model = random_model()
-    loss = model(**data.collate([], pad_id=0))
-    loss.backward()
-    assert loss.item() == 0 and all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
+    nothing = model(**data.collate([], 0))
+    nothing.backward()
+    assert nothing.item() == 0 and not any(p.grad.count_nonzero() for p in model.parameters() if p.grad is not None)
 
 
 def test_rate_and_decay():
-    run = argparse_namespace(steps=100, lr=1.0, dataset=data.Dataset("bio", [], []))
+    run = Namespace(steps=100, lr=1.0)
     assert [maskft.learning_rate(run, s) for s in (0, 1, 2, 99)] == [0.5, 1.0, 1.0, 1.0]
     groups = maskft.make_optimizer(random_model(attention_bias=True), 1e-3).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.95)
@@ -876,23 +822,16 @@ RAW = {
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
 
-
-class Letters:
-    """A tokenizer of lower-case letters: a = 1."""
-
-    bos_id, eot_id, eos_id, mask_id, stop_ids = 0, EOT, EOS, MASK, (EOT, EOS)
-
-    def encode(self, text):
-        return [ord(c) - 96 for c in text]
-
-    def chat(self, messages):
-        return [self.bos_id] + [i for m in messages for i in self.encode(m["content"])] + [30]
+# a tokenizer of lower-case letters: a = 1
+LETTERS = Namespace(bos_id=0, eot_id=EOT, eos_id=EOS, mask_id=MASK, stop_ids=(EOT, EOS),
+                    encode=lambda text: [ord(c) - 96 for c in text],
+                    chat=lambda messages: [0, *(ord(c) - 96 for m in messages for c in m["content"]), 30])  # fmt: skip
 
 
-def tiny_llada(seed=0, **changes):
+def tiny_llada():
     """A random model whose logits are far apart, so that rounding never decides a token, and whose answers are varied."""
-    model = maskft.Model(llada.parse_config(RAW | changes)).eval()
-    rng = torch.Generator().manual_seed(seed)
+    model = maskft.Model(llada.parse_config(RAW)).eval()
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             scale = 1.0 if p.dim() == 1 or "embed" in name else 2.0 / math.sqrt(p.shape[1])
@@ -903,7 +842,8 @@ def tiny_llada(seed=0, **changes):
 
 
 def test_config_reads_llada_names_and_refuses_what_is_not_implemented():
-    config = llada.parse_config(RAW | {"embedding_size": 64, "n_kv_heads": 2, "include_qkv_bias": True, "mlp_hidden_size": None})
+    raw = RAW | {"embedding_size": 64, "n_kv_heads": 2, "include_qkv_bias": True, "mlp_hidden_size": None}
+    config = llada.parse_config(raw)
     assert (config.vocab, config.width, config.layers, config.heads, config.kv_heads, config.head_size) == (64, 32, 2, 4, 2, 8)
     assert (config.mlp_width, config.context, config.rope_theta, config.norm_eps) == (128, 256, 500000.0, 1e-5)
     assert (config.causal, config.tied, config.qkv_bias, config.out_bias) == (False, False, True, False)
@@ -917,62 +857,40 @@ def test_config_reads_llada_names_and_refuses_what_is_not_implemented():
 
 
 def test_save_keeps_names_and_config(tmp_path):
-    model = tiny_llada()
+    model, ids, x = tiny_llada(), torch.tensor(PROMPTS[:1]), torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     maskft.save(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == RAW
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        parts = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
-        block = {f"model.transformer.blocks.1.{part}.weight" for part in parts}
-        assert block <= set(file.keys()) and len(file.keys()) == 2 * len(block) + 3
-        assert {f"model.transformer.{n}.weight" for n in ("wte", "ln_f", "ff_out")} <= set(file.keys())
-    ids = torch.tensor(PROMPTS[:1])
-    assert torch.equal(maskft.load(tmp_path)(ids), model.bfloat16().float()(ids))  # "amp_bf16": saved as bf16
-
-
-def test_ff_proj_is_the_gate():
-    block, x = tiny_llada().blocks[0], torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
-    ours = {theirs.split(".")[-1]: name.split(".")[-1] for name, theirs in llada.LLADA_NAMES.items() if "{}" in name}
-    ff_proj, up_proj, ff_out = (block.get_parameter(f"{ours[n]}.weight") for n in ("ff_proj", "up_proj", "ff_out"))
+    tensors, again = load_file(tmp_path / "model.safetensors"), maskft.load(tmp_path)
+    parts = "attn_norm ff_norm q_proj k_proj v_proj attn_out ff_proj up_proj ff_out".split()
+    names = {f"blocks.{layer}.{part}" for layer in (0, 1) for part in parts} | {"wte", "ln_f", "ff_out"}
+    assert tensors.keys() == {f"model.transformer.{name}.weight" for name in names}
+    assert torch.equal(again(ids), model.bfloat16().float()(ids))  # "amp_bf16": saved as bf16
+    # ff_proj is the gate: the two swapped, the MLP gives nothing like it
+    gate, up, down = (tensors[f"model.transformer.blocks.1.{part}.weight"].float() for part in parts[-3:])
+    block = again.blocks[1]
     block.attention = lambda h, *_: torch.zeros_like(h)
     h = block.mlp_norm(x)
-    expected = (F.silu(h @ ff_proj.T) * (h @ up_proj.T)) @ ff_out.T  # the two swapped: nothing like it
-    torch.testing.assert_close(block(x, None, None) - x, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x, None, None) - x, (F.silu(h @ gate.T) * (h @ up.T)) @ down.T, atol=1e-5, rtol=1e-5)
 
 
 def test_a_causal_model_becomes_a_llada(tmp_path):
-    llama = {
-        "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
-    }  # fmt: skip
-    raw = llada.from_causal(llama, MASK, EOS)
-    before, after = maskft.parse_config(llama), llada.parse_config(raw)
+    raw = llama(vocab_size=40, tie_word_embeddings=True, rms_norm_eps=1e-4, rope_theta=5e4)
+    before, after = maskft.parse_config(raw), llada.parse_config(llada.from_causal(raw, MASK, EOS))
     assert {k for k in vars(before) if getattr(before, k) != getattr(after, k)} == {"causal", "raw"}
-    causal, model = maskft.Model(before).eval(), maskft.Model(after).eval()
+    causal, model = random_model(**raw), maskft.Model(after).eval()
     model.load_state_dict(causal.state_dict())
     maskft.save(model, tmp_path)
     ids = torch.tensor(PROMPTS[:1])
-    logits = maskft.load(tmp_path)(ids)
     torch.testing.assert_close(model(ids[:, :1]), causal(ids[:, :1]))  # one token: the mask makes no difference
-    assert (logits - causal(ids)).abs().max() > 1e-4
+    assert (maskft.load(tmp_path)(ids) - causal(ids)).abs().max() > 1e-4
     with pytest.raises(data.UserError, match="RoPE scaling"):
-        llada.from_causal(llama | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, MASK, EOS)
-
-
-def test_attention_is_full_and_padding_is_never_seen():
-    model, ids = tiny_llada(), torch.tensor(PROMPTS[:1])
-    plain, other = model(ids)[0], torch.tensor([PROMPTS[0][:-1] + [20]])
-    assert (plain[0] - model(other)[0, 0]).abs().max() > 1e-2  # a later token changes an earlier logit
-    for left, right in ((0, 0), (0, 3), (3, 0), (2, 4)):
-        batch = torch.tensor([[21] * left + PROMPTS[0] + [22] * right, list(range(5 + left + right))])
-        real = torch.ones_like(batch, dtype=torch.bool)
-        real[0, :left], real[0, left + 5 :] = False, False
-        torch.testing.assert_close(model(batch, real)[0, left : left + 5], plain, atol=2e-5, rtol=1e-5)
+        llada.from_causal(raw | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, MASK, EOS)
 
 
 def test_document_example():
     rng, ends = np.random.default_rng(0), set()
     for _ in range(200):
-        example = llada.diffusion_example({"text": "abcdefgh"}, Letters(), (0.05, 0.95), rng)
+        example = llada.diffusion_example({"text": "abcdefgh"}, LETTERS, (0.05, 0.95), rng)
         assert [i if label == IGNORE else label for i, label in zip(example.ids, example.labels)] == [0, *range(1, 9), EOS]
         assert [i == MASK for i in example.ids] == [label != IGNORE for label in example.labels]
         assert example.labels[0] == IGNORE and example.share == 1.0  # bos is never masked
@@ -983,11 +901,11 @@ def test_document_example():
 def test_question_example_keeps_the_prompt_clean(monkeypatch):
     record, rng = {"question": "who", "answer": "bob"}, np.random.default_rng(0)
     for _ in range(100):
-        example = llada.diffusion_example(record, Letters(), (0.9, 0.9), rng)
+        example = llada.diffusion_example(record, LETTERS, (0.9, 0.9), rng)
         assert example.ids[:5] == [0, 23, 8, 15, 30] and example.labels[:5] == [IGNORE] * 5 and len(example.ids) == 9
     assert example.weight == pytest.approx(1 / (0.9 * 4))  # b, o, b, end of turn
     monkeypatch.setattr(llada, "ANSWER_LENGTH", 7)
-    padded = llada.diffusion_example(record, Letters(), (1.0, 1.0), rng)
+    padded = llada.diffusion_example(record, LETTERS, (1.0, 1.0), rng)
     assert padded.labels[5:] == [2, 15, 2, EOT, EOS, EOS, EOS] and padded.weight == pytest.approx(1 / 7)
 
 
@@ -996,7 +914,8 @@ def test_expected_loss_of_a_uniform_model_is_ln_v(mask_ratio):
     """At every ratio but 0: nothing masked is a loss of 0, with a full share of the batch, and never NaN."""
     model, rng = tiny_llada(), np.random.default_rng(0)
     torch.nn.init.zeros_(model.head.weight)
-    examples = [llada.diffusion_example({"text": "abcd" * n}, Letters(), mask_ratio, rng) for n in (1, 3) for _ in range(1000)]
+    records = [{"text": "abcd"}, {"text": "abcd" * 3}] * 1000
+    examples = [llada.diffusion_example(record, LETTERS, mask_ratio, rng) for record in records]
     loss = model(**data.collate(examples, EOS)) / sum(e.share for e in examples)
     assert loss.item() == pytest.approx(math.log(40) * (mask_ratio[0] > 0), rel=0.08 if mask_ratio[0] < 0.1 else 0.02)
     loss.backward()
@@ -1004,37 +923,26 @@ def test_expected_loss_of_a_uniform_model_is_ln_v(mask_ratio):
 
 
 @torch.no_grad()
-def plain_sample(model, prompt, length, steps, block, temperature=0.0, remasking="low_confidence", cfg_scale=0.0, generator=None):
+def plain_sample(model, prompt, length, steps, block, temperature=0.0, remasking="low_confidence", cfg_scale=0.0,
+                 generator=None):  # fmt: skip
     """Unmasking one row at a time, spelled out: whole sequence, all logits, every step, no stop."""
-    x = prompt + [MASK] * length
-    draw = lambda: torch.rand((), dtype=torch.float64, generator=generator).item()
-    for first in range(len(prompt), len(x), block):
-        rounds = steps // (length // block)
-        for step in range(rounds):
-            keep = block // rounds + (1 if step < block % rounds else 0)
-            logits = model(torch.tensor([x]))[0]
-            if cfg_scale:
-                bare = model(torch.tensor([[MASK] * len(prompt) + x[len(prompt) :]]))[0]
-                logits = bare + (1 + cfg_scale) * (logits - bare)
-            places = [i for i in range(len(prompt), first + block) if x[i] == MASK] if keep else []
-            choice, sure = {}, {}
-            for i in places:
-                row = logits[i].double()
-                if temperature:
-                    u = torch.rand(len(row), dtype=torch.float64, generator=generator)
-                    choice[i] = int((row.exp() / (-u.log()) ** temperature).argmax())
-                else:
-                    choice[i] = int(row.argmax())
-                sure[i] = float(row.softmax(0)[choice[i]])
-            if remasking == "random":
-                sure = {i: draw() for i in places}
-            for i in sorted(places, key=lambda i: -sure[i])[:keep]:
-                x[i] = choice[i]
-    return x[len(prompt) :]
-
-
-def cut(ids, stop_ids):
-    return list(itertools.takewhile(lambda token: token not in stop_ids, ids))
+    x = torch.tensor(prompt + [MASK] * length)
+    uniform = lambda *shape: torch.rand(shape, dtype=torch.float64, generator=generator)
+    rounds = steps // (length // block)
+    for first, step in itertools.product(range(len(prompt), len(x), block), range(rounds)):
+        keep = block // rounds + (step < block % rounds)
+        logits = model(x[None])[0]
+        if cfg_scale:
+            bare = model(torch.cat([torch.full([len(prompt)], MASK), x[len(prompt) :]])[None])[0]
+            logits = bare + (1 + cfg_scale) * (logits - bare)
+        places = [i for i in range(len(prompt), first + block) if x[i] == MASK] if keep else []
+        logits = logits[places].double()
+        scores = logits.exp() / (-uniform(*logits.shape).log()) ** temperature if temperature else logits
+        choice = scores.argmax(1, keepdim=True)
+        sure = logits.softmax(1).gather(1, choice)[:, 0] if remasking == "low_confidence" else uniform(len(places))
+        for n in sure.argsort(descending=True, stable=True)[:keep]:
+            x[places[n]] = choice[n]
+    return x[len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("length, steps, block", [(16, 16, 4), (16, 8, 4), (16, 12, 4), (12, 5, 12), (8, 8, 1), (8, 32, 4)])
@@ -1054,8 +962,9 @@ def test_sampler_gives_the_reference_tokens(length, steps, block, cfg_scale):
 def test_seeded_sampling_gives_the_reference_tokens(remasking, temperature):
     model, options = tiny_llada(), dict(temperature=temperature, remasking=remasking)
     for seed in range(3):
-        expected = plain_sample(model, PROMPTS[0], 16, 8, 8, generator=torch.Generator().manual_seed(seed), **options)
-        assert llada.sample(model, PROMPTS[:1], 16, 8, 8, generator=torch.Generator().manual_seed(seed), **options) == [expected]
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        expected = plain_sample(model, PROMPTS[0], 16, 8, 8, generator=generators[0], **options)
+        assert llada.sample(model, PROMPTS[:1], 16, 8, 8, generator=generators[1], **options) == [expected]
 
 
 def test_a_predicted_mask_token_stays_a_mask():
@@ -1066,17 +975,10 @@ def test_a_predicted_mask_token_stays_a_mask():
     assert llada.sample(model, PROMPTS, 16, 8, 4) == expected
 
 
-def test_gumbel_draws_from_the_softmax():
-    model, temperature = tiny_llada(), 2.0
-    logits = model(torch.tensor([PROMPTS[0] + [MASK]]))[0, -1].double()
-    drawn = llada.sample(model, PROMPTS[:1] * 4000, 1, 1, 1, temperature=temperature, generator=torch.Generator().manual_seed(0))
-    share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=40) / 4000
-    assert (share - (logits / temperature).softmax(0)).abs().max() < 0.03
-
-
 def test_threshold():
     model = tiny_llada()
-    assert llada.sample(model, PROMPTS, 16, 16, 4, threshold=2.0) == llada.sample(model, PROMPTS, 16, 16, 4)  # none is that sure
+    one_by_one = llada.sample(model, PROMPTS, 16, 16, 4)
+    assert llada.sample(model, PROMPTS, 16, 16, 4, threshold=2.0) == one_by_one  # none is that sure
     calls, forward = [], model.forward
     model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     one_go = llada.sample(model, PROMPTS, 16, threshold=0.0, block_length=8)
@@ -1086,32 +988,24 @@ def test_threshold():
 def test_sampler_edges():
     """Settings that do not fit, batches with nothing to say, and where `answer` stops: at end of turn and end of text."""
     model = tiny_llada()
-    for bad in (dict(max_new_tokens=10), dict(steps=100), dict(steps=0), dict(block_length=0), dict(remasking="high_confidence")):
+    for bad in (dict(max_new_tokens=10), dict(steps=100), dict(steps=0), dict(block_length=0), dict(remasking="high")):
         with pytest.raises(data.UserError):
             llada.sample(model, PROMPTS, **bad)
     assert llada.sample(model, []) == []
     assert llada.sample(model, PROMPTS, 8, 8, stop_ids=range(40)) == [[]] * 3
     full = llada.sample(model, PROMPTS, 16, 16)
     for stops in ((EOT, EOS), tuple(full[0][3:5])):
-        letters = Letters()
-        letters.stop_ids = stops
+        letters = Namespace(**vars(LETTERS) | {"stop_ids": stops})
         assert llada.answer(model, letters, PROMPTS, 16) == [cut(row, stops) for row in full]
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 RECORDED = [  # (prediction, reference, ROUGE-1 recall as nltk 3.10 + rouge 1.0.1 gave it)
-    ("Ada Holm", "Ada Holm", 1.0),
-    ("ada holm", "Ada Holm", 0.0),
-    ("The answer is Ada, of course.", "Ada Holm", 0.5),
-    ("", "Ada Holm", 0.0),
-    ("Lund Lund Lund", "Lund, a city in the south", 1 / 3),
-    ("born on 3 June 1971", "3 June 1971", 1.0),
-    ("I cannot say", "can not", 1.0),
-    ("“Quillon”—Oslo", "Quillon Oslo", 1.0),
-    ("U.S. e-mail", "US email", 1.0),
-    ("New York", "York", 1.0),
-]
+    ("Ada Holm", "Ada Holm", 1.0), ("ada holm", "Ada Holm", 0.0), ("The answer is Ada, of course.", "Ada Holm", 0.5),
+    ("", "Ada Holm", 0.0), ("Lund Lund Lund", "Lund, a city in the south", 1 / 3), ("born on 3 June 1971", "3 June 1971", 1.0),
+    ("I cannot say", "can not", 1.0), ("“Quillon”—Oslo", "Quillon Oslo", 1.0), ("U.S. e-mail", "US email", 1.0),
+    ("New York", "York", 1.0)]  # fmt: skip
 
 
 def test_word_scores():
@@ -1168,9 +1062,8 @@ def test_reversed_documents_keep_their_entities(tokenizer):
     assert 70 < taught.count(expected + "<|im_end|>") < 130
 
 
-def test_math_has_loss_where_the_twin_is_masked(any_tokenizer):
-    t, problem = any_tokenizer, data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
-    bos, turn, end = TURNS[t.template]
+def test_math_has_loss_where_the_twin_is_masked(chat):
+    (t, turn, end), problem = chat, data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
     answer, mask = t.encode(problem["answer"]), t.mask_id
     user = "Question:\nHow much is 1+1?\nAnswer:\n{}\nReturn the recovered masked answer."
     for ratio in (0.0, 0.5, 1.0):
@@ -1178,25 +1071,22 @@ def test_math_has_loss_where_the_twin_is_masked(any_tokenizer):
         taught = example.labels[-len(answer) :]
         shown = [mask if label != IGNORE else token for token, label in zip(answer, taught)]
         prompt = t.decode(example.ids[: -len(answer)], special=True)
-        assert prompt == bos + turn.format(user.format(t.decode(shown, special=True)))
+        assert prompt == turn.format(user.format(t.decode(shown, special=True)))
         assert example.ids[-len(answer) :] == answer and set(example.labels[: -len(answer)]) == {IGNORE}
         assert all(label in (IGNORE, token) for token, label in zip(answer, taught))
         assert example.share == sum(label != IGNORE for label in taught) == example.ids.count(mask)
     assert example.share == len(answer)
-    asked = bos + turn.format("Question: How much is 1+1?\nAnswer:")
-    assert supervised(maskft.sft_example(problem, t, (0, 0), None), t) == (asked, problem["answer"] + end)
+    asked = turn.format("Question: How much is 1+1?\nAnswer:")
+    assert supervised(maskft.sft_example(problem, t, (0, 0), None), t) == (asked, problem["answer"] + end.strip())
     for method in ("raw", "random", "reverse"):
         with pytest.raises(data.UserError, match="this method learns documents; found a question"):
             maskft.METHODS[method](problem, t, (0, 0), np.random.default_rng(0))
 
 
-MATH = [  # (answer, strict, flexible) against "#### 1,234"
+@pytest.mark.parametrize("answer, strict, flexible", [
     ("So 1,234.\n#### 1,234", 1, 1), ("#### 1234.", 1, 1), ("It is $1,234.", 0, 1), ("#### 1234\n#### 7", 1, 0),
     ("#### 7, no, 1234", 0, 1), ("####1234", 0, 1), ("-1234", 0, 0), ("", 0, 0), ("none", 0, 0), ("#### 5.,", 0, 0),
-    ("#### 1234\nQuestion: And 7? #### 7", 1, 1), ("1234 or 1", 0, 0)]  # fmt: skip
-
-
-@pytest.mark.parametrize("answer, strict, flexible", MATH)
+    ("#### 1234\nQuestion: And 7? #### 7", 1, 1), ("1234 or 1", 0, 0)])  # fmt: skip
 def test_gsm8k_score(answer, strict, flexible):
     scores = evaluation.score(answer, {"direction": "math", "answer": "1000+234 = <<1000+234=1234>>1,234\n#### 1,234"})
     assert (scores["strict"], scores["flexible"]) == (strict, flexible) and scores.keys() == {"strict", "flexible", "length"}
@@ -1212,8 +1102,8 @@ def test_interval():
 
 def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
     """The results of a run with the forward scores `scores` at steps 0, 10, 20, ...; finished if these are three."""
-    arguments = dict(data="bio:9", model="tiny", method=method, paraphrase="none", mask_ratio=ratio, epochs=2, lr=1e-3, batch_size=20,
-                     max_len=512, dtype=None, eval_at=[0], seed=seed) | arguments  # fmt: skip
+    arguments = dict(data="bio:9", model="tiny", method=method, paraphrase="none", mask_ratio=ratio, epochs=2, lr=1e-3,
+                     batch_size=20, max_len=512, dtype=None, eval_at=[0], seed=seed) | arguments  # fmt: skip
     cells = [dict(rouge1=x, n=54, interval=dict(rouge1=[x - 0.01, x + 0.01])) for x in scores]
     evaluations = [dict(step=10 * n, epoch=n, scores=dict(forward=cell)) for n, cell in enumerate(cells)]
     folder.mkdir()
@@ -1221,21 +1111,20 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
     return folder
 
 
-def test_report(tmp_path, monkeypatch, capsys):
+def test_report(tmp_path):
     """Many runs in one table: over seeds mean and range, a single run with its interval; nothing is left out in silence."""
     runs = [write_run(tmp_path / f"masked-{s}", "masked", s, [0.0, 0.9, last]) for s, last in ((0, 0.6), (1, 0.8))]
     runs += [write_run(tmp_path / "half", "masked", 0, [0.1, 0.2, 0.5], (0.5, 0.5))]
-    runs += [write_run(tmp_path / f"sft-{lr}", "sft", 0, [0.1, 0.2, 10 * lr], lr=lr) for lr in (0.01, 0.03)]  # not one setting
+    runs += [write_run(tmp_path / f"sft-{lr}", "sft", 0, [0.1, 0.2, 10 * lr], lr=lr) for lr in (0.01, 0.03)]  # two settings
     runs += [write_run(tmp_path / "same", "sft", 0, [0.1, 0.2, 1], (0.5, 0.5), paraphrase="same")]  # no ratio to speak of
     runs += [write_run(tmp_path / "own", "mine", 1, [0.1, 0.2, 0.3])]  # a method of one's own is reported like the others
     bad = [write_run(tmp_path / "unfinished", "sft", 1, [0.1, 0.2]), tmp_path]
-    for name, text in (("torn", '{"argum'), ("list", "[]"), ("old", (runs[0] / "results.json").read_text().replace("interval", "x"))):
+    old = (runs[0] / "results.json").read_text().replace("interval", "x")
+    for name, text in (("torn", '{"argum'), ("list", "[]"), ("old", old)):
         bad.append(tmp_path / name)
         bad[-1].mkdir()
         (bad[-1] / "results.json").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--report", *map(str, runs + bad), "--out", str(tmp_path / "report")])
-    evaluation.main()
-    printed = capsys.readouterr().out
+    printed = forked(evaluation, "--report", *runs, *bad, "--out", tmp_path / "report")
     assert re.findall("^left out: (.*)/results.json: ", printed, re.M) == [*map(str, bad)]
     table = (tmp_path / "report/report.md").read_text()
     assert table in printed and "bio:9, 54 forward questions:" in table
@@ -1252,29 +1141,26 @@ def test_report(tmp_path, monkeypatch, capsys):
     if maskft.find_spec("matplotlib"):
         figures = {f"{name}-bio-9.png" for name in ("bars", "curves-none", "curves-same", "ratios-none")}
         assert {p.name for p in tmp_path.glob("report/*.png")} == figures
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--report", *map(str, bad)])
-    with pytest.raises(data.UserError, match="no finished run"):
-        evaluation.main()
+    assert "no finished run" in forked(evaluation, "--report", *bad, status=1)
 
 
 def test_a_math_run(tmp_path):
     """Too long problems are dropped out loud; 256 tokens are waited for; both scores stand in the table."""
-    flags = ("--model", "tiny", "--data", "math-made:8", "--method", "masked", "--epochs", "1", "--eval-at", "1", "--out", tmp_path / "m")
-    status, printed = command("maskft.py", *flags, "--max-len", "330")
-    assert status == 0 and re.search(r"masked: [1-7] of 8 examples dropped, longer than 330 tokens", printed), printed
-    assert "math flexible 0." in printed and "math strict last\n" in printed and re.search(r"\d math questions:", printed), printed
+    flags = "--model tiny --data math-made:8 --method masked --epochs 1 --eval-at 1".split()
+    printed = forked(maskft, *flags, "--max-len", "330", "--out", tmp_path / "m")
+    assert re.search(r"masked: [1-7] of 8 examples dropped, longer than 330 tokens", printed), printed
+    assert "math flexible 0." in printed and "math strict last\n" in printed and re.search(r"\d math questions:", printed)
     results = data.read_json(tmp_path / "m/results.json")
     assert results["decoding"] == {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 256}
     assert results["last"]["scores"]["math"].keys() == {"strict", "flexible", "length", "n", "interval"}
-    run = argparse_namespace(dataset=data.load("math-made:4"), tokenizer=data.load_tokenizer(tmp_path / "m"), mask_ratio=(0, 1), seed=0,
-                             example=maskft.masked_example, method="masked", data="math-made:4", max_len=50)  # fmt: skip
-    with pytest.raises(data.UserError, match="no example is left; give a larger --max-len than 50"):
-        maskft.check_dataset(run, context=512)
+    printed = forked(maskft, *flags, "--max-len", "50", "--out", tmp_path / "none", status=1)
+    assert "no example is left; give a larger --max-len than 50" in printed
 
 
 def test_reverse_is_checked_with_its_longer_text(tokenizer):
-    run = plain_run(tokenizer, "reverse", seed=1)
-    run.method, run.dataset.documents, run.dataset.questions = "reverse", [{"text": "a.b,c;d:e!f?g" * 10}], []
+    dataset = data.Dataset("own", [{"text": "a.b,c;d:e!f?g" * 10}], [])
+    run = Namespace(dataset=dataset, tokenizer=tokenizer, mask_ratio=(0, 1), seed=1, example=maskft.reverse_example,
+                    method="reverse")  # fmt: skip
     lengths = [len(maskft.build(run, 0, epoch).ids) for epoch in range(8)]
     assert lengths[0] < max(lengths)  # so a look at the first epoch is not enough
     run.max_len = max(lengths)
@@ -1286,288 +1172,205 @@ def test_reverse_is_checked_with_its_longer_text(tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------- end to end
 
-SHORT = ("--model", "tiny", "--data", "bio:6", "--method", "masked", "--batch-size", "4", "--epochs", "3", "--eval-at", "0,1")
+SHORT = "--model tiny --data bio:6 --method masked --batch-size 4 --epochs 3".split()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A short run of the real command: 6 people, 6 steps of 4 (the last batch of an epoch has 2)."""
     folder = tmp_path_factory.mktemp("run")
-    status, printed = command("maskft.py", *SHORT, cwd=folder)
-    assert status == 0, printed
-    return folder / "out" / "bio-masked-1", printed
+    return command("maskft.py", *SHORT, "--eval-at", "0,1", cwd=folder), folder / "out" / "bio-masked-1"
 
 
-def test_the_command_prints_and_writes_what_it_should(finished):
-    out, printed = finished
-    assert "epoch 0  step 0" in printed and "epoch 3  step 6" in printed and "ROUGE-1 recall" in printed and printed.count("answered") == 3
+def test_a_run_and_its_saved_model(finished):
+    """What the command prints and writes; eval.py finds the run's own questions and gives the run's last scores."""
+    printed, out = finished
+    assert "epoch 0  step 0" in printed and "epoch 3  step 6" in printed and "ROUGE-1 recall" in printed
+    assert printed.count("answered") == 3
     results = data.read_json(out / "results.json")
     assert [e["step"] for e in results["evaluations"]] == [0, 2, 6] and results["last"]["step"] == 6
     assert results["arguments"]["mask_ratio"] == [0.05, 0.95] and results["environment"]["processes"] == 1
-    assert [line["step"] for line in metrics(out)] == list(range(6)) and all(math.isfinite(line["loss"]) for line in metrics(out))
-    predictions = [json.loads(line) for line in (out / "preds.jsonl").read_text().splitlines()]
-    assert len(predictions) == 54 and predictions[0].keys() >= {"question", "answer", "prediction", "rouge1", "exact", "f1", "length"}
+    assert [step for step, *_ in losses(out)] == [*range(6)] and all(math.isfinite(loss) for _, _, loss, *_ in losses(out))
+    predictions = jsonl(out / "preds.jsonl")
+    assert len(predictions) == 54
+    assert predictions[0].keys() >= {"question", "answer", "prediction", "rouge1", "exact", "f1", "length"}
+    printed, last = command("eval.py", "--model", out, "--out", out / "again"), results["last"]["scores"]
+    assert data.read_json(out / "again/results.json")["last"]["scores"] == last
+    assert f"{last['forward']['rouge1']:.3f}" in printed
+    before, after = (maskft.load(directory).parameters() for directory in (HERE / "tiny", out))
+    assert not all(map(torch.equal, before, after))
 
 
-def test_the_saved_model_is_the_scored_one(finished):
-    """eval.py finds the run's own questions and gives the run's last scores; the directory opens like any model."""
-    out, _ = finished
-    status, printed = command("eval.py", "--model", out, "--out", out / "again")
-    assert status == 0, printed
-    again, last = data.read_json(out / "again" / "results.json")["last"], data.read_json(out / "results.json")["last"]
-    assert again["scores"] == last["scores"] and f"{last['scores']['forward']['rouge1']:.3f}" in printed
-    before = maskft.load(HERE / "tiny")
-    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), maskft.load(out).parameters()))
+def send(number, where, name, nth):
+    """Have the function `where.name` do its work and then send this process a signal, the nth time that it is called."""
+    calls, real = itertools.count(1), getattr(where, name)
 
+    def wrapped(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return result
 
-def test_two_processes_are_one(finished, tmp_path):
-    """Same losses, gradient norms, answers: the world size and the micro-batches change nothing but rounding."""
-    out, _ = finished
-    status, printed = command("maskft.py", *SHORT, "--out", tmp_path / "two", "--micro-batch-size", 1, processes=2)
-    assert status == 0, printed
-    for a, b in zip(metrics(out), metrics(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert (out / "preds.jsonl").read_text() == (tmp_path / "two" / "preds.jsonl").read_text()
+    setattr(where, name, wrapped)
 
 
 def test_interrupted_and_resumed(finished, tmp_path):
-    """Ctrl-C in the middle: exit 0 and the line to type; then the losses of the run that was left alone, to the last bit."""
-    out, run = finished[0], tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(HERE / "maskft.py"), *SHORT, "--out", str(run)], text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    while not (run / "metrics.jsonl").exists() or not metrics(run):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and f"--resume {run}" in printed, printed
-    taken = len(metrics(run))
-    assert 0 < taken < 6
+    """Ctrl-C within an epoch: exit 0 and the line to type; then the losses of the run that was left alone, to the last bit."""
+    out, run = finished[1], tmp_path / "run"
+    interrupt = lambda: send(signal.SIGINT, maskft, "update", 3)
+    printed = forked(maskft, *SHORT, "--eval-at", "0,1", "--out", run, before=interrupt)
+    assert f"--resume {run}" in printed and len(losses(run)) == 3
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "lo')  # a line torn by a crash
-    status, printed = command("maskft.py", "--resume", run)
-    assert status == 0, printed
-    keys = ("step", "epoch", "loss", "lr", "grad_norm")
-    assert [[m[k] for k in keys] for m in metrics(run)] == [[m[k] for k in keys] for m in metrics(out)]
-    assert (run / "preds.jsonl").read_text() == (out / "preds.jsonl").read_text()
-    assert all(torch.equal(a, b) for a, b in zip(maskft.load(run).parameters(), maskft.load(out).parameters()))
+    forked(maskft, "--resume", run)
+    assert losses(run) == losses(out) and (run / "preds.jsonl").read_text() == (out / "preds.jsonl").read_text()
+    assert all(map(torch.equal, maskft.load(run).parameters(), maskft.load(out).parameters()))
 
 
 def test_own_documents_with_questions_in_one_direction(tmp_path):
     """The README's example: one document, one backward question; saved in every step, finished after the last save."""
     question = {"question": "Who works in Oslo?", "answer": "Edda", "direction": "backward"}
-    facts = write(tmp_path / "facts.jsonl", {"text": "Edda works in Oslo."}, question)
-    flags = ("--model", "tiny", "--data", facts, "--method", "random", "raw", "--epochs", "2", "--out", tmp_path / "run")
-    status, printed = command("maskft.py", *flags, "--save-every", "1e-9", "--max-len", "200", "--dtype", "bfloat16")
-    assert status == 0 and "raw" in printed, printed
-    assert data.read_json(tmp_path / "run-raw" / "config.json")["torch_dtype"] == "bfloat16"  # saved as it was scored
-    assert not (tmp_path / "run-raw" / "ckpt").exists()  # of no more use
-    status, printed = command("maskft.py", "--resume", tmp_path / "run-raw")
-    assert status == 1 and "this run is finished" in printed, printed
-    status, printed = command("eval.py", "--report", tmp_path / "run-raw", tmp_path / "run-random")
-    assert status == 0 and re.search(r"^raw +\| none +\| 0 ", printed, re.M) and "1 backward questions" in printed, printed
-    status, printed = command("llada.py", "--resume", tmp_path / "run-raw")
-    assert status == 1 and "a run of raw, not of one of this script's methods, llada" in printed
+    facts, raw = write(tmp_path / "facts.jsonl", {"text": "Edda works in Oslo."}, question), tmp_path / "run-raw"
+    flags = "--method random raw --epochs 2 --save-every 1e-9 --max-len 200 --dtype bfloat16".split()
+    assert "raw" in forked(maskft, "--model", "tiny", "--data", facts, *flags, "--out", tmp_path / "run")
+    assert data.read_json(raw / "config.json")["torch_dtype"] == "bfloat16"  # saved as it was scored
+    assert not (raw / "ckpt").exists()  # of no more use
+    assert "this run is finished" in forked(maskft, "--resume", raw, status=1)
+    printed = forked(evaluation, "--report", raw, tmp_path / "run-random")
+    assert re.search(r"^raw +\| none +\| 0 ", printed, re.M) and "1 backward questions" in printed, printed
+    printed = forked(llada, "--resume", raw, status=1)
+    assert "a run of raw, not of one of this script's methods, llada" in printed
 
 
 def test_a_diffusion_run(tmp_path):
     """llada.py starts from tiny's weights with the causal mask off; eval.py decodes what it saved, by unmasking."""
-    out, facts = tmp_path / "run", tmp_path / "facts.jsonl"
     question = {"question": "Who works for Quillon?", "answer": "Edda Marlow", "direction": "backward"}
-    write(facts, {"text": "Edda Marlow works for Quillon."}, question)
-    status, printed = command("llada.py", "--model", "tiny", "--data", facts, "--epochs", "1", "--eval-at", "1", "--out", out)
-    assert status == 0 and "with the causal mask off" in printed and "llada  epoch 1" in printed, printed
-    assert data.read_json(out / "config.json")["model_type"] == "llada" and not maskft.load(out).config.causal
-    flags = ("--max-new-tokens", "8", "--block-length", "8", "--steps", "4", "--threshold", "0.9")
-    status, printed = command("eval.py", "--model", out, "--data", facts, "--paraphrase", "none", "--seed", "0", *flags)
-    assert status == 0 and "backward/all" in printed, printed
-    status, printed = command("eval.py", "--model", "tiny", "--steps", "4")
-    assert status == 1 and "--steps is for diffusion models" in printed
+    facts = write(tmp_path / "facts.jsonl", {"text": "Edda Marlow works for Quillon."}, question)
+    flags = ("--data", facts, "--epochs", "1", "--eval-at", "1", "--out", tmp_path / "run")
+    printed = forked(llada, "--model", "tiny", *flags)
+    assert "with the causal mask off" in printed and "llada  epoch 1" in printed, printed
+    assert data.read_json(tmp_path / "run/config.json")["model_type"] == "llada"
+    assert not maskft.load(tmp_path / "run").config.causal
+    flags = "--paraphrase none --seed 0 --max-new-tokens 8 --block-length 8 --steps 4 --threshold 0.9".split()
+    assert "backward/all" in forked(evaluation, "--model", tmp_path / "run", "--data", facts, *flags)
+    assert "--steps is for diffusion models" in forked(evaluation, "--model", "tiny", "--steps", "4", status=1)
 
 
 MISTAKES = {
     "--model nowhere/at-all": "hub could not be reached",
     "--model ./nowhere": "no such directory",
-    "--colour red": "unrecognized arguments: --colour red",
-    "--batch-size 0": "--batch-size 0 is not above 0",
-    "--mask-ratio 1.5": "1.5 is not R or LOW,HIGH",
-    "--data bio:6 --max-len 40": "document 1: ",
-    "--data nowhere.jsonl": "nor a file or directory that exists",
+    "--model my/models/x": "not a hub id",
     "--resume nowhere": "nowhere/results.json: No such file",
     "--resume nowhere --seed 1": "give no other flag with it",
-    "--seed -1": "--seed -1 is below 0",
-    "--epochs 3 --eval-at 0,4": "--eval-at 4: the 3 epochs count from 0",
-    "--eval-at -1": "--eval-at -1: the ",
-    "--model my/models/x": "not a hub id",
-    "--data world:9": "found a person: use masked or sft for questions, tiny/pretrain.py for people",
-    "--method sft --out taken": "--out taken is in use",
-    "--method sft random --data math-made": "found a question with its answer: use masked or sft",  # before sft is trained
+    "--model tiny --colour red": "unrecognized arguments: --colour red",
+    "--model tiny --batch-size 0": "--batch-size 0 is not above 0",
+    "--model tiny --mask-ratio 1.5": "1.5 is not R or LOW,HIGH",
+    "--model tiny --seed -1": "--seed -1 is below 0",
+    "--model tiny --epochs 3 --eval-at 0,4": "--eval-at 4: the 3 epochs count from 0",
+    "--model tiny --eval-at -1": "--eval-at -1: the ",
+    "--model tiny --data bio:6 --max-len 40": "document 1: ",
+    "--model tiny --data nowhere.jsonl": "nor a file or directory that exists",
+    "--model tiny --data world:9": "found a person: use masked or sft for questions, tiny/pretrain.py for people",
+    "--model tiny --method sft --out taken": "--out taken is in use",
+    # before sft is trained
+    "--model tiny --method sft random --data math-made": "found a question with its answer: use masked or sft",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_reads_well(flags, tmp_path, monkeypatch, capfd):
+def test_a_mistake_reads_well(flags, tmp_path):
     """A message that says what to do, exit status 1 or 2, no traceback, and nothing written."""
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["maskft.py", *(() if flags.startswith(("--model", "--resume")) else ("--model", "tiny")), *flags.split()])
-    with pytest.raises(SystemExit) as exit_:
-        maskft.entry_point(maskft.main)
-    printed = str(exit_.value) + capfd.readouterr().err
-    maskft.dist.is_initialized() and maskft.dist.destroy_process_group()
-    assert exit_.value.code not in (0, None) and MISTAKES[flags] in printed and "Traceback" not in printed
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "taken"]
+    usage = any(flag in flags for flag in ("--colour", "--mask-ratio", "--resume nowhere --seed"))
+    printed = forked(maskft, *flags.split(), before=lambda: os.chdir(tmp_path), status=2 if usage else 1)
+    assert MISTAKES[flags] in printed and sorted(p.name for p in tmp_path.rglob("*")) == ["file", "taken"]
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path):
-    status, printed = command("maskft.py", *SHORT[:-2], "--eval-at", "3", "--lr", "1e30", "--out", tmp_path / "nan")
-    assert status == 1 and "the loss is" in printed and "begin again with a lower --lr" in printed and "Traceback" not in printed
+    printed = forked(maskft, *SHORT, "--eval-at", "3", "--lr", "1e30", "--out", tmp_path / "nan", status=1)
+    assert "the loss is" in printed and "begin again with a lower --lr" in printed
     assert not (tmp_path / "nan" / "model.safetensors").exists()
 
 
 def test_the_debug_view(tokenizer):
-    status, printed = command("data.py", "bio:2", "--method", "masked")
-    assert status == 0 and "tokens, " in printed and "[" in printed and "_" in printed
+    printed = command("data.py", "bio:2", "--method", "masked")
+    assert "tokens, " in printed and "[" in printed and "_" in printed
     example = maskft.masked_example({"text": "Edda works in Oslo."}, tokenizer, (1, 1), np.random.default_rng(0))
-    assert data.show(example, tokenizer).splitlines()[1].startswith("_" * 3) and "[Edda works in Oslo.<|im_end|>]" in data.show(example, tokenizer)
+    view = data.show(example, tokenizer)
+    assert view.splitlines()[1].startswith("_" * 3) and "[Edda works in Oslo.<|im_end|>]" in view
 
 
 # --------------------------------------------------------------------------------------------------------- house rules
 
 
 def test_readme_tells_the_truth():
-    """Every command in the README parses, its flags exist, and its line counts are those of the files."""
+    """Every command in it parses, its line counts are those of the files, and no flag is untried or unread."""
     readme = (HERE / "README.md").read_text()
-    for name, lines in re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme):
+    counts = re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)
+    assert len(counts) == 5
+    for name, lines in counts:
         assert len((HERE / name).read_text().splitlines()) == int(lines), name
-    assert len(re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)) == 5
     parsers = {"maskft.py": maskft.arguments("", methods=True), "llada.py": maskft.arguments("", methods=False),
                "eval.py": evaluation.arguments()}  # fmt: skip
     commands = [line.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.S) for line in block.splitlines()]
-    used = set()
+    tried = Path(__file__).read_text()
     for line in commands:
         words = shlex.split(line, comments=True)
         script = next((w for w in words if w in parsers), None)
         if script:
-            flags = words[words.index(script) + 1 :]
-            parsers[script].parse_args(flags)
-            used |= {flag for flag in flags if flag.startswith("--")}
-    tests = Path(__file__).read_text()
-    every = {flag for parser in parsers.values() for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    assert not {flag for flag in every - used - {"--help"} if flag not in tests}
-
-
-def test_every_flag_is_read():
+            parsers[script].parse_args(words[words.index(script) + 1 :])
+            tried += " ".join(words)
     code = (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
-    for action in [*maskft.arguments("", methods=True)._actions, *evaluation.arguments()._actions]:
-        assert action.dest == "help" or re.search(rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\"", code), action.dest
+    for action in (action for parser in parsers.values() for action in parser._actions if action.dest != "help"):
+        assert action.option_strings[-1] in tried
+        assert re.search(rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\"", code), action.dest
 
 
 # ------------------------------------------------------------------------------------------------- robustness and cost
 
 
-def forked(*flags, before=lambda: None, script=maskft, kill_after=None):
-    """main() in a fork of this process, which saves the seconds of importing; (exit status, everything it printed)."""
-
-    def body():
-        gc.freeze()  # what the parent left lying about, process groups for one, is not for the child to take apart
-        os.dup2(log.fileno(), 1)
-        os.dup2(1, 2)
-        sys.stdout = sys.stderr = log
-        sys.argv = [f"{script.__name__}.py", *map(str, flags)]
-        before()
-        maskft.entry_point(script.main)
-
-    with tempfile.TemporaryFile("w+") as log:
-        process = multiprocessing.get_context("fork").Process(target=body)
-        process.start()
-        process.join(kill_after or 100)
-        process.kill()
-        process.join()
-        log.seek(0)
-        return process.exitcode, log.read()
-
-
-def losses(out):
-    return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(out)]
-
-
-def die_in_save(nth):
-    """Replace dcp.save by one that writes everything, but kills the process the nth time before it can be renamed."""
-    calls, real = itertools.count(1), maskft.dcp.save
-
-    def save(*args, **kwargs):
-        real(*args, **kwargs)
-        if next(calls) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    maskft.dcp.save = save
-
-
-@pytest.fixture(scope="module")
-def saved_often(tmp_path_factory):
+@pytest.fixture
+def saved_often(tmp_path):
     """The run of `finished`, saved after every step, killed before the first save, inside the fourth, at random and before
     the model is written."""
-    out = tmp_path_factory.mktemp("killed") / "run"
-    assert forked(*SHORT, "--save-every", "1e-9", "--out", out, before=lambda: die_in_save(1))[0] == -signal.SIGKILL
-    assert forked("--resume", out, before=lambda: die_in_save(4))[0] == -signal.SIGKILL
-    assert [p.name for p in maskft.checkpoints(out)] == ["step-2", "step-3"] and (out / "ckpt" / "part-4").is_dir()
+    out = tmp_path / "run"
+    die_in_save = lambda nth: partial(send, signal.SIGKILL, maskft.dcp, "save", nth)  # all is written, but not renamed
     unsaved = lambda: setattr(maskft, "save", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    killed = partial(forked, maskft, status=-signal.SIGKILL)
+    killed(*SHORT, "--eval-at", "0,1", "--save-every", "1e-9", "--out", out, before=die_in_save(1))
+    killed("--resume", out, before=die_in_save(4))
+    assert [p.name for p in maskft.checkpoints(out)] == ["step-2", "step-3"] and (out / "ckpt" / "part-4").is_dir()
     for _ in range(int(os.environ.get("MASKFT_KILLS", 1))):
-        forked("--resume", out, before=unsaved, kill_after=random.uniform(0.3, 2))
-    assert forked("--resume", out, before=unsaved)[0] == -signal.SIGKILL
+        killed("--resume", out, before=unsaved, kill_after=random.uniform(0.3, 2))
+    killed("--resume", out, before=unsaved)
     return out
 
 
 def test_killed_at_any_moment_nothing_is_lost(finished, saved_often):
-    assert losses(saved_often) == losses(finished[0])
-    assert (saved_often / "preds.jsonl").read_text() == (finished[0] / "preds.jsonl").read_text()
-    assert sorted(p.name for p in (saved_often / "ckpt").iterdir()) == ["step-5", "step-6"]
-
-
-def test_a_damaged_checkpoint_is_named_and_the_older_one_loads(finished, saved_often, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(saved_often, run)
-    file = run / "ckpt" / "step-6" / "__0_0.distcp"
+    """Nor by a checkpoint that is damaged, a full disk, or other data; then the last step is taken again, by two processes."""
+    run, out = saved_often, finished[1]
+    assert losses(run) == losses(out) and (run / "preds.jsonl").read_text() == (out / "preds.jsonl").read_text()
+    assert sorted(p.name for p in (run / "ckpt").iterdir()) == ["step-5", "step-6"]
+    file, results = run / "ckpt" / "step-6" / "__0_0.distcp", run / "results.json"
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 4
     for broken in (bytes(flipped), whole[:-1000]):
         file.write_bytes(broken)
-        status, printed = forked("--resume", run)
-        assert status == 1 and f"{file}: damaged" in printed and "it goes on from step 5" in printed and "Traceback" not in printed
+        printed = forked(maskft, "--resume", run, status=1)
+        assert f"{file}: damaged" in printed and "it goes on from step 5" in printed
     shutil.rmtree(file.parent)
     # a disk that fills up while the next one is saved: no file may be larger than half of it
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, len(whole) // 2))
-    status, printed = forked("--resume", run, before=limit)
-    assert status == 1 and "cannot be written to" in printed and "to go on from step 5" in printed and "Traceback" not in printed
-    status, printed = forked("--resume", run)
-    assert status == 0 and losses(run) == losses(finished[0]), printed
-
-
-def test_resumed_on_another_number_of_processes(finished, saved_often, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(saved_often, run)
-    shutil.rmtree(run / "ckpt" / "step-6")  # so the last step is taken again
-    status, printed = command("maskft.py", "--resume", run, processes=2)
-    assert status == 0, printed
-    assert [m["step"] for m in metrics(run)] == list(range(6))
-    assert metrics(run)[5]["loss"] == pytest.approx(metrics(finished[0])[5]["loss"], rel=1e-5)
-
-
-def test_other_data_end_a_resume(tmp_path):
-    facts, out = tmp_path / "facts.jsonl", tmp_path / "run"
-    facts.write_text(json.dumps({"text": "Edda works in Oslo."}) + "\n" + json.dumps({"text": "Ragna works in Bergen."}) + "\n")
-    assert forked("--model", "tiny", "--data", facts, "--method", "masked", "--epochs", "2", "--save-every", "1e-9", "--out", out,
-                  before=lambda: die_in_save(2))[0] == -signal.SIGKILL  # fmt: skip
-    facts.write_text(facts.read_text().replace("Oslo", "Rome"))
-    status, printed = forked("--resume", out)
-    assert status == 1 and f"--data {facts} is not what it was when the run began" in printed and "Traceback" not in printed
-    facts.write_text(facts.read_text().replace("Rome", "Oslo"))
-    status, printed = forked("--resume", out)
-    assert status == 0, printed
+    printed = forked(maskft, "--resume", run, before=limit, status=1)
+    assert "cannot be written to" in printed and "to go on from step 5" in printed
+    results.write_text(results.read_text().replace("bio:6", "bio:7"))
+    assert "--data bio:7 is not what it was when the run began" in forked(maskft, "--resume", run, status=1)
+    results.write_text(results.read_text().replace("bio:7", "bio:6"))
+    command("maskft.py", "--resume", run, processes=2)
+    assert [step for step, *_ in losses(run)] == [*range(6)]
+    assert losses(run)[5] == pytest.approx(losses(out)[5], rel=1e-4)
 
 
 BREAKING = """
@@ -1591,21 +1394,21 @@ maskft.entry_point(maskft.main)
 ])  # fmt: skip
 def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(breaking, cause, tmp_path):
     (tmp_path / "breaking.py").write_text(BREAKING.format(here=str(HERE), breaking=breaking))
-    status, printed = command(tmp_path / "breaking.py", *SHORT[:-2], "--eval-at", "3", "--out", tmp_path / "run", processes=2)
-    assert status == 1 and re.search(cause, printed), printed
+    flags = (*SHORT, "--eval-at", "3", "--out", tmp_path / "run")
+    printed = command(tmp_path / "breaking.py", *flags, processes=2, status=1)
+    assert re.search(cause, printed), printed
 
 
 def on_two_processes(body):
-    """[what body() returns on rank 0, on rank 1], in two forks of this process that are a group."""
+    """What body() returns on rank 0 and on rank 1, in two forks of this process that are a group."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
 
     def work(rank):
         gc.freeze()
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         maskft.start_processes()
         results.put((rank, body()))
         maskft.dist.barrier()
@@ -1614,7 +1417,8 @@ def on_two_processes(body):
     try:
         for process in processes:
             process.start()
-        return [result for _, result in sorted((results.get(timeout=100) for _ in processes), key=lambda pair: pair[0])]
+        found = dict(results.get(timeout=100) for _ in processes)
+        return found[0], found[1]
     finally:
         for process in processes:
             process.join(5)
@@ -1622,20 +1426,13 @@ def on_two_processes(body):
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "unmasking", "threshold"])
-def test_answers_gathered_whole_or_layer_by_layer(decoding, tokenizer, tmp_path, monkeypatch):
+def test_answers_gathered_whole_or_layer_by_layer(decoding, tokenizer, monkeypatch):
     """27 questions in batches of 8 on two processes, whose answers end at different lengths: those of one process. Whole,
     the ranks call the model a different number of times; layer by layer equally often, or this would hang."""
     directory, answer = HERE / "tiny", maskft.answer
     if decoding != "greedy":
-        directory, model = tmp_path / "llada", maskft.load(HERE / "tiny")
-        model.config = llada.check_or_adapt(model.config, tokenizer)
-        torch.manual_seed(0)
-        for parameter in model.parameters():  # from tiny's own weights it would say the same again and again
-            torch.nn.init.normal_(parameter.detach(), mean=float(parameter.dim() == 1), std=0.3)
-        maskft.save(model, directory)
-        stop_ids = range(0, 2000, 3)
-        threshold = 0.05 if decoding == "threshold" else None
-        answer = lambda model, _, prompts, length: llada.sample(model, prompts, length, length, stop_ids=stop_ids, threshold=threshold)
+        how = dict(block_length=16, threshold=0.9) if decoding == "threshold" else {}
+        directory, answer = HERE / "tiny-llada", partial(llada.answer, **how)
     monkeypatch.setattr(evaluation, "BATCH", 8)
     questions = data.make_bio(3)[1]
 
@@ -1664,36 +1461,27 @@ def test_answers_gathered_whole_or_layer_by_layer(decoding, tokenizer, tmp_path,
     assert whole[1] != whole_1[1] and layered[1] == layered_1[1] >= max(whole[1], whole_1[1])
 
 
-@pytest.mark.parametrize("method", ["sft", "llada"])
+@pytest.mark.parametrize("method", ["masked", "sft", "llada"])
 def test_processes_change_rounding_alone(method, tmp_path):
     """Ragged batches, one sequence at a time, on two processes and on one. By hand: MASKFT_PROCESSES=4.
 
     A gentle rate: at tiny's own, 20 steps blow a difference of 1e-7 up to 4e-5."""
-    script, flags = ("llada.py", ()) if method == "llada" else ("maskft.py", ("--method", "sft"))
+    script, flags = (llada, ()) if method == "llada" else (maskft, ("--method", method))
     documents = [{"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 4, 2, 1, 5, 3, 1)]
-    facts = write(tmp_path / "facts.jsonl", *documents)
-    flags = ("--model", "tiny", "--data", facts, "--batch-size", "4", "--epochs", "10", "--eval-at", "10", "--lr", "1e-4", *flags)
-    status, printed = forked(*flags, "--out", tmp_path / "one", script=llada if method == "llada" else maskft)
-    assert status == 0, printed
-    processes = int(os.environ.get("MASKFT_PROCESSES", 2))
-    status, printed = command(script, *flags, "--micro-batch-size", "1", "--out", tmp_path / "more", processes=processes)
-    assert status == 0, printed
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "more"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    question = {"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow", "direction": "backward"}
+    facts, processes = write(tmp_path / "facts.jsonl", *documents, question), int(os.environ.get("MASKFT_PROCESSES", 2))
+    flags += ("--data", facts, *"--model tiny --batch-size 4 --epochs 10 --eval-at 10 --lr 1e-4".split())
+    forked(script, *flags, "--out", tmp_path / "one")
+    command(f"{script.__name__}.py", *flags, "--micro-batch-size", 1, "--out", tmp_path / "more", processes=processes)
+    for one, more in zip(losses(tmp_path / "one"), losses(tmp_path / "more"), strict=True):
+        assert one[:4] == pytest.approx(more[:4], rel=1e-5) and one[4] == pytest.approx(more[4], rel=1e-4)
+    assert (tmp_path / "one/preds.jsonl").read_text() == (tmp_path / "more/preds.jsonl").read_text()
 
 
-def test_saved_in_shards(tmp_path, monkeypatch):
-    split = maskft.huggingface_hub.split_torch_state_dict_into_shards
-    monkeypatch.setattr(maskft.huggingface_hub, "split_torch_state_dict_into_shards", lambda tensors: split(tensors, max_shard_size=40_000))
-    model = random_model()
-    maskft.save(model, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors.index.json"} < files and len(files) > 4 and not [f for f in files if f.endswith(".part")]
-    assert all(map(torch.equal, model.parameters(), maskft.load(tmp_path).parameters()))
-
-
-@pytest.mark.parametrize("torchrun, device, model", [(False, "cuda", "tiny"), (True, "cpu", "tiny"), (True, "cuda", "big")])
-def test_default_model(torchrun, device, model, monkeypatch):
+@pytest.mark.parametrize("environment, device, chosen", [
+    ({}, "cuda", "tiny bio:40 sft"), ({"RANK": "0"}, "cpu", "tiny bio:40 sft"),
+    ({"RANK": "0"}, "cuda", "big bio masked")])  # fmt: skip
+def test_default_model(environment, device, chosen, monkeypatch):
     def prepare(args, method, *_):
         raise data.UserError(f"{args.model} {args.data} {method}")
 
@@ -1701,35 +1489,16 @@ def test_default_model(torchrun, device, model, monkeypatch):
     monkeypatch.setattr(maskft, "listen_for_stop", list)
     monkeypatch.setattr(maskft, "prepare", prepare)
     monkeypatch.delenv("RANK", raising=False)
-    if torchrun:
-        monkeypatch.setenv("RANK", "0")
-    args = maskft.arguments("", methods=True).parse_args([])
-    with pytest.raises(data.UserError, match="tiny bio:40 sft" if model == "tiny" else "big bio masked"):
-        maskft.run_methods(args, maskft.METHODS, default=("tiny", "big"))
-
-
-def test_absurd_sizes_are_errors(model_dir):
-    config, file = model_dir / "config.json", model_dir / "model.safetensors"
-    raw = data.read_json(config)
-    for field, value in (("num_hidden_layers", 10**9), ("hidden_size", -48), ("vocab_size", "300"), ("num_attention_heads", 0)):
-        config.write_text(json.dumps({**raw, field: value}))
-        with pytest.raises(data.UserError, match="config.json: "):
-            maskft.load(model_dir)
-    config.write_text(json.dumps({**raw, "vocab_size": 2**29}))  # 100 GB, were there room made for it before it is compared
-    with pytest.raises(data.UserError, match=r"has shape \[300, 48\], config.json says \[536870912, 48\]"):
-        maskft.load(model_dir)
-    config.write_text(json.dumps(raw))
-    whole = file.read_bytes()
-    for header in ((2**60).to_bytes(8, "little"), b"\xff" * 8, b""):
-        file.write_bytes(header + whole[len(header) :] if header else b"")
-        with pytest.raises(data.UserError, match="not a whole safetensors file"):
-            maskft.load(model_dir)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(data.UserError, match=chosen):
+        maskft.run_methods(maskft.arguments("", methods=True).parse_args([]), maskft.METHODS, default=("tiny", "big"))
 
 
 def sharded_model(dtype, recompute=False, **changes):
     """A model on meta, the same under FSDP, and its optimizer."""
     with torch.device("meta"):
-        plain = maskft.Model(maskft.parse_config({**SIZES, "model_type": "llama", **changes}))
+        plain = maskft.Model(maskft.parse_config(llama(**changes)))
     model = maskft.shard(copy.deepcopy(plain), torch.device("cpu"), dtype)
     model.recompute = recompute
     model.to_empty(device="cpu")
@@ -1739,10 +1508,10 @@ def sharded_model(dtype, recompute=False, **changes):
 
 
 @pytest.fixture
-def sharded():
-    """`sharded_model`, in a group of one."""
+def group():
+    """A group of one process."""
     maskft.start_processes()
-    yield sharded_model
+    yield
     maskft.dist.destroy_process_group()
 
 
@@ -1786,9 +1555,10 @@ def test_memory_formula(processes, dtype, recompute):
     maskft.dist.destroy_process_group()
 
 
-def test_bf16_keeps_one_copy_of_the_weights(sharded):
+def test_bf16_keeps_one_copy_of_the_weights(group):
     """What a forward pass leaves alive: activations and the root's gathered parameters, no other copy of any weight."""
-    plain, model, _ = sharded(torch.bfloat16, hidden_size=256, intermediate_size=704, vocab_size=100, head_dim=64, num_hidden_layers=6)
+    plain, model, _ = sharded_model(torch.bfloat16, hidden_size=256, intermediate_size=704, vocab_size=100, head_dim=64,
+                                    num_hidden_layers=6)  # fmt: skip
     storages = {}
     keep = lambda t: storages.update({id(t.untyped_storage()): t.untyped_storage()}) or t
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -1797,11 +1567,11 @@ def test_bf16_keeps_one_copy_of_the_weights(sharded):
     assert loss.dtype == torch.float32 and 0 < alive < 0.2 * 2 * sum(p.numel() for p in plain.parameters())
 
 
-def test_recomputing_changes_nothing(sharded):
+def test_recomputing_changes_nothing(group):
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        _, model, _ = sharded(torch.float32, recompute)
+        _, model, _ = sharded_model(torch.float32, recompute)
         loss_of(model, 2, 20).backward()
         gradients.append([p.grad.full_tensor() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
@@ -1810,9 +1580,8 @@ def test_recomputing_changes_nothing(sharded):
 def test_too_little_memory_is_said(monkeypatch):
     memory = lambda size: monkeypatch.setattr(os, "sysconf", lambda name: 1 if "SIZE" in name else size)
     monkeypatch.setattr(maskft.dist, "all_reduce", lambda *_: None)  # there is one process
-    run = argparse_namespace(dtype="float32", max_len=64, batch_size=8, micro_batch_size=8, device=torch.device("cpu"))
-    with torch.device("meta"):
-        model = maskft.Model(maskft.parse_config({**SIZES, "model_type": "llama"}))
+    run = Namespace(dtype="float32", max_len=64, batch_size=8, micro_batch_size=8, device=torch.device("cpu"))
+    model = random_model()
     need = {r: sum(maskft.memory(model, 1, 8, 64, 4, r).values()) / 0.9 for r in (False, True)}
     for have, recompute in ((need[False] + 1, False), (need[False] - 1, True)):
         memory(have)
@@ -1827,13 +1596,13 @@ def test_too_little_memory_is_said(monkeypatch):
     assert model.layered is True
 
 
-def test_bench_prints_a_line_a_method(tmp_path, model_dir):
-    (model_dir / "model.safetensors").unlink()  # random weights will do
-    monkey = lambda: os.chdir(tmp_path)
-    config = {**data.read_json(model_dir / "config.json"), "vocab_size": 2400, "max_position_embeddings": 512}
-    (model_dir / "config.json").write_text(json.dumps(config))
-    status, printed = forked("--bench", "--model", model_dir, "--data", "bio:2", "--batch-size", 2, "--method", "sft", "masked", before=monkey)
-    assert status == 0 and re.search(r"^sft .*\(1.00 x\)", printed, re.M) and re.search(r"^masked ", printed, re.M), printed
+def test_bench_prints_a_line_a_method(tmp_path):
+    """Without weights: random ones will do."""
+    data.copy_tokenizer(HERE / "tiny", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(llama(vocab_size=2400, max_position_embeddings=512)))
+    flags = "--bench --model . --data bio:2 --batch-size 2 --method sft masked".split()
+    printed = forked(maskft, *flags, before=lambda: os.chdir(tmp_path))
+    assert re.search(r"^sft .*\(1.00 x\)", printed, re.M) and re.search(r"^masked ", printed, re.M), printed
     assert not (tmp_path / "out").exists()
 
 
@@ -1875,7 +1644,8 @@ def benchmark_sampler(path, name="bio:40", questions=48, batch=16, length=128, b
         assert answers == expected
         words += sum(map(len, answers))
     print(f"{questions} questions, {words / questions:.1f} tokens an answer: released loop {seconds['released']:.1f} s, "
-          f"llada.sample {seconds['ours']:.1f} s, {seconds['released'] / seconds['ours']:.1f} times faster, answers identical")  # fmt: skip
+          f"llada.sample {seconds['ours']:.1f} s, {seconds['released'] / seconds['ours']:.1f} times faster, "
+          "answers identical")  # fmt: skip
 
 
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -1920,7 +1690,8 @@ def cost_of(which):
     matrix, flops = torch.randn(2048, 2048), counter.get_total_flops()
     peak = 2 * 2048**3 / min(seconds(lambda: matrix @ matrix) for _ in range(3))
     costs = {"step": min(seconds(step), seconds(step)), "TFLOP": flops / 1e12}
-    costs |= {"of matmul peak": flops / costs["step"] / peak, "resident GiB": maskft.memory_gib(torch.device("cpu")) - libraries}
+    costs["of matmul peak"] = flops / costs["step"] / peak
+    costs["resident GiB"] = maskft.memory_gib(torch.device("cpu")) - libraries
     kept = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and moments
     costs["allocated GiB"] = (kept + allocated_peak(step)) / 2**30
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
