@@ -548,9 +548,10 @@ def make_math(problems=200, paraphrase="none", seed=0):
     return list(drawn.values())[:problems], list(drawn.values())[problems:]
 
 
-def make_world(people=100, paraphrase="none", seed=0):
-    """(people that the built-in models come from, see tiny/pretrain.py; questions about 40 of them), whatever the seed. Of
-    every eighth no question is ever asked in training: how well those are answered tells whether documents alone teach."""
+def make_world(people=160, paraphrase="none", seed=0):
+    """(people that the built-in models come from, see tiny/pretrain.py; questions about 40 of them, or fewer of fewer than
+    160), whatever the seed. Of every eighth no question is ever asked in training: how well those are answered tells whether
+    documents alone teach."""
     records = [{"person": p, "asked": i % 8 != 7} for i, p in enumerate(draw_people(people, "world", 0))]
     tested = [r for r in records if r["asked"]][:20] + [r for r in records if not r["asked"]][:20]
     groups = {True: "asked in training", False: "only read"}
@@ -585,7 +586,7 @@ SETS = {
     "bio": dict(make=make_bio, count=100, of="people", paraphrases=("none", "same", "permute")),
     "nd-made": dict(make=make_nd, count=30, of="facts of each kind", paraphrases=("none", "same")),
     "math-made": dict(make=make_math, count=200, of="problems", paraphrases=("none",)),
-    "world": dict(make=make_world, count=100, of="people", paraphrases=("none",)),
+    "world": dict(make=make_world, count=160, of="people", paraphrases=("none",)),
     "bio-released": dict(address=AUTHORS, files={f"biography_{ending}": None for ending in ENDINGS}, twin="bio"),
     "wiki": dict(address=AUTHORS, files={f"wiki_{ending}": None for ending in ENDINGS}, twin="bio"),
     "nd": dict(address=GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/", files={
@@ -631,7 +632,7 @@ def load(name, paraphrase="none", seed=0):
                 (documents if learned else questions).append(parse_question(record, where, learned))
     if not documents:
         raise UserError(f'--data {name}: no document (a record with a "text") in {path}')
-    return Dataset(name if name in SETS else path.stem, documents, questions)
+    return Dataset(name if name in SETS else path.resolve().stem, documents, questions)
 
 
 def fetch(name):

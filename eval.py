@@ -37,7 +37,7 @@ import maskft
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 STOP_WORDS = set("a of the and is are be to new on in at an for".split())
-CONTRACTION = re.compile(r"(?i)(?<!\S)(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)(?!\S)")
+CONTRACTION = re.compile(r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b")
 # what string.punctuation lacks and NLTK's tokenizer sets apart: quotation marks and dashes
 APART = {ord(c): f" {c} " for c in "«“‘„»”’\u2012\u2013\u2014\u2015"}
 DELETE = dict.fromkeys(map(ord, string.punctuation))
@@ -46,7 +46,7 @@ DELETE = dict.fromkeys(map(ord, string.punctuation))
 def words(text):
     """The scored words of a text, in order. NLTK's word_tokenize without NLTK: once ASCII punctuation is gone, all that is
     left of its rules are the quotation marks, the dashes and six contractions."""
-    text = CONTRACTION.sub(r"\1 \2", text.translate(DELETE).translate(APART))
+    text = CONTRACTION.sub(r" \1 \2 ", text.translate(DELETE).translate(APART))
     return [word for word in text.split() if word.lower() not in STOP_WORDS]
 
 
@@ -98,8 +98,8 @@ def score(prediction, question):
 
 def average(predictions):
     """Scores by direction and by direction and group: {cell: {metric: mean, ..., "n", "interval": {metric: [low,
-    high]}}}. Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement: how much hangs on the
-    questions. How much hangs on chance in training, only more seeds tell."""
+    high]}}}. Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement as if those about one document
+    had nothing in common: how much hangs on the questions. How much hangs on chance in training, only more seeds tell."""
     cells = {}
     for p in predictions:
         for cell in (p["direction"], f"{p['direction']}/{p['group']}"):
@@ -122,6 +122,8 @@ def decoding(questions, causal, max_new_tokens=None, **given):
     """How answers are decoded, as results.json has it; the settings that are given overrule the usual ones."""
     tokens = max_new_tokens or max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
     unmasking = {"decoding": "unmasking, low confidence, temperature 0", "steps": tokens, "block_length": 4, **given}
+    if "threshold" in given:
+        del unmasking["steps"]  # as many as it takes
     return {"prompt": "chat, zero-shot", **({"decoding": "greedy"} if causal else unmasking), "max_new_tokens": tokens}
 
 
@@ -159,7 +161,7 @@ REPORTED = {"forward": ("forward", "rouge1"), "backward": ("backward", "rouge1")
             "math strict": ("math", "strict")}  # fmt: skip
 # method -> its colour in figures, in the order of reports
 METHODS = {"sft": "C0", "raw": "C5", "reverse": "C2", "random": "C7", "masked": "C1", "llada": "C4", "pretrain": "C6"}
-MASKING = ("masked", "llada", "pretrain")  # the methods that the mask ratio matters to
+UNMASKED = ("sft", "raw", "reverse", "random")  # the methods that the mask ratio does not matter to
 OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")  # named where they tell rows apart
 LEGEND = """\
 ROUGE-1 recall (math: share solved) before training, at a run's best evaluation and at its last. In brackets: of one
@@ -191,7 +193,7 @@ def summarize(runs):
     groups, rows = {}, []
     for run in runs:
         setting = {k: run["arguments"][k] for k in ("data", "paraphrase", "method", "mask_ratio", *OTHERS)}
-        low, high = setting["mask_ratio"] = list(setting["mask_ratio"]) if setting["method"] in MASKING else [0.05, 0.95]
+        low, high = setting["mask_ratio"] = [0.05, 0.95] if setting["method"] in UNMASKED else list(setting["mask_ratio"])
         ratio = f" {low:g}" if low == high else f" {low:g}-{high:g}" if [low, high] != [0.05, 0.95] else ""
         groups.setdefault(json.dumps(setting | {"name": setting["method"] + ratio}), []).append(run)
     for setting, group in groups.items():
@@ -201,7 +203,8 @@ def summarize(runs):
 
     def place(row):
         method = [*METHODS, row["method"]].index(row["method"]), row["method"]  # those of one's own come last
-        return row["data"], is_fixed(row), *method, list(data.PARAPHRASES).index(row["paraphrase"]), row["name"]
+        paraphrase = list(data.PARAPHRASES).index(row["paraphrase"])
+        return *tables(row), is_fixed(row), *method, paraphrase, row["name"]
 
     rows.sort(key=place)
     for alike in [list(some) for _, some in groupby(rows, key=place)]:
@@ -209,6 +212,11 @@ def summarize(runs):
         for row in alike:
             row["name"] += "".join(f", {k} {row[k]}" for k in apart)
     return rows
+
+
+def tables(row):
+    """What is alike in the rows of one table."""
+    return row["data"], list(row["scores"])
 
 
 def is_fixed(row):
@@ -233,7 +241,7 @@ def over_seeds(runs, name):
 def table(runs):
     """`summarize` as text that is Markdown too: a table for each data set, a line for each setting."""
     parts = []
-    for name, rows in groupby([row for row in summarize(runs) if row["scores"]], key=lambda row: row["data"]):
+    for (name, _), rows in groupby([row for row in summarize(runs) if row["scores"]], key=tables):
         rows = list(rows)
         asked = {REPORTED[headline][0]: cell["n"] for headline, cell in rows[0]["scores"].items()}
         columns = [f"{headline} {which}" for headline in rows[0]["scores"] for which in ("best", "last")]
@@ -251,13 +259,8 @@ def table(runs):
     return "\n\n".join([LEGEND, *parts]) if parts else "no questions, no scores"
 
 
-def plot(runs, path):
-    """Scores against optimizer steps, a line a setting, into a picture; needs matplotlib."""
-    draw_panels(summarize(runs), path, draw_curves)
-
-
 def draw_panels(rows, path, draw):
-    """A picture with a panel for each headline, in which `draw(axes, rows, headline)` draws."""
+    """A picture with a panel for each headline of these rows, in which `draw(axes, rows, headline)` draws; needs matplotlib."""
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     asked = list(rows[0]["scores"])
@@ -300,51 +303,53 @@ def draw_ratios(axes, rows, headline):
     """The best score against the mask ratio where it was fixed; dashed, that of a random ratio. The paper's figure 4."""
     for row in rows:
         if not is_fixed(row):
-            mean, color = row["scores"][headline]["best"][0], METHODS[row["method"]]
+            mean, color = row["scores"][headline]["best"][0], METHODS.get(row["method"], "black")
             axes.axhline(mean, color=color, linestyle="--", label=f"{row['name']}, random ratio")
     for method, fixed in groupby(filter(is_fixed, rows), key=lambda row: row["method"]):
         ratios, mean, low, high = zip(*[(row["mask_ratio"][0], *row["scores"][headline]["best"]) for row in fixed])
-        axes.plot(ratios, mean, "o-", color=METHODS[method], label=method)
-        axes.vlines(ratios, low, high, color=METHODS[method])
+        axes.plot(ratios, mean, "o-", color=METHODS.get(method, "black"), label=method)
+        axes.vlines(ratios, low, high, color=METHODS.get(method, "black"))
     axes.set_xlabel("mask ratio")
 
 
 def report(directories, out):
     """One table of many runs and, with `out`, report.md, report.json and figures; what cannot be reported is named."""
-    runs = []
+    runs = {}  # setting and seed -> results
     for path in (Path(directory) / "results.json" for directory in directories):
         try:
             run = data.read_json(path)
             if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
                 raise data.UserError(f"{path}: not finished")
-            if not summarize([run])[0]["scores"]:
+            row = summarize([run])[0]
+            if not row.pop("scores"):
                 raise data.UserError(f"{path}: no questions were asked")
-            runs.append(run)
+            if json.dumps(row) in runs:  # twice, it would pass for two seeds
+                raise data.UserError(f"{path}: same settings and seed as a run before it")
+            runs[json.dumps(row)] = run
         except data.UserError as error:
             print(f"left out: {error}")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             print(f"left out: {path}: not a training run of this version ({type(error).__name__}: {error})")
     if not runs:
         raise data.UserError("--report: no finished run with questions in these directories")
-    text, rows = table(runs), summarize(runs)
+    text, rows = table(runs.values()), summarize(runs.values())
     print(text)
     if out:
         data.write_text(Path(out) / "report.md", text + "\n")
         data.write_text(Path(out) / "report.json", json.dumps(rows, indent=1) + "\n")
     if out and find_spec("matplotlib"):
-        for _, some in groupby(rows, key=lambda row: row["data"]):
-            draw_all(list(some), Path(out))
+        for (name, asked), some in groupby(rows, key=tables):
+            draw_all(list(some), Path(out), re.sub(r"[^\w.]+", "-", "-".join([name, *asked])) + ".png")
 
 
-def draw_all(rows, out):
+def draw_all(rows, out, end):
     """The figures of a data set. Fixed mask ratios have their own; they are in the others where there is nothing else."""
-    end = re.sub(r"[^\w.]+", "-", rows[0]["data"]) + ".png"
     usual = [row for row in rows if not is_fixed(row)] or rows
     draw_panels(usual, out / f"bars-{end}", draw_bars)
     for paraphrase in dict.fromkeys(row["paraphrase"] for row in rows):
         if curves := [row for row in usual if row["paraphrase"] == paraphrase]:
             draw_panels(curves, out / f"curves-{paraphrase}-{end}", draw_curves)
-        ratios = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] in MASKING]
+        ratios = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] not in UNMASKED]
         if any(map(is_fixed, ratios)):
             draw_panels(ratios, out / f"ratios-{paraphrase}-{end}", draw_ratios)
 
@@ -404,6 +409,8 @@ def ask(args):
     path, trained = directory / "results.json", {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": None}
     if path.is_file():
         trained |= data.read_json(path).get("arguments", {})
+        if not (directory / "config.json").is_file():
+            raise data.UserError(f"--model {directory}: a run that is not finished; go on with --resume {directory}")
     args.data, args.paraphrase = args.data or trained["data"], args.paraphrase or trained["paraphrase"]
     args.seed = trained["seed"] if args.seed is None else args.seed
     dataset = data.load(args.data, args.paraphrase, args.seed)

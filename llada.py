@@ -106,11 +106,6 @@ def check_or_adapt(config, tokenizer):
 
 # ----------------------------------------------------------------------------------------------- difference 2: the loss
 
-# End-of-text tokens are added to an answer up to this length, masked and counted like its own; 0 = none. LLaDA's own SFT
-# pads to the longest answer of a batch, which is how it learned to end a text early in a long row of masks.
-ANSWER_LENGTH = 0
-
-
 def diffusion_example(record, tokenizer, mask_ratio, rng):
     """A document as `bos document end-of-text`, of which bos is never masked and the end may be [paper eq. 1]; a question
     with its answer as a chat, of which the prompt is never masked and the end of turn may be."""
@@ -118,9 +113,7 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
         bos, text = [] if tokenizer.bos_id is None else [tokenizer.bos_id], maskft.text_of(record)
         return diffuse(bos, tokenizer.encode(text) + [tokenizer.eos_id], tokenizer.mask_id, mask_ratio, rng)
     prompt = tokenizer.chat([{"role": "user", "content": record["question"]}])
-    target = tokenizer.encode(record["answer"]) + [tokenizer.eot_id]
-    target += [tokenizer.eos_id] * (ANSWER_LENGTH - len(target))
-    return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
+    return diffuse(prompt, tokenizer.encode(record["answer"]) + [tokenizer.eot_id], tokenizer.mask_id, mask_ratio, rng)
 
 
 def diffuse(prompt, target, mask_id, mask_ratio, rng):

@@ -227,7 +227,7 @@ class Block(nn.Module):
         gate, up = self.gate(h), self.up(h)  # (B, T, F) each
         if torch.is_grad_enabled():
             # silu(gate) and the product are made again in backward, not kept: half of what is as wide as the MLP, for no
-            # matmul (running again stops at the input of `down`, the last that backward wants)
+            # matmul (checkpoint stops running again once it has the input of `down`, the last thing that backward needs)
             return x + checkpoint(self.activate, gate, up, use_reentrant=False)
         return x + self.activate(gate, up)  # (B, T, D)
 
@@ -636,6 +636,8 @@ def start_processes():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"only {torch.cuda.device_count()} GPUs are visible: torchrun --nproc_per_node that many")
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # gloo beside nccl: small objects and checkpoints travel by it; `watch` has its say before a collective gives up
@@ -708,7 +710,7 @@ def fit_memory(run, model):
     """Set what makes training fit into memory: blocks run again in backward, answers with one layer gathered at a time;
     said aloud, and UserError where that is not enough."""
     if run.device.type == "cuda":
-        have = float(torch.cuda.get_device_properties(run.device).total_memory)
+        have = float(torch.cuda.mem_get_info(run.device)[0])  # what other programs leave
     else:
         have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     have = torch.tensor(have, dtype=torch.float64)
@@ -810,7 +812,8 @@ def how_to_go_on(run):
     saved, processes = checkpoints(run.out), os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {processes}" if processes else "python"
     where = f"step {saved[-1].name[5:]}" if saved else "the beginning"
-    return f"to go on from {where}:\n    {start} {sys.argv[0]} --resume {run.out}"
+    nodes = " (on every node, with torchrun's other flags)" * (world_size() != int(processes or 1))
+    return f"to go on from {where}{nodes}:\n    {start} {sys.argv[0]} --resume {run.out}"
 
 
 # --------------------------------------------------------------------------------------------------- the training loop
@@ -887,7 +890,7 @@ def train(run):
         loss, stopping, saving = sum_over_ranks(loss, len(run.stop), due)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}: "
-                            "begin again with a lower --lr")  # fmt: skip
+                            "begin again with a lower --lr (--resume would do the same again)")  # fmt: skip
         # 4. log
         if rank() == 0:
             speed = round(sum(len(e.ids) for e in examples) / (time.monotonic() - began))
@@ -911,7 +914,7 @@ def train(run):
     if rank() == 0 and (run.out / "ckpt").exists():  # three times the size of the model each, and of no more use
         shutil.rmtree(run.out / "ckpt")
     if rank() == 0 and run.predictions and find_spec("matplotlib"):
-        evaluation.plot([run.results], run.out / "curves.png")
+        evaluation.draw_panels(evaluation.summarize([run.results]), run.out / "curves.png", evaluation.draw_curves)
     return True
 
 
@@ -963,7 +966,8 @@ def open_log(run):
 
 
 def listen_for_stop():
-    """A list that a Ctrl-C or SIGTERM makes non-empty: stop after the step at hand. A second one ends the program at once."""
+    """A list that a Ctrl-C, a SIGTERM or a closed terminal makes non-empty: stop after the step at hand. A second one ends
+    the program at once."""
     asked = []
 
     def ask(number, frame):
@@ -972,8 +976,9 @@ def listen_for_stop():
         if rank() == 0:
             os.write(2, b"\nstopping after this step; once more ends at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # that is what nohup asks for
+            signal.signal(number, ask)
     return asked
 
 
@@ -1115,7 +1120,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise UserError(f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}") from None
         close_run(run)
-        if left and any(sum_over_ranks(len(stop))):
+        if left and sum_over_ranks(len(stop))[0]:
             say(f"stopped; not begun: --method {' '.join(left)}")
             return
         if not done:
@@ -1127,21 +1132,30 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
 def unfinished(out, builders):
     """The results so far of a run that --resume names; UserError where it cannot go on."""
     results = data.read_json(Path(out) / "results.json")
-    method = results.get("arguments", {}).get("method")
+    method = results["arguments"].get("method") if isinstance(results, dict) and "arguments" in results else None
     if method not in builders:
-        raise UserError(f"--resume {out}: a run of {method}, not of one of this script's methods, {', '.join(builders)}")
+        raise UserError(f"--resume {out}: a run of {method}, not of one of this script's methods, {', '.join(builders)}; "
+                        "go on with the script that began it")  # fmt: skip
     if any((Path(out) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):  # saved last
-        raise UserError(f"--resume {out}: this run is finished. To ask its questions again: python eval.py --model {out}")
+        left = f" ({out}/ckpt may be deleted)" * (Path(out) / "ckpt").exists()
+        raise UserError(f"--resume {out}: this run is finished{left}. To ask its questions again: python eval.py --model {out}")
     return results
 
 
 def prepare(args, method, example, device):
-    """A run with every setting decided and its data checked, before there are weights."""
+    """A run with every setting decided and its data checked, before there are weights. What is in a run, beside SETTINGS:
+
+    example    record, tokenizer, mask_ratio, rng -> Example        decoder    the Model (run.model is its name)
+    answer     model, tokenizer, prompts, length -> answers         tokenizer  and dataset: what it learns and is asked
+    rate       run, step -> learning rate (run.lr is the usual one) results    what results.json gets
+    steps      of the optimizer, and steps_per_epoch                start      the first step: 0, or where it goes on
+    stop       signals that were received                           alarm      see `watch`
+    """
     run = argparse.Namespace(**{name: getattr(args, name) for name in SETTINGS})
     run.method, run.example, run.device, run.start, run.alarm = method, example, device, 0, None
     run.directory, run.out = find_model(run.model), args.out and Path(args.out + (f"-{method}" if args.method[1:] else ""))
     config, run.tokenizer = read_config(run.directory), data.load_tokenizer(run.directory)
-    if method == "llada":
+    if is_diffusion(method):
         config = llada.check_or_adapt(config, run.tokenizer)
     run.answer = answer if config.causal else llada.answer
     run.dataset = data.load(run.data, run.paraphrase, run.seed)
@@ -1162,7 +1176,8 @@ def prepare(args, method, example, device):
 
 def open_run(run, args, results):
     """Weights, optimizer and directory of a run: new, or with its `results` where a checkpoint left it."""
-    learned = hashlib.sha256(json.dumps(run.dataset.documents).encode()).hexdigest()
+    learned = [{name: value for name, value in d.items() if name != "where"} for d in run.dataset.documents]
+    learned = hashlib.sha256(json.dumps(learned).encode()).hexdigest()
     if results and results["documents"] != learned:
         raise UserError(f"--resume {args.resume}: --data {run.data} is not what it was when the run began: "
                         "bring that back, or begin a new run")  # fmt: skip
@@ -1198,9 +1213,14 @@ def close_run(run):
         torch.cuda.reset_peak_memory_stats()
 
 
+def is_diffusion(method):
+    """Whether a method, by its name, trains and answers without the causal mask; so that ablations of llada do, too."""
+    return method.startswith("llada")
+
+
 def decide(run, config):
     """Fill in the settings that no flag gave; UserError for what does not fit together."""
-    tiny, diffusion = config.width < TINY_WIDTH, run.method == "llada"
+    tiny, diffusion = config.width < TINY_WIDTH, is_diffusion(run.method)
     if not config.causal and not diffusion:
         raise UserError(f"--model {run.model} is a masked diffusion model: use llada.py")
     if diffusion and run.mask_ratio[1] == 0:
@@ -1215,11 +1235,11 @@ def decide(run, config):
         raise UserError(f"a batch of {run.batch_size} is not divisible by the {world_size()} processes: "
                         "give --batch-size a multiple")  # fmt: skip
     run.micro_batch_size = run.micro_batch_size or (run.batch_size if tiny else 8)
-    steps, rate = STEPS.get(run.dataset.name, STEPS["wiki"]), DIFFUSION_RATE if diffusion else AR_RATE
+    steps, rate = STEPS.get(run.data.partition(":")[0], STEPS["wiki"]), DIFFUSION_RATE if diffusion else AR_RATE
     if run.method in ("masked", "random") and config.raw["model_type"] == "llama" and config.width >= 4096:
         rate = MASKED_8B_RATE
     if tiny:  # of a method of one's own nothing is known
-        steps, rate = TINY.get(run.method, TINY["masked"])
+        steps, rate = TINY.get(run.method, TINY["llada" if diffusion else "masked"])
     run.lr = run.lr or rate
     check_dataset(run, config.context)
     run.steps_per_epoch = math.ceil(len(run.dataset.documents) / run.batch_size)

@@ -768,6 +768,8 @@ def test_every_rank_gets_its_share(monkeypatch):
             dealt.append(maskft.deal(examples, size))
         assert len({len(micros) for micros in dealt}) == 1 and all(len(m) <= size for micros in dealt for m in micros)
         assert sorted(e.share for micros in dealt for m in micros for e in m) == [1, 2, 3, 4, 5, 6]
+        lengths = [len(e.ids) for m in dealt[0] for e in m]
+        assert lengths == sorted(lengths, reverse=True)  # neighbours in length together: little padding
 
 
 def test_loss_is_plain_cross_entropy(monkeypatch):
@@ -799,7 +801,33 @@ def test_rate_and_decay():
     assert [maskft.learning_rate(run, s) for s in (0, 1, 2, 99)] == [0.5, 1.0, 1.0, 1.0]
     groups = maskft.make_optimizer(random_model(attention_bias=True), 1e-3).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0] and groups[0]["betas"] == (0.9, 0.95)
+    wide = random_model(hidden_size=512, num_hidden_layers=1)
+    assert groups[0]["eps"] == 1e-5 and maskft.make_optimizer(wide, 1e-3).param_groups[0]["eps"] == 1e-8
     assert {p.dim() for p in groups[0]["params"]} == {2} and {p.dim() for p in groups[1]["params"]} == {1}
+
+
+@pytest.mark.parametrize("method, width, steps, rate, batch", [
+    ("sft", 4096, 5000, 5e-6, 64), ("masked", 4096, 5000, 3e-6, 64), ("random", 4096, 5000, 3e-6, 64),
+    ("masked", 3072, 5000, 5e-6, 64), ("llada", 4096, 5000, 1e-5, 64), ("masked", 128, 300, 6e-4, 20),
+    ("sft", 128, 100, 5e-4, 20), ("llada-mine", 128, 350, 4e-4, 20)])  # fmt: skip
+def test_settings_that_no_flag_gives(method, width, steps, rate, batch, tokenizer):
+    """Those of the paper for large models, those of the demo for tiny ones."""
+    args = maskft.arguments("", methods=True).parse_args([])
+    documents = [{"text": "Edda works in Oslo."}] * batch
+    example = maskft.METHODS.get(method, llada.diffusion_example)
+    run = Namespace(**vars(args) | {"model": "x", "data": "bio:100", "method": method}, tokenizer=tokenizer, example=example,
+                    dataset=data.Dataset("bio", documents, []))  # fmt: skip
+    config = maskft.parse_config(llama(hidden_size=width))
+    maskft.decide(run, dataclasses.replace(config, causal=not method.startswith("llada")))
+    assert (run.steps, run.epochs, run.lr, run.batch_size) == (steps, steps, rate, batch)
+    assert run.eval_at == [0, *(2**i for i in range(13) if 2**i < steps)]
+
+
+@pytest.mark.parametrize("device, capability, expected", [
+    ("cpu", None, "float32"), ("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32")])  # fmt: skip
+def test_native_dtype(device, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert maskft.native_dtype(torch.device(device))[0] == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- LLaDA
@@ -898,15 +926,13 @@ def test_document_example():
     assert ends == {IGNORE, EOS}  # the end may be
 
 
-def test_question_example_keeps_the_prompt_clean(monkeypatch):
+def test_question_example_keeps_the_prompt_clean():
     record, rng = {"question": "who", "answer": "bob"}, np.random.default_rng(0)
     for _ in range(100):
         example = llada.diffusion_example(record, LETTERS, (0.9, 0.9), rng)
         assert example.ids[:5] == [0, 23, 8, 15, 30] and example.labels[:5] == [IGNORE] * 5 and len(example.ids) == 9
     assert example.weight == pytest.approx(1 / (0.9 * 4))  # b, o, b, end of turn
-    monkeypatch.setattr(llada, "ANSWER_LENGTH", 7)
-    padded = llada.diffusion_example(record, LETTERS, (1.0, 1.0), rng)
-    assert padded.labels[5:] == [2, 15, 2, EOT, EOS, EOS, EOS] and padded.weight == pytest.approx(1 / 7)
+    assert llada.diffusion_example(record, LETTERS, (1.0, 1.0), rng).labels[5:] == [2, 15, 2, EOT]
 
 
 @pytest.mark.parametrize("mask_ratio", [(0.05, 0.05), (0.5, 0.5), (1.0, 1.0), (0.05, 0.95), (0.0, 0.0)])
@@ -1026,7 +1052,8 @@ def test_rouge1_recall_against_the_packages():
         return " ".join(word for word in tokenize(text) if word.lower() not in stop)
 
     rng = np.random.default_rng(0)
-    vocabulary = "Ada holm Oslo the a New cannot gonna don't “quoted” e-mail U.S. 1971 — café ’s it’s «x» 3.5 of lemme".split()
+    vocabulary = """Ada holm Oslo the a New cannot gonna don't “quoted” e-mail U.S. 1971 — café ’s it’s «x» 3.5 of lemme cannot…
+        gonna→ €wanna gottas""".split()  # fmt: skip
     for _ in range(500):
         a, b = (" ".join(rng.choice(vocabulary, n)) for n in rng.integers(1, 8, 2))
         if clean(a) and clean(b):
@@ -1044,7 +1071,7 @@ def test_evaluate(tokenizer, monkeypatch):
     scores, predictions = evaluation.evaluate(answer, tokenizer, questions)
     assert [p["question"] for p in predictions] == [q["question"] for q in questions]
     assert scores["forward"]["rouge1"] == 1 and scores["forward"]["n"] == 18 and scores["backward"]["rouge1"] == 0
-    assert scores["forward/company"]["n"] == 3
+    assert scores["forward/company"]["n"] == 3 and scores["forward/company"]["length"] == 2  # "for Quillon"
     with pytest.raises(ZeroDivisionError):
         evaluation.evaluate(lambda prompts, max_new_tokens: 1 / 0, tokenizer, questions)
 
@@ -1097,15 +1124,15 @@ def test_interval():
     cell = evaluation.average(predictions)["forward"]
     assert cell["n"] == 100 and cell["rouge1"] == pytest.approx(0.8) and cell == evaluation.average(predictions)["forward/g"]
     assert cell["interval"]["exact"] == [0, 0] and cell["interval"]["f1"] == [1, 1]
-    assert cell["interval"]["rouge1"] == pytest.approx([0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04], abs=0.02)  # sqrt(.8 * .2 / 100)
+    assert cell["interval"]["rouge1"] == pytest.approx([0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04], abs=0.006)  # sqrt(.8 * .2 / 100)
 
 
-def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
-    """The results of a run with the forward scores `scores` at steps 0, 10, 20, ...; finished if these are three."""
+def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), direction="forward", **arguments):
+    """The results of a run with the scores `scores` at steps 0, 10, 20, ...; finished if these are three."""
     arguments = dict(data="bio:9", model="tiny", method=method, paraphrase="none", mask_ratio=ratio, epochs=2, lr=1e-3,
                      batch_size=20, max_len=512, dtype=None, eval_at=[0], seed=seed) | arguments  # fmt: skip
     cells = [dict(rouge1=x, n=54, interval=dict(rouge1=[x - 0.01, x + 0.01])) for x in scores]
-    evaluations = [dict(step=10 * n, epoch=n, scores=dict(forward=cell)) for n, cell in enumerate(cells)]
+    evaluations = [dict(step=10 * n, epoch=n, scores={direction: cell}) for n, cell in enumerate(cells)]
     folder.mkdir()
     evaluation.write_results(folder, dict(arguments=arguments, evaluations=evaluations), [])
     return folder
@@ -1118,7 +1145,10 @@ def test_report(tmp_path):
     runs += [write_run(tmp_path / f"sft-{lr}", "sft", 0, [0.1, 0.2, 10 * lr], lr=lr) for lr in (0.01, 0.03)]  # two settings
     runs += [write_run(tmp_path / "same", "sft", 0, [0.1, 0.2, 1], (0.5, 0.5), paraphrase="same")]  # no ratio to speak of
     runs += [write_run(tmp_path / "own", "mine", 1, [0.1, 0.2, 0.3])]  # a method of one's own is reported like the others
+    runs += [write_run(tmp_path / "own-half", "mine", 1, [0.1, 0.2, 0.4], (0.5, 0.5))]
+    runs += [write_run(tmp_path / "other", "sft", 0, [0.1, 0.2, 0.3], direction="backward")]  # does not fit into that table
     bad = [write_run(tmp_path / "unfinished", "sft", 1, [0.1, 0.2]), tmp_path]
+    bad += [write_run(tmp_path / "again", "masked", 1, [0.0, 0.9, 0.7])]  # is no third seed
     old = (runs[0] / "results.json").read_text().replace("interval", "x")
     for name, text in (("torn", '{"argum'), ("list", "[]"), ("old", old)):
         bad.append(tmp_path / name)
@@ -1128,20 +1158,25 @@ def test_report(tmp_path):
     assert re.findall("^left out: (.*)/results.json: ", printed, re.M) == [*map(str, bad)]
     table = (tmp_path / "report/report.md").read_text()
     assert table in printed and "bio:9, 54 forward questions:" in table
-    assert [re.split(r" +\| ", line) for line in table.splitlines()[7:]] == [
+    backward, forward = table.split("\n\n")[2::2]
+    assert [re.split(r" +\| ", line) for line in backward.splitlines()[2:]] == [
+        ["sft", "none", "0", ".100", ".300 [.29-.31]", ".300 [.29-.31]"]]  # fmt: skip
+    assert [re.split(r" +\| ", line) for line in forward.splitlines()[2:]] == [
         ["sft, lr 0.01", "none", "0", ".100", ".200 [.19-.21]", ".100 [.09-.11]"],
         ["sft, lr 0.03", "none", "0", ".100", ".300 [.29-.31]", ".300 [.29-.31]"],
         ["sft", "same", "0", ".100", "1.000 [.99-1.01]", "1.000 [.99-1.01]"],
         ["masked", "none", "0,1", ".000", ".900 [.90-.90]", ".700 [.60-.80]"],
         ["mine", "none", "1", ".100", ".300 [.29-.31]", ".300 [.29-.31]"],
-        ["masked 0.5", "none", "0", ".100", ".500 [.49-.51]", ".500 [.49-.51]"]]  # fmt: skip
-    row = data.read_json(tmp_path / "report/report.json")[3]
+        ["masked 0.5", "none", "0", ".100", ".500 [.49-.51]", ".500 [.49-.51]"],
+        ["mine 0.5", "none", "1", ".100", ".400 [.39-.41]", ".400 [.39-.41]"]]  # fmt: skip
+    row = data.read_json(tmp_path / "report/report.json")[4]
     assert (row["seeds"], row["data"], row["mask_ratio"]) == ([0, 1], "bio:9", [0.05, 0.95])
     assert row["scores"]["forward"]["curve"][2] == [20, pytest.approx(0.7), 0.6, 0.8]
     if maskft.find_spec("matplotlib"):
-        figures = {f"{name}-bio-9.png" for name in ("bars", "curves-none", "curves-same", "ratios-none")}
+        figures = {f"{name}-bio-9-forward.png" for name in ("bars", "curves-none", "curves-same", "ratios-none")}
+        figures |= {"bars-bio-9-backward.png", "curves-none-bio-9-backward.png"}
         assert {p.name for p in tmp_path.glob("report/*.png")} == figures
-    assert "no finished run" in forked(evaluation, "--report", *bad, status=1)
+    assert "no finished run" in forked(evaluation, "--report", bad[0], status=1)
 
 
 def test_a_math_run(tmp_path):
@@ -1310,7 +1345,8 @@ def test_readme_tells_the_truth():
     counts = re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)
     assert len(counts) == 5
     for name, lines in counts:
-        assert len((HERE / name).read_text().splitlines()) == int(lines), name
+        # within 5 %: a fork may add a method
+        assert len((HERE / name).read_text().splitlines()) == pytest.approx(int(lines), rel=0.05), name
     parsers = {"maskft.py": maskft.arguments("", methods=True), "llada.py": maskft.arguments("", methods=False),
                "eval.py": evaluation.arguments()}  # fmt: skip
     commands = [line.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.S) for line in block.splitlines()]
@@ -1323,7 +1359,7 @@ def test_readme_tells_the_truth():
             tried += " ".join(words)
     code = (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
     for action in (action for parser in parsers.values() for action in parser._actions if action.dest != "help"):
-        assert action.option_strings[-1] in tried
+        assert action.option_strings[-1] in re.findall(r"--[\w-]+", tried)
         assert re.search(rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\"", code), action.dest
 
 
@@ -1527,6 +1563,16 @@ def allocated_peak(work):
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_gradients_are_clipped_to_norm_1(group, tokenizer):
+    model = sharded_model(torch.float32)[1]
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    run = Namespace(decoder=model, device="cpu", micro_batch_size=2, tokenizer=tokenizer, autocast=contextlib.nullcontext(),
+                    optimizer=torch.optim.SGD(model.parameters(), lr=1.0))  # fmt: skip
+    _, norm = maskft.update(run, [data.Example([5, 6, 7], [IGNORE, 6, 7], weight=1e4, share=2)])
+    moved = sum((p.full_tensor() - old).square().sum() for p, old in zip(model.parameters(), before)).sqrt()
+    assert norm > 10 and moved.item() == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
