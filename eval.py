@@ -238,15 +238,15 @@ def over_seeds(runs, name):
             "best": spread([max(run, key=overall) for run in runs]), "last": curve[-1][1:], "curve": curve}  # fmt: skip
 
 
-def table(runs):
-    """`summarize` as text that is Markdown too: a table for each data set, a line for each setting."""
+def table(rows):
+    """What `summarize` gave as text that is Markdown too: a table for each data set, a line for each setting."""
     parts = []
-    for (name, _), rows in groupby([row for row in summarize(runs) if row["scores"]], key=tables):
-        rows = list(rows)
-        asked = {REPORTED[headline][0]: cell["n"] for headline, cell in rows[0]["scores"].items()}
-        columns = [f"{headline} {which}" for headline in rows[0]["scores"] for which in ("best", "last")]
+    for (name, _), some in groupby([row for row in rows if row["scores"]], key=tables):
+        some = list(some)
+        asked = {REPORTED[headline][0]: cell["n"] for headline, cell in some[0]["scores"].items()}
+        columns = [f"{headline} {which}" for headline in some[0]["scores"] for which in ("best", "last")]
         lines = [["method", "paraphrase", "seeds", "before", *columns]]
-        for row in rows:
+        for row in some:
             cells = row["scores"].values()
             before = " / ".join(f"{cell['before'][0]:.3f}" if cell["before"] else "-" for cell in cells)
             scores = ["{:.3f} [{:.2f}-{:.2f}]".format(*cell[which]) for cell in cells for which in ("best", "last")]
@@ -332,7 +332,8 @@ def report(directories, out):
             print(f"left out: {path}: not a training run of this version ({type(error).__name__}: {error})")
     if not runs:
         raise data.UserError("--report: no finished run with questions in these directories")
-    text, rows = table(runs.values()), summarize(runs.values())
+    rows = summarize(runs.values())
+    text = table(rows)
     print(text)
     if out:
         data.write_text(Path(out) / "report.md", text + "\n")

@@ -1126,7 +1126,7 @@ def run_methods(args, builders, default=("tiny", "meta-llama/Llama-3.1-8B-Instru
         if not done:
             return
         finished.append(run.results)
-    say(f"{evaluation.table(finished)}\n{evaluation.samples(run.predictions)}")
+    say(f"{evaluation.table(evaluation.summarize(finished))}\n{evaluation.samples(run.predictions)}")
 
 
 def unfinished(out, builders):

@@ -127,6 +127,11 @@ def losses(out):
     return [[line[key] for key in ("step", "epoch", "loss", "lr", "grad_norm")] for line in jsonl(out / "metrics.jsonl")]
 
 
+def equal_but_for_rounding(ours, theirs):
+    """Lines of `losses` from runs on different numbers of processes; the gradient's norm adds up more rounding."""
+    return ours[:4] == pytest.approx(theirs[:4], rel=1e-5) and ours[4] == pytest.approx(theirs[4], rel=1e-4)
+
+
 def cut(ids, stop_ids):
     return list(itertools.takewhile(lambda token: token not in stop_ids, ids))
 
@@ -196,7 +201,7 @@ def test_attention_and_padding(make):
         batch = torch.cat([F.pad(ids, (left, right), value=9), torch.arange(20 + left + right)[None]])  # beside a longer one
         key_mask = torch.ones_like(batch, dtype=torch.bool)
         key_mask[0, :left], key_mask[0, left + 20 :] = False, False
-        assert torch.allclose(model(batch, key_mask)[0, left : left + 20], plain, atol=2e-5, rtol=1e-5)
+        assert torch.allclose(model(batch, key_mask)[0, left : left + 20], plain, atol=1e-5 if model.config.causal else 2e-5)
     if model.config.causal:  # right padding needs no mask
         assert torch.equal(model(F.pad(ids, (0, 5)))[0, :20], plain)
 
@@ -1001,6 +1006,15 @@ def test_a_predicted_mask_token_stays_a_mask():
     assert llada.sample(model, PROMPTS, 16, 8, 4) == expected
 
 
+def test_gumbel_draws_from_the_softmax():
+    model, temperature = tiny_llada(), 2.0
+    logits = model(torch.tensor([PROMPTS[0] + [MASK]]))[0, -1].double()
+    generator = torch.Generator().manual_seed(0)
+    drawn = llada.sample(model, PROMPTS[:1] * 4000, 1, 1, 1, temperature=temperature, generator=generator)
+    share = torch.bincount(torch.tensor(drawn)[:, 0], minlength=40) / 4000
+    assert (share - (logits / temperature).softmax(0)).abs().max() < 0.03
+
+
 def test_threshold():
     model = tiny_llada()
     one_by_one = llada.sample(model, PROMPTS, 16, 16, 4)
@@ -1345,8 +1359,7 @@ def test_readme_tells_the_truth():
     counts = re.findall(r"\| `(\w+\.py)` \|[^\n]*\| (\d+) \|", readme)
     assert len(counts) == 5
     for name, lines in counts:
-        # within 5 %: a fork may add a method
-        assert len((HERE / name).read_text().splitlines()) == pytest.approx(int(lines), rel=0.05), name
+        assert len((HERE / name).read_text().splitlines()) == int(lines), name
     parsers = {"maskft.py": maskft.arguments("", methods=True), "llada.py": maskft.arguments("", methods=False),
                "eval.py": evaluation.arguments()}  # fmt: skip
     commands = [line.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.S) for line in block.splitlines()]
@@ -1357,9 +1370,9 @@ def test_readme_tells_the_truth():
         if script:
             parsers[script].parse_args(words[words.index(script) + 1 :])
             tried += " ".join(words)
-    code = (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
+    tried, code = re.findall(r"--[\w-]+", tried), (HERE / "maskft.py").read_text() + (HERE / "eval.py").read_text()
     for action in (action for parser in parsers.values() for action in parser._actions if action.dest != "help"):
-        assert action.option_strings[-1] in re.findall(r"--[\w-]+", tried)
+        assert action.option_strings[-1] in tried
         assert re.search(rf"(run|args)\.{action.dest}\b|args, flag.*\"{action.dest}\"", code), action.dest
 
 
@@ -1406,7 +1419,7 @@ def test_killed_at_any_moment_nothing_is_lost(finished, saved_often):
     results.write_text(results.read_text().replace("bio:7", "bio:6"))
     command("maskft.py", "--resume", run, processes=2)
     assert [step for step, *_ in losses(run)] == [*range(6)]
-    assert losses(run)[5] == pytest.approx(losses(out)[5], rel=1e-4)
+    assert equal_but_for_rounding(losses(run)[5], losses(out)[5])
 
 
 BREAKING = """
@@ -1510,7 +1523,7 @@ def test_processes_change_rounding_alone(method, tmp_path):
     forked(script, *flags, "--out", tmp_path / "one")
     command(f"{script.__name__}.py", *flags, "--micro-batch-size", 1, "--out", tmp_path / "more", processes=processes)
     for one, more in zip(losses(tmp_path / "one"), losses(tmp_path / "more"), strict=True):
-        assert one[:4] == pytest.approx(more[:4], rel=1e-5) and one[4] == pytest.approx(more[4], rel=1e-4)
+        assert equal_but_for_rounding(one, more)
     assert (tmp_path / "one/preds.jsonl").read_text() == (tmp_path / "more/preds.jsonl").read_text()
 
 
