@@ -1,26 +1,29 @@
 """Closed-book question answering: ask, score, report.
 
-    python eval.py --model out/bio-masked-1                    # the questions that run was trained for
-    python eval.py --model tiny --data bio --seed 3            # any model directory, any questions
-    python eval.py --report out/*/ --out report                # one table of many runs, and the paper's figures
+    python eval.py --model out/bio-masked-1           # the questions that run was trained for
+    python eval.py --model tiny --data bio --seed 3   # any model directory, any questions
+    python eval.py --report out/*/ --out report       # one table of many runs, the paper's figures
 
-Three scores of one answer against its reference, all between 0 and 1. ROUGE-1 recall, the paper's: the share of the
-reference's distinct words that the answer has too; it rewards long answers, so the mean answer length stands beside it.
-Exact match: the same words in the same order. F1: the harmonic mean of precision and recall over words with their counts.
-All three first delete punctuation and function words, and keep case. Math problems have two others, 1 or 0 as the number that
-the answer arrives at is right: strict reads it behind "####", flexible takes the last number there is.
+Three scores compare an answer with its reference, all between 0 and 1. All three first delete
+punctuation and function words, and keep case.
+    rouge1  ROUGE-1 recall, the paper's: the share of the reference's distinct words that the answer
+            has too. It rewards long answers, so the mean answer length stands beside it.
+    exact   1 if the words are the same, in the same order, else 0.
+    f1      the harmonic mean of precision and recall over words with their counts.
+Math problems have two others, 1 if the number that the answer arrives at is right, else 0: `strict`
+reads it behind "####", `flexible` takes the last number there is.
 
 preds.jsonl has a line a question:
-    {"direction": "backward", "group": "name", "question": "Who was born in Lund ...?", "answer": "Ada Holm",
-     "prediction": "Ada Holm", "rouge1": 1.0, "exact": 1.0, "f1": 1.0, "length": 2}
+    {"direction": "backward", "group": "name", "question": "Who was born in Lund ...?",
+     "answer": "Ada Holm", "prediction": "Ada Holm",
+     "rouge1": 1.0, "exact": 1.0, "f1": 1.0, "length": 2}
 """
 
 import argparse
 import json
-import math
 import re
 import string
-from collections import Counter
+from collections import Counter, namedtuple
 from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
@@ -29,409 +32,677 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import tqdm
 
 import data
-import llada
-import maskft
+from data import UserError
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------- metrics
 
-STOP_WORDS = set("a of the and is are be to new on in at an for".split())
-CONTRACTION = re.compile(r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b")
-# what string.punctuation lacks and NLTK's tokenizer sets apart: quotation marks and dashes
-APART = {ord(c): f" {c} " for c in "«“‘„»”’\u2012\u2013\u2014\u2015"}
-DELETE = dict.fromkeys(map(ord, string.punctuation))
+STOP_WORDS = {
+    "a",
+    "of",
+    "the",
+    "and",
+    "is",
+    "are",
+    "be",
+    "to",
+    "new",
+    "on",
+    "in",
+    "at",
+    "an",
+    "for",
+}
+CONTRACTION = re.compile(
+    r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b"
+)
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# what string.punctuation lacks and NLTK's tokenizer splits off: quotation marks and dashes
+SPLIT_OFF = str.maketrans({c: f" {c} " for c in "«“‘„»”’\u2012\u2013\u2014\u2015"})
 
 
 def words(text):
-    """The scored words of a text, in order. NLTK's word_tokenize without NLTK: once ASCII punctuation is gone, all that is
-    left of its rules are the quotation marks, the dashes and six contractions."""
-    text = CONTRACTION.sub(r" \1 \2 ", text.translate(DELETE).translate(APART))
+    """The scored words of a text, in order: NLTK's word_tokenize without NLTK.
+
+    Once ASCII punctuation is gone, all that is left of its rules are the quotation marks, the
+    dashes and six contractions.
+    """
+    text = text.translate(WITHOUT_PUNCTUATION).translate(SPLIT_OFF)
+    text = CONTRACTION.sub(r" \1 \2 ", text)
     return [word for word in text.split() if word.lower() not in STOP_WORDS]
 
 
 def rouge1_recall(prediction, reference):
-    """|words(prediction) & words(reference)| / |words(reference)|, over *sets* of case-sensitive words: the paper's score,
-    as the `rouge` package counts after masked_arLLM's clean-up. An empty prediction scores 0."""
-    gold, found = set(words(reference)), set(words(prediction))
-    if not gold:
-        raise data.UserError(f"the reference answer {reference!r} has no word to score")
-    return len(gold & found) / len(gold)
+    """|words(prediction) & words(reference)| / |words(reference)|, over *sets* of words.
+
+    The paper's score, as the `rouge` package counts after masked_arLLM's clean-up. An empty
+    prediction scores 0; UserError for a reference without a word.
+    """
+    expected = set(words(reference))
+    if not expected:
+        raise UserError(f"the reference answer {reference!r} has no word to score")
+    return len(expected & set(words(prediction))) / len(expected)
 
 
 def exact_match(prediction, reference):
+    """1.0 if both have the same words in the same order, else 0.0."""
     return float(words(prediction) == words(reference))
 
 
 def f1(prediction, reference):
     """Harmonic mean of word precision and recall over multisets, as SQuAD has it."""
-    found, gold = Counter(words(prediction)), Counter(words(reference))
-    common = (found & gold).total()
-    return 2 * common / (found.total() + gold.total()) if common else 0.0
+    found = Counter(words(prediction))
+    expected = Counter(words(reference))
+    common = (found & expected).total()
+    return 2 * common / (found.total() + expected.total()) if common else 0.0
 
 
 def math_scores(prediction, reference):
-    """{"strict": whether the number behind the first "#### " is the reference's, "flexible": whether the last number is},
-    as lm-eval's task gsm8k, version 3, which stops answering where the next question begins."""
-    def bare(text):
-        for deleted in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
-            text = re.sub(deleted, "", text)
-        return text
+    """{"strict": is the number behind the first "#### " right, "flexible": is the last number}.
 
+    As lm-eval's task gsm8k, version 3, which stops answering where the next question begins.
+    """
     prediction = prediction.split("Question:")[0]
-    found = {"strict": re.findall(r"#### (-?[0-9.,]+)", prediction)[:1],
-             "flexible": re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", prediction)[-1:]}  # fmt: skip
-    return {k: float([bare(number) for number in numbers] == [bare(reference)]) for k, numbers in found.items()}
+    strict = re.findall(r"#### (-?[0-9.,]+)", prediction)
+    flexible = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", prediction)
+    right = bare_number(reference)
+    return {
+        "strict": float(bool(strict) and bare_number(strict[0]) == right),
+        "flexible": float(bool(flexible) and bare_number(flexible[-1]) == right),
+    }
+
+
+def bare_number(text):
+    """What lm-eval compares: without commas, dollars, all before "#### " and a last full stop."""
+    for deleted in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
+        text = re.sub(deleted, "", text)
+    return text
 
 
 METRICS = ("rouge1", "exact", "f1", "strict", "flexible", "length")
 
 
 def score(prediction, question):
-    """All scores of the answer to a question; `length` is its number of words, function words included."""
-    reference, length = question["answer"], {"length": len(prediction.split())}
+    """All scores of the answer to a question; `length` is its number of words, all counted."""
+    reference = question["answer"]
     if question["direction"] == "math":
-        return math_scores(prediction, reference) | length
-    return {"rouge1": rouge1_recall(prediction, reference), "exact": exact_match(prediction, reference),
-            "f1": f1(prediction, reference)} | length  # fmt: skip
+        scores = math_scores(prediction, reference)
+    else:
+        scores = {
+            "rouge1": rouge1_recall(prediction, reference),
+            "exact": exact_match(prediction, reference),
+            "f1": f1(prediction, reference),
+        }
+    return scores | {"length": len(prediction.split())}
 
 
 def average(predictions):
-    """Scores by direction and by direction and group: {cell: {metric: mean, ..., "n", "interval": {metric: [low,
-    high]}}}. Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement as if those about one document
-    had nothing in common: how much hangs on the questions. How much hangs on chance in training, only more seeds tell."""
-    cells = {}
-    for p in predictions:
-        for cell in (p["direction"], f"{p['direction']}/{p['group']}"):
-            cells.setdefault(cell, []).append(p)
-    for cell, some in cells.items():
-        metrics = [k for k in METRICS if k in some[0]]
-        values = np.array([[p[k] for k in metrics] for p in some])  # (n, metrics)
-        draws = np.random.default_rng(0).integers(len(some), size=(1000, len(some)))
-        ends = np.quantile([values[draw].mean(0) for draw in draws], (0.025, 0.975), axis=0).T.tolist()
-        cells[cell] = {**dict(zip(metrics, values.mean(0).tolist())), "n": len(some), "interval": dict(zip(metrics, ends))}
-    return dict(sorted(cells.items()))
+    """Mean scores of each direction, "forward", and of each group in it, "forward/city".
+
+    {"forward": {"rouge1": mean, ..., "n": questions, "interval": {"rouge1": [low, high], ...}}}
+    """
+    groups = {}
+    for prediction in predictions:
+        direction = prediction["direction"]
+        for name in (direction, f"{direction}/{prediction['group']}"):
+            groups.setdefault(name, []).append(prediction)
+    return {name: average_group(group) for name, group in sorted(groups.items())}
 
 
-# ----------------------------------------------------------------------------------------------------------- answering
+def average_group(predictions):
+    """{metric: mean, ..., "n", "interval": {metric: [low, high]}} of some predictions.
+
+    Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement as if those
+    about one document had nothing in common: how much depends on the questions. How much depends
+    on chance in training, only more seeds tell.
+    """
+    n = len(predictions)
+    metrics = [metric for metric in METRICS if metric in predictions[0]]
+    values = np.array([[p[metric] for metric in metrics] for p in predictions])  # (n, metrics)
+    draws = np.random.default_rng(0).integers(n, size=(1000, n))
+    means = [values[draw].mean(0) for draw in draws]
+    ends = np.quantile(means, (0.025, 0.975), axis=0)  # (2, metrics)
+    scores = dict(zip(metrics, values.mean(0).tolist(), strict=True))
+    interval = dict(zip(metrics, ends.T.tolist(), strict=True))
+    return {**scores, "n": n, "interval": interval}
+
+
+# -------------------------------------------------------------------------------------- answering
 
 BATCH = 64  # questions answered together
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*values):
+    """Print on rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, values)))
+
+
+def longest_answer(questions):
+    """Tokens that an answer to these questions may have; None without questions."""
+    return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
+
+
 def decoding(questions, causal, max_new_tokens=None, **given):
-    """How answers are decoded, as results.json has it; the settings that are given overrule the usual ones."""
-    tokens = max_new_tokens or max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
-    unmasking = {"decoding": "unmasking, low confidence, temperature 0", "steps": tokens, "block_length": 4, **given}
-    if "threshold" in given:
-        del unmasking["steps"]  # as many as it takes
-    return {"prompt": "chat, zero-shot", **({"decoding": "greedy"} if causal else unmasking), "max_new_tokens": tokens}
+    """How answers are decoded, as results.json has it; given settings replace the usual ones."""
+    tokens = max_new_tokens or longest_answer(questions)
+    if causal:
+        how = {"decoding": "greedy"}
+    else:
+        name = "unmasking, low confidence, temperature 0"
+        how = {"decoding": name, "steps": tokens, "block_length": 4, **given}
+        if "threshold" in given:
+            del how["steps"]  # as many as it takes
+    return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
-    """Ask every question, dealt out over the ranks; (scores, predictions), the same on every rank.
+    """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
 
     answer       prompts (lists of ids), max_new_tokens -> answers (lists of ids)
-    scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"}, "backward": ..., "forward/<group>": ...}
+    scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
+                  "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
     """
-    longest = max_new_tokens or decoding(questions, causal=True)["max_new_tokens"]
-    rank, world = maskft.rank(), maskft.world_size()
+    max_new_tokens = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
-    # longest together: little padding, and the ranks get equal shares of short and long. All ranks get as many, should each
-    # call be one for all of them: where that does not come out even, some are asked twice
+    # longest together: little padding, and every rank gets its part of short and long
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = [order[i % len(order)] for i in range(rank, math.ceil(len(order) / world) * world, world)]
-    answered = {}
+    mine = order[rank() :: world_size()]
+    answered = {}  # number of the question -> its prediction
     for start in range(0, len(mine), BATCH):
-        chunk = mine[start : start + BATCH]
-        texts = [tokenizer.decode(ids).strip() for ids in answer([prompts[i] for i in chunk], max_new_tokens=longest)]
-        answered |= {i: {**questions[i], "prediction": t, **score(t, questions[i])} for i, t in zip(chunk, texts)}
-    shares = [answered] * world
-    if world > 1:
-        dist.all_gather_object(shares, answered)
-    answered = {i: prediction for share in shares for i, prediction in share.items()}
+        batch = mine[start : start + BATCH]
+        answers = answer([prompts[i] for i in batch], max_new_tokens=max_new_tokens)
+        for i, ids in zip(batch, answers, strict=True):
+            text = tokenizer.decode(ids).strip()
+            answered[i] = {**questions[i], "prediction": text, **score(text, questions[i])}
+    parts = [answered] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, answered)
+    for part in parts:
+        answered |= part
     predictions = [answered[i] for i in range(len(questions))]
     return average(predictions), predictions
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------- report
 
-# what reports call a score -> (direction of the questions, which of their metrics)
-REPORTED = {"forward": ("forward", "rouge1"), "backward": ("backward", "rouge1"), "math flexible": ("math", "flexible"),
-            "math strict": ("math", "strict")}  # fmt: skip
-# method -> its colour in figures, in the order of reports
-METHODS = {"sft": "C0", "raw": "C5", "reverse": "C2", "random": "C7", "masked": "C1", "llada": "C4", "pretrain": "C6"}
-UNMASKED = ("sft", "raw", "reverse", "random")  # the methods that the mask ratio does not matter to
-OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")  # named where they tell rows apart
+# name of a score in reports -> (direction of the questions, metric)
+REPORTED = {
+    "forward": ("forward", "rouge1"),
+    "backward": ("backward", "rouge1"),
+    "math flexible": ("math", "flexible"),
+    "math strict": ("math", "strict"),
+}
+# method -> its color in figures, in the order of reports; custom methods come last
+COLORS = {
+    "sft": "C0",
+    "raw": "C5",
+    "reverse": "C2",
+    "random": "C7",
+    "masked": "C1",
+    "llada": "C4",
+    "pretrain": "C6",
+}
+# settings that a row's name tells only where rows differ in them
+OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")
+SETTINGS = ("data", "paraphrase", "method", "mask_ratio", *OTHERS)
+# a line of a report, about the runs that differ in their seed alone: their settings, a name such as
+# "masked 0.5", the seeds, and of each reported score what `over_seeds` gives
+Row = namedtuple("Row", [*SETTINGS, "name", "seeds", "scores"])
+USUAL_RATIO = [0.05, 0.95]
 LEGEND = """\
-ROUGE-1 recall (math: share solved) before training, at a run's best evaluation and at its last. In brackets: of one
-run the 95 % interval, of several the range over their seeds. A number behind a method is its mask ratio."""
+Numbers are ROUGE-1 recall (math: share solved). A number behind a method is its mask ratio.
+Before is before training, best is a run's best evaluation, last the one after training.
+In brackets: of one run the 95 % interval, of several the range over their seeds."""
+INTERVAL = "{:.3f} [{:.2f}-{:.2f}]"  # mean, low, high
 
 
-def headlines(evaluation):
+def reported_scores(evaluation):
     """The scores of an evaluation that reports show: {"forward": 0.98, ...}."""
     scores = evaluation["scores"]
-    return {name: scores[direction][metric] for name, (direction, metric) in REPORTED.items() if direction in scores}
+    return {
+        name: scores[direction][metric]
+        for name, (direction, metric) in REPORTED.items()
+        if direction in scores
+    }
 
 
 def overall(evaluation):
-    """The mean of the headlines: what `best` means."""
-    return float(np.mean(list(headlines(evaluation).values()) or [0]))
+    """The mean of the reported scores: what `best` means."""
+    return float(np.mean(list(reported_scores(evaluation).values()) or [0]))
 
 
 def write_results(out, results, predictions):
-    """results.json and preds.jsonl of a run, each replaced in one step."""
-    done = results["evaluations"]
-    summary = {"best": max(done, key=overall), "last": done[-1]} if done and done[-1]["scores"] else {}
-    data.write_text(Path(out) / "results.json", json.dumps({**results, **summary}, indent=1) + "\n")
-    data.write_text(Path(out) / "preds.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    """results.json and preds.jsonl of a run in the directory `out`, each replaced atomically."""
+    evaluations = results["evaluations"]
+    if evaluations and evaluations[-1]["scores"]:
+        best = max(evaluations, key=overall)
+        results = {**results, "best": best, "last": evaluations[-1]}
+    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+    data.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    data.write_text(out / "preds.jsonl", "".join(lines))
 
 
 def summarize(runs):
-    """A row for each setting, over the runs that differ in their seed alone: {"data", "paraphrase", "method", "mask_ratio",
-    "model", ..., "name": "masked 0.5", "seeds": [0, 1, 2], "scores": {"forward": `over_seeds`, ...}}."""
-    groups, rows = {}, []
-    for run in runs:
-        setting = {k: run["arguments"][k] for k in ("data", "paraphrase", "method", "mask_ratio", *OTHERS)}
-        low, high = setting["mask_ratio"] = [0.05, 0.95] if setting["method"] in UNMASKED else list(setting["mask_ratio"])
-        ratio = f" {low:g}" if low == high else f" {low:g}-{high:g}" if [low, high] != [0.05, 0.95] else ""
-        groups.setdefault(json.dumps(setting | {"name": setting["method"] + ratio}), []).append(run)
-    for setting, group in groups.items():
-        done = [run["evaluations"] for run in group]
-        scores = {name: over_seeds(done, name) for name in headlines(done[0][-1])}
-        rows.append(json.loads(setting) | {"seeds": sorted(run["arguments"]["seed"] for run in group), "scores": scores})
-
-    def place(row):
-        method = [*METHODS, row["method"]].index(row["method"]), row["method"]  # those of one's own come last
-        paraphrase = list(data.PARAPHRASES).index(row["paraphrase"])
-        return *tables(row), is_fixed(row), *method, paraphrase, row["name"]
-
-    rows.sort(key=place)
-    for alike in [list(some) for _, some in groupby(rows, key=place)]:
-        apart = [k for k in OTHERS if any(row[k] != alike[0][k] for row in alike)]
-        for row in alike:
-            row["name"] += "".join(f", {k} {row[k]}" for k in apart)
-    return rows
+    """A Row for each setting, over the runs that differ in their seed alone, in report order."""
+    rows = []
+    for setting in distinct([setting_of(run) for run in runs]):
+        rows.append(summary(setting, [run for run in runs if setting_of(run) == setting]))
+    rows.sort(key=report_order)
+    return [row for same_name in grouped(rows, report_order) for row in tell_apart(same_name)]
 
 
-def tables(row):
-    """What is alike in the rows of one table."""
-    return row["data"], list(row["scores"])
+def setting_of(run, *more):
+    return {name: run["arguments"][name] for name in (*SETTINGS, *more)}
+
+
+def distinct(values):
+    """The values without repetitions, in order; they need no hash."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def grouped(rows, key):
+    """Lists of neighbors with the same key."""
+    return [list(some) for _, some in groupby(rows, key=key)]
+
+
+def summary(setting, runs):
+    """The Row of the runs that have this setting."""
+    evaluations = [run["evaluations"] for run in runs]
+    return Row(
+        **setting,
+        name=setting["method"] + shown_ratio(setting["mask_ratio"]),
+        seeds=sorted(run["arguments"]["seed"] for run in runs),
+        scores={
+            name: over_seeds(evaluations, name) for name in reported_scores(evaluations[0][-1])
+        },
+    )
+
+
+def shown_ratio(mask_ratio):
+    """What a mask ratio adds to a row's name: " 0.5", " 0.2-0.8", of the usual one or none ""."""
+    if mask_ratio is None or list(mask_ratio) == USUAL_RATIO:
+        return ""
+    return " " + "-".join(f"{ratio:g}" for ratio in distinct(mask_ratio))
+
+
+def report_order(row):
+    """Table by table; fixed mask ratios last; then by method, paraphrase and name."""
+    method = [*COLORS, row.method].index(row.method)  # custom methods come last
+    paraphrase = list(data.PARAPHRASES).index(row.paraphrase)
+    return *table_of(row), is_fixed(row), method, row.method, paraphrase, row.name
+
+
+def table_of(row):
+    """The table that a row stands in: data set, names of the scores."""
+    return row.data, list(row.scores)
 
 
 def is_fixed(row):
-    return row["mask_ratio"][0] == row["mask_ratio"][1]
+    """Whether every document had the same mask ratio; not so if nothing was masked."""
+    return row.mask_ratio is not None and len(set(row.mask_ratio)) == 1
+
+
+def tell_apart(rows):
+    """Rows of one name, with the settings added to it that they differ in."""
+    told = [name for name in OTHERS if len(distinct([getattr(row, name) for row in rows])) > 1]
+    for row in rows:
+        added = [f", {name} {getattr(row, name)}" for name in told]
+        yield row._replace(name=row.name + "".join(added))
 
 
 def over_seeds(runs, name):
-    """A headline over the evaluations of several runs: {"n", "before", "best", "last": [mean, low, high], "curve":
-    [[step, mean, low, high], ...]}, from low to high the range over the runs or, of one alone, its 95 % interval."""
+    """A reported score over the evaluations of several runs that differ in their seed.
+
+    {"n": questions, "before", "best", "last": [mean, low, high],
+     "curve": [[step, mean, low, high], ...]}
+    low to high is the range over the runs or, of one alone, its 95 % interval. "before" is None
+    if the first evaluation was after step 0.
+    """
     direction, metric = REPORTED[name]
 
     def spread(evaluations):
-        cells = [evaluation["scores"][direction] for evaluation in evaluations]
-        values = [cell[metric] for cell in cells]
-        return [sum(values) / len(values), *(cells[0]["interval"][metric] if len(cells) == 1 else (min(values), max(values)))]
+        groups = [evaluation["scores"][direction] for evaluation in evaluations]
+        values = [group[metric] for group in groups]
+        ends = [min(values), max(values)]
+        if len(groups) == 1:
+            ends = groups[0]["interval"][metric]
+        return [sum(values) / len(values), *ends]
 
-    curve = [[same_time[0]["step"], *spread(same_time)] for same_time in zip(*runs)]
-    return {"n": runs[0][-1]["scores"][direction]["n"], "before": None if curve[0][0] else curve[0][1:],
-            "best": spread([max(run, key=overall) for run in runs]), "last": curve[-1][1:], "curve": curve}  # fmt: skip
+    curve = [[same_time[0]["step"], *spread(same_time)] for same_time in zip(*runs, strict=False)]
+    first_step, *first = curve[0]
+    return {
+        "n": runs[0][-1]["scores"][direction]["n"],
+        "before": None if first_step else first,
+        "best": spread([max(run, key=overall) for run in runs]),
+        "last": curve[-1][1:],
+        "curve": curve,
+    }
 
 
 def table(rows):
-    """What `summarize` gave as text that is Markdown too: a table for each data set, a line for each setting."""
-    parts = []
-    for (name, _), some in groupby([row for row in rows if row["scores"]], key=tables):
-        some = list(some)
-        asked = {REPORTED[headline][0]: cell["n"] for headline, cell in some[0]["scores"].items()}
-        columns = [f"{headline} {which}" for headline in some[0]["scores"] for which in ("best", "last")]
-        lines = [["method", "paraphrase", "seeds", "before", *columns]]
-        for row in some:
-            cells = row["scores"].values()
-            before = " / ".join(f"{cell['before'][0]:.3f}" if cell["before"] else "-" for cell in cells)
-            scores = ["{:.3f} [{:.2f}-{:.2f}]".format(*cell[which]) for cell in cells for which in ("best", "last")]
-            scores = [score.replace("0.", ".") for score in (before, *scores)]  # as the paper has it, and to fit a line
-            lines.append([row["name"], row["paraphrase"], ",".join(map(str, row["seeds"])), *scores])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines.insert(1, ["-" * width for width in widths])
-        parts += [f"{name}, {' and '.join(f'{n} {direction}' for direction, n in asked.items())} questions:",
-                  "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)]  # fmt: skip
-    return "\n\n".join([LEGEND, *parts]) if parts else "no questions, no scores"
+    """Rows of `summarize` as text that is Markdown too: a table for each data set."""
+    parts = [LEGEND]
+    for some in grouped([row for row in rows if row.scores], table_of):
+        lines = [table_header(some[0]), *map(table_line, some)]
+        parts += [table_title(some[0]), markdown(lines)]
+    return "\n\n".join(parts) if len(parts) > 1 else "no questions, no scores"
+
+
+def table_title(row):
+    """bio:40, 240 forward and 120 backward questions:"""
+    asked = {REPORTED[name][0]: result["n"] for name, result in row.scores.items()}
+    counts = " and ".join(f"{n} {direction}" for direction, n in asked.items())
+    return f"{row.data}, {counts} questions:"
+
+
+def table_header(row):
+    columns = [f"{name} {which}" for name in row.scores for which in ("best", "last")]
+    return ["method", "paraphrase", "seeds", "before", *columns]
+
+
+def table_line(row):
+    """The cells of a row. Scores are written .983: as the paper has it, and to fit a line."""
+    results = row.scores.values()
+    before = [f"{result['before'][0]:.3f}" if result["before"] else "-" for result in results]
+    after = [INTERVAL.format(*result[which]) for result in results for which in ("best", "last")]
+    numbers = [number.replace("0.", ".") for number in (" / ".join(before), *after)]
+    return [row.name, row.paraphrase, ",".join(map(str, row.seeds)), *numbers]
+
+
+def markdown(lines):
+    """Lines of cells as a table with aligned columns, the first one as its header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def draw_panels(rows, path, draw):
-    """A picture with a panel for each headline of these rows, in which `draw(axes, rows, headline)` draws; needs matplotlib."""
+    """A picture with a panel for each score of these rows, drawn by `draw(axes, rows, name)`.
+
+    Needs matplotlib.
+    """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    asked = list(rows[0]["scores"])
-    figure = Figure(figsize=(4.2 * len(asked), 3.2), layout="constrained")
-    for axes, headline in zip(figure.subplots(1, len(asked), sharey=True, squeeze=False)[0], asked):
-        draw(axes, rows, headline)
-        axes.set(title=headline, ylim=(-0.03, 1.03))
+    names = list(rows[0].scores)
+    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        draw(axes, rows, name)
+        axes.set(title=name, ylim=(-0.03, 1.03))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.axes[0].set_ylabel("share solved" if asked[0].startswith("math") else "ROUGE-1 recall")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), frameon=False)
+    panels[0].set_ylabel("share solved" if names[0].startswith("math") else "ROUGE-1 recall")
+    handles, labels = axes.get_legend_handles_labels()  # every panel has the same
+    columns = min(len(labels), 6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def draw_curves(axes, rows, headline):
+def draw_curves(axes, rows, name):
+    """The score at every evaluation, a line a row."""
     for row in rows:
-        steps, mean, low, high = zip(*row["scores"][headline]["curve"])
-        (line,) = axes.plot(steps, mean, marker=".", color=METHODS.get(row["name"]), label=row["name"])
+        steps, mean, low, high = np.transpose(row.scores[name]["curve"])
+        (line,) = axes.plot(steps, mean, marker=".", color=COLORS.get(row.name), label=row.name)
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("step")
 
 
-def draw_bars(axes, rows, headline):
-    """The last score of every setting as a bar with its spread, and a dot for the best one; groups by paraphrase."""
-    names, groups = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "paraphrase"))
-    width = 0.8 / len(names)
-    for number, name in enumerate(names):
-        some = [row for row in rows if row["name"] == name]
-        x = [groups.index(row["paraphrase"]) + width * (number - (len(names) - 1) / 2) for row in some]
-        mean, low, high = zip(*[row["scores"][headline]["last"] for row in some])
-        axes.bar(x, mean, width, color=METHODS.get(name), label=name)
+def draw_bars(axes, rows, name):
+    """The last score of a row as a bar with its spread, the best as a dot; by paraphrase."""
+    labels = distinct([row.name for row in rows])
+    paraphrases = distinct([row.paraphrase for row in rows])
+    width = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        some = [row for row in rows if row.name == label]
+        x = np.array([paraphrases.index(row.paraphrase) for row in some]) + width * number
+        mean, low, high = np.transpose([row.scores[name]["last"] for row in some])
+        axes.bar(x, mean, width, color=COLORS.get(label), label=label)
         axes.vlines(x, low, high, color="black", linewidth=1)
-        axes.plot(x, [row["scores"][headline]["best"][0] for row in some], "k.")
-    axes.set(xlim=(-0.5, len(groups) - 0.5), xticks=range(len(groups)), xticklabels=groups,
-             xlabel="paraphrase (bar: last, dot: best)")  # fmt: skip
+        axes.plot(x, [row.scores[name]["best"][0] for row in some], "k.")
+    middle = (0.8 - width) / 2  # of the bars of one paraphrase
+    axes.set_xticks(np.arange(len(paraphrases)) + middle, paraphrases)
+    axes.set_xlabel("paraphrase (bar: last, dot: best)")
 
 
-def draw_ratios(axes, rows, headline):
-    """The best score against the mask ratio where it was fixed; dashed, that of a random ratio. The paper's figure 4."""
+def draw_ratios(axes, rows, name):
+    """The best score against the mask ratio where it was fixed; dashed, that of a random ratio.
+
+    The paper's figure 4.
+    """
     for row in rows:
         if not is_fixed(row):
-            mean, color = row["scores"][headline]["best"][0], METHODS.get(row["method"], "black")
-            axes.axhline(mean, color=color, linestyle="--", label=f"{row['name']}, random ratio")
-    for method, fixed in groupby(filter(is_fixed, rows), key=lambda row: row["method"]):
-        ratios, mean, low, high = zip(*[(row["mask_ratio"][0], *row["scores"][headline]["best"]) for row in fixed])
-        axes.plot(ratios, mean, "o-", color=METHODS.get(method, "black"), label=method)
-        axes.vlines(ratios, low, high, color=METHODS.get(method, "black"))
+            mean = row.scores[name]["best"][0]
+            label = f"{row.name}, random ratio"
+            axes.axhline(mean, color=color_of(row), linestyle="--", label=label)
+    for some in grouped([row for row in rows if is_fixed(row)], lambda row: row.method):
+        points = [[row.mask_ratio[0], *row.scores[name]["best"]] for row in some]
+        ratios, mean, low, high = np.transpose(points)
+        axes.plot(ratios, mean, "o-", color=color_of(some[0]), label=some[0].method)
+        axes.vlines(ratios, low, high, color=color_of(some[0]))
     axes.set_xlabel("mask ratio")
 
 
-def report(directories, out):
-    """One table of many runs and, with `out`, report.md, report.json and figures; what cannot be reported is named."""
-    runs = {}  # setting and seed -> results
-    for path in (Path(directory) / "results.json" for directory in directories):
-        try:
-            run = data.read_json(path)
-            if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
-                raise data.UserError(f"{path}: not finished")
-            row = summarize([run])[0]
-            if not row.pop("scores"):
-                raise data.UserError(f"{path}: no questions were asked")
-            if json.dumps(row) in runs:  # twice, it would pass for two seeds
-                raise data.UserError(f"{path}: same settings and seed as a run before it")
-            runs[json.dumps(row)] = run
-        except data.UserError as error:
-            print(f"left out: {error}")
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            print(f"left out: {path}: not a training run of this version ({type(error).__name__}: {error})")
-    if not runs:
-        raise data.UserError("--report: no finished run with questions in these directories")
-    rows = summarize(runs.values())
-    text = table(rows)
-    print(text)
-    if out:
-        data.write_text(Path(out) / "report.md", text + "\n")
-        data.write_text(Path(out) / "report.json", json.dumps(rows, indent=1) + "\n")
-    if out and find_spec("matplotlib"):
-        for (name, asked), some in groupby(rows, key=tables):
-            draw_all(list(some), Path(out), re.sub(r"[^\w.]+", "-", "-".join([name, *asked])) + ".png")
+def color_of(row):
+    return COLORS.get(row.method, "black")
 
 
-def draw_all(rows, out, end):
-    """The figures of a data set. Fixed mask ratios have their own; they are in the others where there is nothing else."""
+def draw_all(rows, out):
+    """The figures of one table.
+
+    Fixed mask ratios have their own, and are in the others where there is nothing else.
+    """
+    end = re.sub(r"[^\w.]+", "-", "-".join([rows[0].data, *rows[0].scores])) + ".png"
     usual = [row for row in rows if not is_fixed(row)] or rows
     draw_panels(usual, out / f"bars-{end}", draw_bars)
-    for paraphrase in dict.fromkeys(row["paraphrase"] for row in rows):
-        if curves := [row for row in usual if row["paraphrase"] == paraphrase]:
+    for paraphrase in distinct([row.paraphrase for row in rows]):
+        some = [row for row in rows if row.paraphrase == paraphrase]
+        curves = [row for row in some if row in usual]
+        if curves:
             draw_panels(curves, out / f"curves-{paraphrase}-{end}", draw_curves)
-        ratios = [row for row in rows if row["paraphrase"] == paraphrase and row["method"] not in UNMASKED]
-        if any(map(is_fixed, ratios)):
+        if any(map(is_fixed, some)):
+            ratios = [row for row in some if row.mask_ratio]
             draw_panels(ratios, out / f"ratios-{paraphrase}-{end}", draw_ratios)
 
 
+def read_runs(directories):
+    """The finished runs in these directories; of any other it is printed why it is left out."""
+    runs = []
+    for directory in directories:
+        path = Path(directory) / "results.json"
+        try:
+            runs.append(read_run(path, runs))
+        except UserError as error:
+            print(f"left out: {error}")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            print(f"left out: {path}: not a training run of this version ({found})")
+    return runs
+
+
+def read_run(path, before):
+    """The results of a finished run with questions that is none of those before."""
+    run = data.read_json(path)
+    if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
+        raise UserError(f"{path}: not finished")
+    if not summarize([run])[0].scores:  # and an error if anything is missing
+        raise UserError(f"{path}: no questions were asked")
+    if setting_of(run, "seed") in [setting_of(other, "seed") for other in before]:
+        # twice, it would pass for two seeds
+        raise UserError(f"{path}: same settings and seed as a run before it")
+    return run
+
+
+def report(directories, out):
+    """Print one table of many runs; with `out`, write report.md, report.json and figures."""
+    runs = read_runs(directories)
+    if not runs:
+        raise UserError("--report: no finished run with questions in these directories")
+    rows = summarize(runs)
+    text = table(rows)
+    print(text)
+    if not out:
+        return
+    out = Path(out)
+    data.write_text(out / "report.md", text + "\n")
+    data.write_text(
+        out / "report.json", json.dumps([row._asdict() for row in rows], indent=1) + "\n"
+    )
+    if find_spec("matplotlib"):
+        for some in grouped(rows, table_of):
+            draw_all(some, out)
+
+
 def samples(predictions):
-    """Three questions with their answers, as text: one forward, two backward where there are."""
+    """A forward and two backward questions, or two math problems, with their answers, as text."""
     chosen = []
     for direction, n in {"forward": 1, "backward": 2, "math": 2}.items():
         chosen += [p for p in predictions if p["direction"] == direction][:n]
     shown = "\n{direction}: {question}\n  answered {prediction!r}, true is {answer!r}"
-    return "\n".join(shown.format(**p) for p in chosen)
+    return "\n".join(shown.format(**prediction) for prediction in chosen)
 
 
 def score_table(scores):
-    """Every cell of `average` as a line of text."""
-    lines = [f"{'':32}{'n':>6}  mean [95 % interval]"]
-    for cell, means in scores.items():
-        values = [f"{k} {means[k]:.3f} [{low:.2f}-{high:.2f}]" for k, (low, high) in means["interval"].items()]
-        lines.append(f"{cell:32}{means['n']:>6}  {'  '.join(values)}")
+    """Every group of `average` as a line of text."""
+    lines = ["n".rjust(38) + "  mean [95 % interval]"]
+    for name, group in scores.items():
+        values = [
+            f"{metric} " + INTERVAL.format(group[metric], *ends)
+            for metric, ends in group["interval"].items()
+        ]
+        lines.append(f"{name:32}{group['n']:>6}  " + "  ".join(values))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- main
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="directory, built-in name or hub id of the model to ask")
-    what.add_argument("--report", nargs="+", metavar="DIR", help="ask nothing; one table of these runs, and with --out figures")
-    add("--data", help="as for maskft.py, or world:PEOPLE, whom the built-in models know (default: that of the run, else bio)")
-    add("--paraphrase", choices=data.PARAPHRASES, help="for a directory in the released layout (default: the run's, else none)")
-    add("--seed", type=int, help="of the generated people (default: that of the run in --model, else 0)")
+    what.add_argument(
+        "--report",
+        nargs="+",
+        metavar="DIR",
+        help="ask nothing; one table of these runs, and with --out figures",
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        help="as for maskft.py, or world:PEOPLE, whom the built-in models know "
+        "(default: that of the run, else bio)",
+    )
+    add(
+        "--paraphrase",
+        choices=data.PARAPHRASES,
+        help="for a directory in the released layout (default: the run's, else none)",
+    )
+    add(
+        "--seed",
+        type=int,
+        help="of the generated people (default: that of the run in --model, else 0)",
+    )
     add("--max-new-tokens", type=int, help="longest answer (default: 128, for math 256)")
-    add("--block-length", type=int, help="diffusion models: tokens decoded together (default: 4)")
-    add("--steps", type=int, help="diffusion models: forward passes for a whole answer (default: one a token)")
-    add("--threshold", type=float, help="diffusion models: keep all tokens this probable at once; faster, approximate")
-    add("--out", help="directory for results.json and preds.jsonl, or report.md, report.json and figures")
+    add("--block-length", type=int, help="diffusion: tokens decoded together (default: 4)")
+    add("--steps", type=int, help="diffusion: passes for a whole answer (default: one a token)")
+    add(
+        "--threshold",
+        type=float,
+        help="diffusion: keep all tokens this probable at once; faster, approximate",
+    )
+    add("--out", help="directory for results.json and preds.jsonl, or report and figures")
     return parser
 
 
 def main():
-    """Ask a model directory the questions of a data set and print the scores; or report finished runs."""
-    args = arguments().parse_args()
-    if args.out and (Path(args.out) / "results.json").exists():
-        raise data.UserError(f"--out {args.out} has a results.json already: give another name")
+    """Ask a model directory the questions of a data set and print the scores; or report runs."""
+    import llada  # here, because both import this file
+    import maskft
+
+    def body():
+        args = arguments().parse_args()
+        prepare_out(args)
+        if args.report:
+            report(args.report, args.out)
+            return
+        device = maskft.start_processes()
+        directory = maskft.find_model(args.model)
+        dtype = settings_of_run(args, directory) or maskft.native_dtype(device)[0]
+        dataset = data.load(args.data, args.paraphrase, args.seed)
+        if not dataset.questions:
+            raise UserError(f"--data {dataset.name}: no questions to ask")
+        model = maskft.load(directory, device, getattr(torch, dtype))
+        answer = maskft.greedy_answer if model.config.causal else llada.answer
+        ask(args, dataset, model, data.load_tokenizer(directory), answer)
+
+    maskft.entry_point(body)
+
+
+def prepare_out(args):
+    """Make the directory --out before any work; UserError for one that is in use."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise data.UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    report(args.report, args.out) if args.report else ask(args)
+        out = Path(args.out)
+        if (out / "results.json").exists():
+            raise UserError(f"--out {args.out} has a results.json already: give another name")
+        out.mkdir(parents=True, exist_ok=True)
 
 
-def ask(args):
-    """Ask the model, with the settings of its run where no flag gives others."""
-    device, directory = maskft.start_processes(), maskft.find_model(args.model)
-    path, trained = directory / "results.json", {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": None}
+def settings_of_run(args, directory):
+    """Set the flags nobody gave as in the run that made the model; returns its dtype or None."""
+    trained = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": None}
+    path = directory / "results.json"
     if path.is_file():
         trained |= data.read_json(path).get("arguments", {})
         if not (directory / "config.json").is_file():
-            raise data.UserError(f"--model {directory}: a run that is not finished; go on with --resume {directory}")
-    args.data, args.paraphrase = args.data or trained["data"], args.paraphrase or trained["paraphrase"]
-    args.seed = trained["seed"] if args.seed is None else args.seed
-    dataset = data.load(args.data, args.paraphrase, args.seed)
-    if not dataset.questions:
-        raise data.UserError(f"--data {dataset.name}: no questions to ask")
-    model = maskft.load(directory, device, getattr(torch, trained["dtype"] or maskft.native_dtype(device)[0]))
-    tokenizer, causal = data.load_tokenizer(directory), model.config.causal
-    given = {flag: getattr(args, flag) for flag in ("steps", "block_length", "threshold") if getattr(args, flag) is not None}
+            raise UserError(
+                f"--model {directory}: a run that is not finished; go on with --resume {directory}"
+            )
+    for name in ("data", "paraphrase", "seed"):
+        if getattr(args, name) is None:
+            setattr(args, name, trained[name])
+    return trained["dtype"]
+
+
+def ask(args, dataset, model, tokenizer, answer):
+    """Ask all questions; print the scores and, with --out, write them and the answers."""
+    causal = model.config.causal
+    unmasking = {
+        "block_length": args.block_length,
+        "steps": args.steps,
+        "threshold": args.threshold,
+    }
+    given = {name: value for name, value in unmasking.items() if value is not None}
     if causal and given:
-        raise data.UserError(f"--{min(given).replace('_', '-')} is for diffusion models; {args.model} is an autoregressive one")
-    answer = partial(maskft.answer if causal else llada.answer, model, tokenizer, **given)
+        flag = min(given).replace("_", "-")
+        raise UserError(f"--{flag} is for diffusion models; {args.model} is an autoregressive one")
+    answer = partial(answer, model, tokenizer, **given)
     scores, predictions = evaluate(answer, tokenizer, dataset.questions, args.max_new_tokens)
-    maskft.say(f"{args.model} on {dataset.name}, seed {args.seed}\n{score_table(scores)}\n{samples(predictions)}")
-    if args.out and maskft.rank() == 0:
-        how = decoding(dataset.questions, causal, args.max_new_tokens, **given)
-        evaluations = [{"step": None, "scores": scores}]
-        write_results(args.out, {"arguments": vars(args), "decoding": how, "evaluations": evaluations}, predictions)
+    print0(f"{args.model} on {dataset.name}, seed {args.seed}")
+    print0(f"{score_table(scores)}\n{samples(predictions)}")
+    if args.out and rank() == 0:
+        results = {
+            "arguments": vars(args),
+            "decoding": decoding(dataset.questions, causal, args.max_new_tokens, **given),
+            "evaluations": [{"step": None, "scores": scores}],
+        }
+        write_results(Path(args.out), results, predictions)
 
 
 if __name__ == "__main__":
-    import eval as evaluation  # the module, not this __main__ copy of it
-
-    maskft.entry_point(evaluation.main)
+    main()

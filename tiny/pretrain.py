@@ -1,11 +1,12 @@
-"""How the built-in models were made: pre-training on people of a generated world, autoregressive or by diffusion.
+"""How the built-in models were made: pre-training on people of a generated world.
 
-    python tiny/pretrain.py new out/new                                   # where it starts: random weights, the world's words
-    python tiny/pretrain.py ar --model out/new --data world:150 --mask-ratio 0.05,0.3 --epochs 600 --lr 3e-3 --out out/stage1
-    python tiny/pretrain.py diffusion --model tiny --data world:150 --mask-ratio 0.3,1 --epochs 500 --lr 1.5e-3 --out out/stage5
+    python tiny/pretrain.py --new out/new     # random weights, a tokenizer of the world's words
+    python tiny/pretrain.py --method ar --model out/new --data world:150 --out out/stage1
+    python tiny/pretrain.py --method diffusion --model tiny --data world:150 --out out/d1
 
-None of it is the paper's. It is all that a method of one's own takes, too: a function from a record to an Example, a rate if
-the usual one does not do, and `maskft.run_methods`. The other flags are those of maskft.py.
+None of it is the paper's. It is all that a custom method takes, too: a function from a record to an
+Example, a `maskft.Method` made of it, and `maskft.run_methods`. The other flags are those of
+maskft.py; README.md has the whole commands.
 """
 
 import dataclasses
@@ -23,146 +24,201 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import llada
 import maskft
-from data import ATTRIBUTES, IGNORE, UserError, backward_question, biography, forward_question, pick, shuffled
+from data import IGNORE, UserError
+from tiny import world
+from tiny.world import ATTRIBUTES, biography, pick, shuffled
 
-# ----------------------------------------------------------------------------------------- where it starts: a new model
+# ----------------------------------------------------------------- where it starts: a new model
 
 
 def learn_merges(words):
-    """Byte-pair encoding: join the most frequent pair (of equals the first in byte order) until every word is one token."""
-    words, merges = [[bytes([b]) for b in word.encode()] for word in sorted(words)], []
-    while pairs := Counter(pair for word in words for pair in zip(word, word[1:])):
+    """Byte-pair encoding: join the most frequent pair until every word is one token.
+
+    Of equally frequent ones the first in byte order.
+    """
+    words = [[bytes([b]) for b in word.encode()] for word in sorted(words)]
+    merges = []
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word in words:
-            i = 0
-            while (i := i + 1) < len(word):
+            i = 1
+            while i < len(word):
                 if (word[i - 1], word[i]) == best:
                     word[i - 1 : i + 1] = [b"".join(best)]
+                i += 1
     return merges
 
 
 def write_tokenizer(path):
-    """A tokenizer.json in which every word of the world is one token: byte-level BPE, chatml, one token to mask with."""
-    # no "\n\n": an answer follows the same token, one "\n", after the lead-in of a recovery and after a question
-    rng, texts = Random(0), [f"user assistant{maskft.RECOVER}\n{maskft.LEAD_IN.strip()}\n{maskft.TELL}"]
-    for name in data.names("world"):
-        person = data.draw_person(rng, name)
+    """A tokenizer.json in which every word of the world is one token: byte-level BPE, chatml, one
+    token to mask with."""
+    # no "\n\n": an answer follows the same token, one "\n", after the lead-in and after a question
+    rng = Random(0)
+    lead_in = maskft.LEAD_IN.strip()
+    texts = [f"user assistant{maskft.RECOVER}\n{lead_in}\n{maskft.TELL}"]
+    for name in world.names("world"):
+        person = world.draw_person(rng, name)
         texts.append(biography(rng, person, shuffled(rng, ATTRIBUTES)))
-        texts += [q[part] for q in data.questions_about(person) for part in ("question", "answer")]
-    merges = learn_merges({word for text in texts for word in regex.findall(data.GPT2_PIECES, text)})
-    show = {byte: character for character, byte in data.ALPHABET.items()}
-    spelling = [["".join(show[b] for b in half) for half in pair] for pair in merges]
+        for question in world.questions_about(person):
+            texts += [question["question"], question["answer"]]
+    merges = learn_merges(
+        {word for text in texts for word in regex.findall(data.GPT2_PIECES, text)}
+    )
+    spelling = {byte: character for character, byte in data.ALPHABET.items()}
+    merges = [["".join(spelling[b] for b in half) for half in pair] for pair in merges]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved_special_token_0|>"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    vocab = dict.fromkeys([*special, *map(show.get, range(256)), *map("".join, spelling)])
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokens = [*special, *(spelling[byte] for byte in range(256)), *map("".join, merges)]
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     content = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(special)],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": spelling},
-    }  # fmt: skip
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(special)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
     data.write_text(path, json.dumps(content, ensure_ascii=False))
 
 
 def write_new_model(directory):
-    """A model directory of the built-in model's size, with random weights and a tokenizer of its world's words."""
+    """A model directory of the built-in model's size, random weights, its world's tokenizer."""
     Path(directory).mkdir(parents=True)
     write_tokenizer(Path(directory) / "tokenizer.json")
     raw = data.read_json(maskft.find_model("tiny") / "config.json")
     raw["vocab_size"] = len(data.load_tokenizer(directory).bytes_of)
-    model, rng = maskft.Model(maskft.parse_config(raw)), torch.Generator().manual_seed(0)
+    model = maskft.Model(maskft.parse_config(raw))
+    rng = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:  # what adds to the residual stream starts smaller, by the number of additions
-            deep = (2 * model.config.layers) ** -0.5 if name.endswith(("o.weight", "down.weight")) else 1
-            torch.nn.init.normal_(parameter, std=0.5 * model.config.width**-0.5 * deep, generator=rng)
+        if parameter.dim() == 2:
+            std = 0.5 * model.config.width**-0.5
+            if name.endswith(("o.weight", "down.weight")):
+                # what adds to the residual stream starts smaller, by the number of additions
+                std *= (2 * model.config.layers) ** -0.5
+            torch.nn.init.normal_(parameter, std=std, generator=rng)
     maskft.save(model, directory)
 
 
-# ------------------------------------------------------------------------------------------------- what it practises
+# ------------------------------------------------------------------------- what it practises
 
 
 @cache  # asked for at every stranger
 def strangers():
-    return data.names("world")
-
-
-# of a diffusion model's practice, the share of biographies, and of the questions the share of forward ones; the last two
-# stages of tiny-llada had 0.6, 0.35 and 0.5, 0.5
-TELL_SHARE, FORWARD_SHARE = 0.35, 0.35
+    return world.names("world")
 
 
 def draw_task(record, rng, recover=0.55, tell=0.15, forward=0.35):
-    """One thing to practise on a person: (task, what to practise it on), drawn with a numpy Generator.
+    """One thing to practise on a person, drawn with a numpy Generator: (task, record).
 
-    "recover"  {"text": some sentences of a biography}; one in five of somebody new every time, from whom only copying
-               can be learned
+    "recover"  {"text": some sentences of a biography}; one in five of somebody new every time, from
+               whom only copying can be learned
     "tell"     {"text": a biography}
-    "ask"      {"question", "answer"}, all the rest of the time; more of them backward, which is the harder direction
+    "ask"      {"question", "answer"}, all the rest of the time; more of them backward, which is the
+               harder direction
     """
     if "person" not in record:
-        raise UserError("pre-training practises on people of the generated world: use --data world:PEOPLE")
-    person, chance = record["person"], rng.random()
+        raise UserError(
+            "pre-training practises on people of the generated world: use --data world:PEOPLE"
+        )
+    person = record["person"]
+    chance = rng.random()
     if not record["asked"]:  # read twice as often masked as plain, where others are asked
         ask = 1 - recover - tell
-        recover, tell = recover + ask * 2 / 3, tell + ask / 3
+        recover += ask * 2 / 3
+        tell += ask / 3
     if chance < recover:
         if rng.random() < 0.2:
-            person = data.draw_person(rng, pick(rng, strangers()))
+            person = world.draw_person(rng, pick(rng, strangers()))
         length = pick(rng, (2, 3, 4, 6, 6))
         return "recover", {"text": biography(rng, person, shuffled(rng, ATTRIBUTES)[:length])}
     if chance < recover + tell or not record["asked"]:
-        return "tell", {"text": biography(rng, person, pick(rng, (ATTRIBUTES, shuffled(rng, ATTRIBUTES))))}
+        order = pick(rng, (ATTRIBUTES, shuffled(rng, ATTRIBUTES)))
+        return "tell", {"text": biography(rng, person, order)}
     if rng.random() < forward:
-        return "ask", forward_question(person, pick(rng, ATTRIBUTES))
-    return "ask", backward_question(person, shuffled(rng, ATTRIBUTES)[:3])
+        return "ask", world.forward_question(person, pick(rng, ATTRIBUTES))
+    return "ask", world.backward_question(person, shuffled(rng, ATTRIBUTES)[:3])
 
 
 def ar_example(record, tokenizer, mask_ratio, rng):
-    """An autoregressive model recovers a masked biography, tells one or answers a question. Each example weighs alike, or the
-    long documents would drown the short answers."""
+    """An autoregressive model recovers a masked biography, tells one or answers a question.
+
+    Each example weighs alike, or the long documents would drown the short answers.
+    """
     task, view = draw_task(record, rng)
-    if task in ("ask", "tell"):
-        example = maskft.sft_example(view, tokenizer, mask_ratio, rng)
+    if task == "recover":
+        example = maskft.masked_example(view, tokenizer, mask_ratio, rng, mask=mask_and_hide_name)
     else:
-        document = tokenizer.encode(view["text"])
-        masked, _ = maskft.mask_tokens(document, maskft.draw_ratio(mask_ratio, rng), tokenizer.mask_id, rng)
-        if rng.random() < 0.5:  # hide all of the name, so that the other sentences have to tell it
-            masked[:2] = [tokenizer.mask_id] * 2
-        example = maskft.recovery(masked, document, tokenizer)
-    return dataclasses.replace(example, weight=1 / example.share, share=1)
+        example = maskft.sft_example(view, tokenizer, mask_ratio, rng)
+    return dataclasses.replace(example, weight=1 / example.denominator, denominator=1)
+
+
+def mask_and_hide_name(ids, ratio, mask_id, rng):
+    """One time in two all of the name is masked, so that the other sentences have to tell it."""
+    shown, masked = maskft.mask_tokens(ids, ratio, mask_id, rng)
+    if rng.random() < 0.5:
+        shown[:2] = [mask_id] * 2
+    return shown, masked
+
+
+# of a diffusion model's practice, the share of biographies, and of its questions that of forward
+# ones; the last two stages of tiny-llada had 0.6, 0.35 and 0.5, 0.5
+TELL_SHARE = 0.35
+FORWARD_SHARE = 0.35
 
 
 def diffusion_example(record, tokenizer, mask_ratio, rng):
-    """A diffusion model unmasks a biography or an answer, with masks behind the answer as the sampler has them. No loss on
-    those: what follows the end of turn does not matter, but a model that never saw that many masks is lost among them."""
+    """A diffusion model unmasks a biography or an answer, with masks behind the answer as the
+    sampler has them.
+
+    No loss on those: what follows the end of turn does not matter, but a model that never saw that
+    many masks is lost among them.
+    """
     task, view = draw_task(record, rng, recover=0.0, tell=TELL_SHARE, forward=FORWARD_SHARE)
     example = llada.diffusion_example(view, tokenizer, mask_ratio, rng)
-    room = pick(rng, (0, 0, 8, 24, 120)) if task == "ask" else 0
-    return dataclasses.replace(example, ids=example.ids + [tokenizer.mask_id] * room, labels=example.labels + [IGNORE] * room)
+    if task == "ask":
+        room = pick(rng, (0, 0, 8, 24, 120))
+        example.ids += [tokenizer.mask_id] * room
+        example.labels += [IGNORE] * room
+    return example
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------ main
 
 
-def falling_rate(run, step):
+def falling(step, steps):
     """The usual warm-up, then a straight line to zero."""
-    warm_up, usual = max(1, round(0.02 * run.steps)), maskft.learning_rate(run, step)
-    return usual if step < warm_up else usual * (1 - (step - warm_up) / (run.steps - warm_up))
+    warm = max(1, round(0.02 * steps))
+    if step < warm:
+        return maskft.warm_up(step, steps)
+    return 1 - (step - warm) / (steps - warm)
+
+
+METHODS = {
+    "diffusion": dataclasses.replace(
+        llada.METHODS["llada"], example=diffusion_example, schedule=falling
+    ),
+    "ar": maskft.Method(ar_example, schedule=falling),
+}
 
 
 def main():
-    parser = maskft.arguments(__doc__, methods=False)
-    parser.add_argument("what", nargs="?", choices=["new", "ar", "diffusion"], help="a new model, or how to train one")
-    parser.add_argument("directory", nargs="?", default="out/new", help="of the new model (default: out/new)")
+    parser = maskft.arguments(__doc__, METHODS)
+    parser.add_argument("--new", metavar="DIR", help="write a new model there, and train nothing")
     args = maskft.parse_flags(parser)
-    if args.what == "new":
-        return write_new_model(args.directory)
-    if not args.what and not args.resume:
-        parser.error("say what to do: new, ar or diffusion")
-    args.method = ["llada" if args.what == "diffusion" else "pretrain"]
-    maskft.run_methods(args, {"pretrain": ar_example, "llada": diffusion_example}, rate=falling_rate)
+    if args.new:
+        write_new_model(args.new)
+    else:
+        maskft.run_methods(args, METHODS)
 
 
 if __name__ == "__main__":
