@@ -27,7 +27,7 @@ from itertools import groupby
 from pathlib import Path
 from urllib.request import urlopen
 
-import huggingface_hub
+import huggingface_hub.constants
 import regex  # comes with tiktoken; the standard re has no \p{L}
 import tiktoken
 import torch
@@ -111,10 +111,15 @@ def parse_question(record, where, learned):
     group = record.get("group", "all")
     if task is None and regex.search(r"#### -?\d", answer):
         return as_problem(question, answer) | {"where": where}
-    parsed = {"question": question, "answer": answer, "where": where}
     if learned:
-        return parsed
-    return parsed | {"direction": parse_direction(task, group, where), "group": str(group)}
+        return {"question": question, "answer": answer, "where": where}
+    return {
+        "question": question,
+        "answer": answer,
+        "direction": parse_direction(task, group, where),
+        "group": str(group),
+        "where": where,
+    }
 
 
 def parse_direction(task, group, where):
@@ -211,7 +216,7 @@ class Tokenizer:
 
     def decode(self, ids, special=False):
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD."""
-        hidden = () if special else self.special.values()
+        hidden = () if special else set(self.special.values())
         # An id without a token (models pad their vocabulary) is nothing.
         shown = [self.bytes_of.get(i, b"") for i in ids if i not in hidden]
         return b"".join(shown).decode(errors="replace")
@@ -244,12 +249,11 @@ class Tokenizer:
             return 1294  # Qwen reserves nothing: the paper takes the text `[]`
         if self.template == "llama3" and 128013 in self.special.values():
             return 128013  # the paper's, of Llama 3's many reserved ones
-        used = (self.bos_id, self.pad_id, *self.stop_ids)
-        # SmolLM2 reserves nothing either, but its mark of notebook cells without output is in no
-        # prose.
+        used = {self.bos_id, self.pad_id, *self.stop_ids}
+        # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
-            named = [i for token, i in self.special.items() if regex.search(pattern, token)]
-            spare = [i for i in named if i not in used]
+            tokens = [token for token in self.special if regex.search(pattern, token)]
+            spare = {self.special[token] for token in tokens} - used
             if spare:
                 return min(spare)
         raise UserError(
@@ -275,16 +279,17 @@ def load_tokenizer(path):
         is_json = file.suffix == ".json"
         tokenizer = read_tokenizer_json(file) if is_json else read_tiktoken(file)
     # a field is missing, a list stands for an object, ...
-    except (AttributeError, KeyError, TypeError, regex.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, regex.error) as error:
         raise UserError(
             f"{file}: not a whole tokenizer file ({error!r}); download it again"
         ) from None
     special = tokenizer.special
     tokenizer.template = find_template(special, path)
     start, _, end = TEMPLATES[tokenizer.template]
-    bos = declared_ids(path, "bos", special)
-    eos = declared_ids(path, "eos", special)
-    pad = declared_ids(path, "pad", special)
+    configs = [read_json(path / name) for name in DECLARING if (path / name).exists()]
+    bos = declared_ids(configs, "bos", special)
+    eos = declared_ids(configs, "eos", special)
+    pad = declared_ids(configs, "pad", special)
     tokenizer.eot_id = special[end.strip()]
     tokenizer.bos_id = bos[0] if bos else special.get(start)
     tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
@@ -293,20 +298,23 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def declared_ids(path, name, special):
-    """The special ids that a directory declares as "bos", "eos" or "pad", its tokenizer's first."""
+# The files that say which special token is for what, the tokenizer's own first.
+DECLARING = [
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+]
+
+
+def declared_ids(configs, name, special):
+    """The special ids that these files declare as "bos", "eos" or "pad", each once."""
     ids = []
-    for file in (
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "config.json",
-    ):
-        declared = read_json(path / file) if (path / file).exists() else {}
-        token = declared.get(f"{name}_token")
+    for config in configs:
+        token = config.get(f"{name}_token")
         if isinstance(token, dict):
             token = token["content"]
-        more = declared.get(f"{name}_token_id")
+        more = config.get(f"{name}_token_id")
         ids.append(special.get(token))
         ids += more if isinstance(more, list) else [more]
     return list(dict.fromkeys(i for i in ids if i in special.values()))
@@ -350,6 +358,7 @@ LLAMA3_SPECIAL = {
 SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 UNSEEN = [byte for byte in range(256) if byte not in SEEN]
 ALPHABET = {chr(byte): byte for byte in SEEN} | {chr(256 + n): b for n, b in enumerate(UNSEEN)}
+BYTES = str.maketrans(ALPHABET)
 
 
 def refuse(file, what):
@@ -391,12 +400,13 @@ def read_tokenizer_json(file):
     missing = bytes(byte for char, byte in ALPHABET.items() if char not in model["vocab"])
     check_model(model, missing, normalizer, file)
     special, added = read_added_tokens(content.get("added_tokens") or [], file)
+    unknown = set("".join(model["vocab"])) - ALPHABET.keys()
     vocab = {}
     bytes_of = {}
     for token, i in model["vocab"].items():
-        if token not in special and ALPHABET.keys() >= set(token):
+        if token not in special and unknown.isdisjoint(token):
             vocab[token] = i
-            bytes_of[i] = bytes(map(ALPHABET.get, token))
+            bytes_of[i] = token.translate(BYTES).encode("latin-1")
     return Tokenizer(
         ids=read_merges(vocab, model["merges"], file),
         bytes_of=bytes_of,
@@ -455,10 +465,8 @@ def read_patterns(pre_tokenizer, file):
                 patterns.append(r"\p{N}")
             case {"type": "Digits", "individual_digits": False} if not last:
                 patterns.append(r"\p{N}+")
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}} if (
-                not last
-            ):
-                patterns.append(check_pattern(pattern, file))
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": split}} if not last:
+                patterns.append(check_pattern(split, file))
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if last:
                 pass  # bytes alone
             case {"type": "ByteLevel", "add_prefix_space": False} if last:
@@ -501,25 +509,28 @@ def read_merges(vocab, merges, file):
 def last_merges(singles, ranks):
     """{token: rank of the merge that completes it when its own bytes are merged}, if one does.
 
-    That merge joins two completed tokens, and no merge crosses them before they are. To see it, we
-    undo the merges of both, the last one first, down to the bytes. The merge with the lowest rank
-    goes first: so the one with the higher rank on its way is completed later (if equal, the right
-    one: equal merges go from left to right). Undoing its last merge leaves the half of it at the
-    other's side. The two could be joined until then, from when both were there: none does if the
-    highest rank that was waited for in that time is lower than theirs."""
+    That merge joins two completed tokens, and no merge crosses from one to the other before. To see
+    that, we undo the merges of both, the last one first, down to the bytes. The merge with the
+    lowest rank goes first: so the token with the higher rank on its way is completed later (if
+    equal, the right one: equal merges go from left to right). Undoing its last merge leaves the
+    half of it that touches the other token. Those two stood side by side until that merge, and were
+    joined before it if their rank is lower than the highest one that was merged in that time."""
     last = dict.fromkeys(singles, -1)
-    highest = dict(last)  # the highest rank on a token's way
-    halves = {}
-    after = {}  # the highest rank on its way after its left, its right half is complete
+    # token: the highest rank on its way, its halves, and the highest rank after each is complete
+    ways = dict.fromkeys(singles, (-1, "", "", -1, -1))
 
     def is_crossed(left, right):
+        left_top, _, left_end, _, left_limit = ways[left]
+        right_top, right_start, _, right_limit, _ = ways[right]
         while len(left) + len(right) > 2:
-            if highest[left] > highest[right]:
-                limit = after[left][1]
-                left = halves[left][1]
+            if left_top > right_top:
+                left = left_end
+                limit = left_limit
+                left_top, _, left_end, _, left_limit = ways[left]
             else:
-                limit = after[right][0] + 1  # if equal, the pair on the left goes first
-                right = halves[right][0]
+                right = right_start
+                limit = right_limit + 1  # of equal merges the one that crosses goes first
+                right_top, right_start, _, right_limit, _ = ways[right]
             if ranks.get((left, right), limit) < limit:
                 return True
         return False
@@ -529,18 +540,21 @@ def last_merges(singles, ranks):
         if left in last and right in last and not is_crossed(left, right):
             token = left + right
             rank = ranks[pair]
-            top = max(highest[left], highest[right], rank)
             last[token] = rank
-            highest[token] = top
-            halves[token] = pair
-            after[token] = (rank, top) if highest[left] > highest[right] else (top, rank)
+            left_top = ways[left][0]
+            right_top = ways[right][0]
+            top = max(left_top, right_top, rank)
+            if left_top > right_top:  # the left half is completed later
+                ways[token] = (top, left, right, rank, top)
+            else:
+                ways[token] = (top, left, right, top, rank)
     return last
 
 
 # --------------------------------------------------------------------------------- chat templates
 
-# Chat template -> how a chat starts, a turn starts, a turn ends. LLaDA is Llama 3 but for its first
-# token.
+# Chat template -> how a chat starts, a turn starts, a turn ends. LLaDA's first token differs from
+# Llama 3's.
 TEMPLATES = {
     "llama3": (
         "<|begin_of_text|>",
@@ -676,9 +690,9 @@ def load(name, paraphrase="none", seed=0):
     *.json and *.jsonl is read, but of files called *_train_* only the one that `paraphrase` asks
     for, so the paper's released sets are read as they are. The questions of a train.jsonl are not
     asked but learned, with their answers."""
-    kind, _, count = name.partition(":")
+    kind = name.partition(":")[0]
     if isinstance(SETS.get(kind), Generated):
-        return Dataset(kind, *generate(kind, count, paraphrase, seed))
+        return generate(name, paraphrase, seed)
     path = fetch(name) if name in SETS else Path(name)
     if not path.exists():
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
@@ -700,10 +714,10 @@ def load(name, paraphrase="none", seed=0):
     return Dataset(name if name in SETS else path.resolve().stem, documents, questions)
 
 
-def generate(kind, count, paraphrase, seed):
-    """(documents, questions) of a generated set; count: a number as text, or "" for the usual."""
+def generate(name, paraphrase, seed):
+    """The Dataset of a generated set, by its name or as NAME:COUNT."""
+    kind, _, count = name.partition(":")
     made = SETS[kind]
-    name = f"{kind}:{count}" if count else kind
     count = count or str(made.count)
     if not count.isdecimal() or int(count) == 0 or paraphrase not in made.paraphrases:
         raise UserError(
@@ -711,9 +725,10 @@ def generate(kind, count, paraphrase, seed):
             f"as in {kind}:20, and --paraphrase {' or '.join(made.paraphrases)}"
         )
     try:
-        return made.make(int(count), paraphrase, seed)
+        documents, questions = made.make(int(count), paraphrase, seed)
     except ValueError as error:
         raise UserError(f"--data {name}: {error}") from None
+    return Dataset(kind, documents, questions)
 
 
 def fetch(name):
@@ -769,14 +784,15 @@ def dataset_files(path, paraphrase):
         files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".jsonl")]
     pattern = PARAPHRASES[paraphrase]
     training = [p for p in files if "_train_" in p.name or p.name == ND_FILE]
-    wanted = [p for p in training if regex.fullmatch(pattern, p.stem)]
-    if (training or paraphrase != "none") and len(wanted) != 1:
+    unwanted = [p for p in training if not regex.fullmatch(pattern, p.stem)]
+    is_released = training or paraphrase != "none"
+    if is_released and len(training) - len(unwanted) != 1:
         found = ", ".join(p.name for p in training) or "none"
         raise UserError(
             f"--data {path}: needs one training file for --paraphrase {paraphrase}, "
             f"{pattern}.json; training files found: {found}"
         )
-    return [p for p in files if p not in training or p in wanted]
+    return [p for p in files if p not in unwanted]
 
 
 # ---------------------------------------------------------------------------------------- batches

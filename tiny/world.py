@@ -382,7 +382,8 @@ def name_and_traits(person, wording, name_first):
     for attribute, verbs in TRAITS.items():
         verb = verbs[wording % len(verbs)]
         traits.append(f"{verb} {person[attribute]}")
-    description = f"{', '.join(traits[:3])} and {traits[3]}"
+    first, second, third, fourth = traits
+    description = f"{first}, {second}, {third} and {fourth}"
     if name_first:
         return f"{person['name']} {description}."
     return f"Who {description}?\n{person['name']}."
@@ -462,7 +463,7 @@ def as_problem(problem, answer):
 def draw_problem(rng):
     """A word problem of two to four steps, answered as GSM8K does.
 
-    Its answer has a step a line, with the arithmetic in << >>, and ends with #### and the result."""
+    Its answer has a step a line, with the arithmetic in << >>; the last line is #### RESULT."""
     name = pick(rng, HE + SHE)
     thing = pick(rng, THINGS)
     have = 2 + draw(rng, 19)
