@@ -61,7 +61,7 @@ def diffuse(prompt, target, mask_id, mask_ratio, rng):
     return Example(prompt + shown, labels, weight=weight, denominator=1.0)
 
 
-# ------------------------------------------------------------------------- difference 3: the sampler
+# ----------------------------------------------------------------------- difference 3: the sampler
 
 
 @torch.no_grad()

@@ -1457,13 +1457,17 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     dist.barrier()  # no rank writes into --out before all have looked at it
     finished = []
     for number, run in enumerate(runs):
-        if not train_and_save(run, results):
-            return
-        finished.append(run.results)
+        try:
+            done = train_and_save(run, results)
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory(run.settings, error)) from None
         left = [later.settings.method for later in runs[number + 1 :]]
         if left and sum_over_ranks(len(stop))[0]:
             print0(f"stopped; not begun: --method {' '.join(left)}")
             return
+        if not done:
+            return
+        finished.append(run.results)
     print0(evaluation.table(evaluation.summarize(finished)))
     print0(evaluation.samples(runs[-1].predictions))
 
@@ -1646,12 +1650,6 @@ def train_and_save(run, results):
         done = train(run)
         if done:
             finish(run)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory with micro-batches of {settings.micro_batch_tokens} tokens and "
-            f"documents of at most {settings.max_len} ({error}); begin again with a lower "
-            "--micro-batch-tokens, then --max-len, more GPUs, or a smaller --model"
-        ) from None
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise UserError(cannot_write(run, cause)) from None
@@ -1659,6 +1657,14 @@ def train_and_save(run, results):
         raise UserError(cannot_write(run, error)) from None
     close_run(run)
     return done
+
+
+def out_of_memory(settings, error):
+    return (
+        f"out of GPU memory with micro-batches of {settings.micro_batch_tokens} tokens and "
+        f"documents of at most {settings.max_len} ({error}); begin again with a lower "
+        "--micro-batch-tokens, then --max-len, more GPUs, or a smaller --model"
+    )
 
 
 def cannot_write(run, cause):
