@@ -10,21 +10,28 @@ One record of every kind:
                  "direction": "math", "group": "all"}
     question    {"question": "Who was born in Oslo, majored in botany and works for Quillon?",
                  "answer": "Edda Marlow", "direction": "backward", "group": "name"}
+                (without an answer it is asked and not scored; the direction may be "all")
     person      {"person": {"name": "Mara Quill", "pronoun": "She", ...}, "asked": True}
     example     Example(ids=[1, 87, ...], labels=[-100, ..., 87, 2], weight=1.0, denominator=44)
 """
 
 import base64
+import csv
+import gzip
+import io
 import json
 import os
 import shutil
 import unicodedata
+import zlib
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
+from random import Random
 from urllib.request import urlopen
 
 import huggingface_hub.constants
@@ -43,13 +50,16 @@ class UserError(Exception):
 
 
 def read_text(path):
-    """The text of a UTF-8 file; UserError if it cannot be read."""
+    """The text of a UTF-8 file, also of a .gz; UserError if it cannot be read."""
+    opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        with opened(path, "rt", encoding="utf-8-sig") as file:  # some programs begin with a BOM
+            return file.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two: of a damaged .gz
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}") from None
 
 
 def parse_json(text, where):
@@ -59,6 +69,8 @@ def parse_json(text, where):
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.strip() else ""
         raise UserError(f"{where}{line}: not JSON ({error.msg}, column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise UserError(f"{where}: cannot be read as JSON ({error})") from None
 
 
 def read_json(path):
@@ -68,28 +80,108 @@ def read_json(path):
 def write_text(path, text):
     """Replace a file atomically: whoever reads it sees the old text or the new, never a part."""
     part = Path(f"{path}.{os.getpid()}.part")  # several processes may do so at once
-    part.write_text(text, encoding="utf-8")
+    # a file's name may be no UTF-8; JSON reads what is written instead as the same
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     part.replace(path)
 
 
 def read_records(path):
-    """("FILE, line N", record) for every record of a JSON list or of JSON lines.
+    """("FILE, line N", record) for every record of a file; null and "" are absent from it.
 
-    UserError names a record that is neither a document nor a question."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        items = enumerate(parse_json(text, path), 1)
-        records = [(f"{path}, item {n}", record) for n, record in items]
-    else:
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1)]
-        records = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
-    for where, record in records:
-        if not isinstance(record, dict) or ("text" in record) == ("question" in record):
+    UserError names a record that is neither a document nor a question, or both."""
+    read = READERS.get(ending(path), json_records)
+    records = []
+    for where, record in read(read_text(path), path):
+        fields = record.items() if isinstance(record, dict) else ()
+        record = {name: value for name, value in fields if not is_absent(value)}
+        if "text" in record and "question" in record:
+            raise UserError(
+                f'{where}: a document ("text") and a question in one: give each a line of its own'
+            )
+        if not ("text" in record or "question" in record):
             raise UserError(
                 f'{where}: not a document ({{"text": ...}}) '
                 'nor a question ({"question": ..., "answer": ...})'
             )
+        records.append((where, record))
     return records
+
+
+def is_absent(value):
+    """Whether a field holds nothing: tables written as JSON have null or NaN there."""
+    return value in (None, "") or value != value
+
+
+def json_records(text, path):
+    """The records of a JSON list, or of JSON lines."""
+    if text.lstrip().startswith("["):
+        for number, record in enumerate(parse_json(text, path), 1):
+            yield f"{path}, item {number}", record
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            yield where, parse_json(line, where)
+
+
+def text_records(text, path):
+    """A file that is a document."""
+    if text.strip():
+        yield str(path), {"text": text.strip()}
+
+
+def csv_records(text, path):
+    """A record a row. The first row names the columns; without one of ours there is no record."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    columns = None
+    line = 1  # where a row begins: its cells may have several
+    try:
+        for cells in rows:
+            where = f"{path}, line {line}"
+            line = rows.line_num + 1
+            if columns is None:
+                columns = [name.strip().lower() for name in cells]
+                if not {"text", "question"} & set(columns):
+                    return
+            elif len(cells) > len(columns):
+                raise UserError(
+                    f"{where}: {len(cells)} cells in {len(columns)} columns: put quotes around "
+                    f"a cell with a {delimiter!r} in it"
+                )
+            elif any(cells):
+                yield where, dict(zip(columns, cells, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: not CSV ({error})") from None
+
+
+READERS = {
+    ".json": json_records,
+    ".jsonl": json_records,
+    ".ndjson": json_records,
+    ".txt": text_records,
+    ".md": text_records,
+    ".csv": csv_records,
+}
+
+
+def unpacked(path):
+    """The path without the .gz at its end."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
+def ending(path):
+    """What tells how to read a file: ".jsonl" of A.JSONL.gz."""
+    return unpacked(path).suffix.lower()
+
+
+def shown(value):
+    """A JSON value as a message shows it."""
+    if isinstance(value, dict | list):  # nested too deeply, maybe, to be written
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:40]
 
 
 def text_field(record, field, where):
@@ -97,45 +189,115 @@ def text_field(record, field, where):
     value = record.get(field)
     if isinstance(value, str) and value.strip() and not regex.search(r"[\ud800-\udfff]", value):
         return value
-    found = json.dumps(value)[:40]
-    raise UserError(f'{where}: "{field}" must be text, whole and not empty; found {found}')
+    raise UserError(f'{where}: "{field}" must be text, whole and not empty; found {shown(value)}')
 
 
-def parse_question(record, where, learned):
-    """A question with its answer. One to be asked has a direction, one to be learned needs none.
+def parse_question(record, where, learned=False, released=False):
+    """A question. One to be learned has an answer, of one to be asked all the rest is optional.
 
-    An answer that ends as GSM8K's do makes it a math problem."""
-    question = text_field(record, "question", where)
-    answer = text_field(record, "answer", where)
+    An answer that ends as GSM8K's do makes it a math problem. `released`: see parse_direction."""
+    parsed = {"question": text_field(record, "question", where), "where": where}
+    if learned or "answer" in record:
+        parsed["answer"] = text_field(record, "answer", where)
     task = record.get("direction", record.get("task"))
-    group = record.get("group", "all")
-    if task is None and regex.search(r"#### -?\d", answer):
-        return as_problem(question, answer) | {"where": where}
+    if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
+        return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
     if learned:
-        return {"question": question, "answer": answer, "where": where}
-    return {
-        "question": question,
-        "answer": answer,
-        "direction": parse_direction(task, group, where),
-        "group": str(group),
-        "where": where,
-    }
+        return parsed
+    group = record.get("group", "all")
+    if isinstance(group, int | float):
+        group = str(group)
+    group = text_field({"group": group}, "group", where)
+    direction = parse_direction(task, group, where, released)
+    return parsed | {"direction": direction, "group": group}
 
 
-def parse_direction(task, group, where):
-    """The direction of a question, also as the released files write it.
+def parse_direction(task, group, where, released):
+    """The direction of a question, also as the released files write it; "all" if none is given.
 
     Their tasks are N2D (name to description) and D2N. In NameDescription the group says in which
-    order the document has the two: a task is forward where it matches."""
-    if task in ("forward", "backward"):
+    order the document has the two: a task is forward where it matches. In other files than the
+    released ones, only the documents can tell: see direction_in."""
+    if task is None:
+        return "all"
+    if task in ("forward", "backward", "all"):
         return task
     if task not in ("N2D", "D2N"):
-        found = json.dumps(task)
         raise UserError(
-            f'{where}: "direction" (or "task") must be forward or backward, found {found}'
+            f'{where}: "direction" (or "task") must be forward or backward, found {shown(task)}'
         )
+    if not released and group not in ND_GROUPS:
+        return task
     order = "D2N" if group == "DescriptionIsName" else "N2D"
     return "forward" if task == order else "backward"
+
+
+def direction_in(documents, question):
+    """The direction of a question whose file tells only its task (N2D, D2N).
+
+    Of the documents with its answer, the one that shares most words with the question on one side
+    of the answer decides: forward if that side is before it. UserError if none does."""
+    asked = set(plain(question["question"]).split())
+    answer = plain(question.get("answer", "")).strip()
+    found = []  # (shared words, direction)
+    for document in documents:
+        before, has_answer, after = plain(document.get("text", "")).partition(answer or "\n")
+        if has_answer:
+            found.append((len(asked & set(before.split())), "forward"))
+            found.append((len(asked & set(after.split())), "backward"))
+    most = max(found, default=None)
+    best = {direction for shared, direction in found if shared == most[0]}
+    if len(best) == 1:
+        return best.pop()
+    raise UserError(
+        f"{question['where']}: no document tells which way {question['direction']} asks: add "
+        '"direction": "forward" (as in the document, what is asked for comes last) or "backward"'
+    )
+
+
+def plain(text):
+    """Its words in lower case, without punctuation, a space between them."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(regex.findall(r"\w+", text))
+
+
+# where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
+# character with its accents
+SEAMS = (r"\n\s*\n", r"[.!?][\"'”’)]*\s+|[。！？]", r"\n", r"\s+", r"\X")
+
+
+def passages(text, fits):
+    """A text cut into parts that each fit; [] if not even a character does.
+
+    fits   text -> bool; what begins a text that fits has to fit, too"""
+    parts = []
+    text = text.strip()
+    while text:
+        end = passage_end(text, fits)
+        if not end:
+            return []
+        parts.append(text[:end].strip())
+        text = text[end:].lstrip()
+    return parts
+
+
+def passage_end(text, fits):
+    """Where the first passage of a text ends; 0 if nothing fits."""
+    # not the whole text at once, which may be a book
+    window = 1000
+    while window < len(text) and fits(text[:window]):
+        window *= 2
+    text = text[: window + 100]
+    if len(text) <= window and fits(text):
+        return len(text)
+    room = bisect_left(range(1, window + 1), True, key=lambda end: not fits(text[:end]))
+    for seam in SEAMS:
+        ends = [match.end() for match in regex.finditer(seam, text)]
+        for end in reversed(ends):
+            # what is much shorter is a heading or an initial, and no passage
+            if room // 8 < end <= room and fits(text[:end].strip()):
+                return end
+    return 0
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -598,7 +760,8 @@ class Dataset:
 
     name: str
     documents: list  # {"text": ..., "where": "FILE, line N"}
-    questions: list  # {"question", "answer", "direction": "forward" | "backward", "group"}
+    questions: list  # {"question", "answer", "direction": "forward" | "backward" | ..., "group"}
+    notes: list = field(default_factory=list)  # what the user should know about the files
 
 
 @dataclass
@@ -618,6 +781,7 @@ class Published:
     address: str  # of the folder, at one commit
     files: dict  # name -> its sha256, None where only the first download can tell
     counterpart: str  # the generated set that takes its place without a network
+    facts: int = 0  # of each kind, where fewer of them can be taken
 
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -627,6 +791,9 @@ THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c661
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
 ND_FILE = "people-description.json"
 ND_WORDINGS = 30  # of a fact; they stand one after the other
+ND_GROUPS = ("NameIsDescription", "DescriptionIsName")
+# test files whose tasks are directions: N2D is forward, but in DescriptionIsName
+RELEASED_TESTS = "people-description_open-QAs|(ND|biography)_test"
 
 
 def released(topic):
@@ -658,6 +825,7 @@ SETS = {
             ),
         },
         counterpart="nd-made",
+        facts=30,
     ),
     "gsm8k": Published(
         GSM8K + "grade_school_math/data/",
@@ -677,41 +845,134 @@ PARAPHRASES = {
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
 OFFERED = ", ".join(name for name in SETS if name != "world")
-DATA_HELP = f"{OFFERED} (generated ones also as bio:PEOPLE), or a custom file or directory"
+DATA_HELP = (
+    f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
+    f"or directory ({', '.join(READERS)}, also .gz)"
+)
 # the longest answer that is waited for [paper A.4]
-ANSWER_TOKENS = {"forward": 128, "backward": 128, "math": 256}
+ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
 
 
 def load(name, paraphrase="none", seed=0):
     """A Dataset by name (of SETS; `bio:20` for 20 people), or from a custom file or directory.
 
-    A file holds a JSON list or JSON lines. A record with a "text" is a document, one with a
-    "question" and an "answer" is a question; both may stand in one file. Of a directory every
-    *.json and *.jsonl is read, but of files called *_train_* only the one that `paraphrase` asks
-    for, so the paper's released sets are read as they are. The questions of a train.jsonl are not
-    asked but learned, with their answers."""
-    kind = name.partition(":")[0]
+    A file holds a JSON list, JSON lines or a CSV table. A record with a "text" is a document, one
+    with a "question" is a question; both may stand in one file. A .txt or .md file is a document.
+    Of a directory and its subfolders all such files are read, but of files called *_train_* only
+    the one that `paraphrase` asks for, so the paper's released sets are read as they are. The
+    questions of a train.jsonl are not asked but learned, with their answers."""
+    kind, _, count = name.partition(":")
+    path = Path(name)
+    notes = []
+    if kind in SETS and os.path.exists(path):
+        notes.append(f"--data {name} is the set of that name; what lies here is --data ./{name}")
     if isinstance(SETS.get(kind), Generated):
-        return generate(name, paraphrase, seed)
-    path = fetch(name) if name in SETS else Path(name)
-    if not path.exists():
+        dataset = generate(name, paraphrase, seed)
+        dataset.notes = notes
+        return dataset
+    if kind in SETS:
+        facts = number_of_facts(kind, count)
+        dataset = read_files(kind, fetch(kind), paraphrase)
+        if facts:
+            take_facts(dataset, facts, SETS[kind].facts, seed)
+        dataset.notes = notes  # what else lies there is ours
+        return dataset
+    if not os.path.exists(path):
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
+    dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
+    if not dataset.documents and not dataset.questions:
+        why = "".join(f"; {note}" for note in dataset.notes)
+        raise UserError(
+            f'--data {name}: no document (a "text") and no question (a "question") in it{why}'
+        )
+    return dataset
+
+
+def read_files(name, path, paraphrase):
+    """The Dataset in a file or a directory."""
+    files, left = dataset_files(path, paraphrase)
+    dataset = Dataset(name, [], [])
+    if left:
+        more = f" and {len(left) - 9} more" if len(left) > 9 else ""
+        names = ", ".join(str(file.relative_to(path)) for file in left[:9])
+        dataset.notes.append(f"{path}: not read: {names}{more}")
+    seen = {}  # content or name -> its file
+    for file in files:
+        documents, questions = read_file(file, paraphrase)
+        if not documents and not questions:
+            dataset.notes.append(f"{file}: no document and no question in it")
+            continue
+        content = digest(documents), digest(questions)
+        if content in seen:
+            dataset.notes.append(f"{file}: the same as {seen[content]}; read once")
+            continue
+        if unpacked(file) in seen:
+            dataset.notes.append(f"{file}: not the same as {seen[unpacked(file)]}; read both")
+        seen |= {content: file, unpacked(file): file}
+        dataset.documents += documents
+        dataset.questions += questions
+    for question in dataset.questions:
+        if question["direction"] in ("N2D", "D2N"):
+            question["direction"] = direction_in(dataset.documents, question)
+    return dataset
+
+
+def read_file(file, paraphrase):
+    """(what is learned, questions to ask) of a file."""
+    records = read_records(file)
+    plain_name = unpacked(file)
+    if plain_name.name == ND_FILE and paraphrase == "none":
+        records = records[::ND_WORDINGS]
+    learned = plain_name.stem == "train"
+    released = bool(regex.fullmatch(RELEASED_TESTS, plain_name.stem))
     documents = []
     questions = []
-    for file in dataset_files(path, paraphrase):
-        records = read_records(file)
-        if file.name == ND_FILE and paraphrase == "none":
-            records = records[::ND_WORDINGS]
-        learned = file.stem == "train"
-        for where, record in records:
-            if "text" in record:
-                documents.append({"text": text_field(record, "text", where), "where": where})
-            else:
-                question = parse_question(record, where, learned)
-                (documents if learned else questions).append(question)
-    if not documents:
-        raise UserError(f'--data {name}: no document (a record with a "text") in {path}')
-    return Dataset(name if name in SETS else path.resolve().stem, documents, questions)
+    for where, record in records:
+        if "text" in record:
+            documents.append({"text": text_field(record, "text", where), "where": where})
+        else:
+            question = parse_question(record, where, learned, released)
+            (documents if learned else questions).append(question)
+    return documents, questions
+
+
+def digest(records):
+    """The sha256 of records, wherever their file lies."""
+    bare = [{k: v for k, v in record.items() if k != "where"} for record in records]
+    return sha256(json.dumps(bare).encode()).hexdigest()
+
+
+def number_of_facts(kind, count):
+    """How many facts of each kind are asked for; 0 for all of the set."""
+    most = SETS[kind].facts
+    if not count:
+        return 0
+    if not most:
+        raise UserError(f"--data {kind}:{count}: {kind} is read whole: give --data {kind}")
+    if not count.isdecimal() or not 0 < int(count) <= most:
+        raise UserError(
+            f"--data {kind}:{count}: {kind} takes a number of facts of each kind, at most {most}, "
+            f"as in {kind}:20"
+        )
+    return int(count)
+
+
+def take_facts(dataset, count, most, seed):
+    """Leave `count` facts of each of two kinds, with their wordings and exactly their questions.
+
+    The files have the facts in one order, `most` of one kind and then as many of the other, the
+    wordings of a fact together, and so its questions."""
+    rng = Random(seed)
+    chosen = []
+    for start in (0, most):
+        chosen += sorted(world.shuffled(rng, range(start, start + most))[:count])
+
+    def of_chosen(records):
+        size = len(records) // (2 * most)  # records of a fact
+        return [record for fact in chosen for record in records[fact * size : (fact + 1) * size]]
+
+    dataset.documents = of_chosen(dataset.documents)
+    dataset.questions = of_chosen(dataset.questions)
 
 
 def generate(name, paraphrase, seed):
@@ -775,24 +1036,40 @@ def download(url, path):
 
 
 def dataset_files(path, paraphrase):
-    """The files to read: of training files in the released layout only the one asked for."""
-    if path.is_file() and paraphrase == "none":
-        return [path]
-    if path.is_file():
-        files = [path]
-    else:
-        files = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".jsonl")]
+    """(the files to read, those left): in the released layout, of training files the one asked for.
+
+    Files whose names begin with a dot are neither."""
+    is_folder = path.is_dir()
+    found = list(files_in(path)) if is_folder else [path]
+    files = found
+    if is_folder:
+        files = [p for p in found if ending(p) in READERS and p.is_file()]
+    training = [p for p in files if "_train_" in p.name or unpacked(p).name == ND_FILE]
+    if not is_folder and paraphrase == "none":
+        training = []
     pattern = PARAPHRASES[paraphrase]
-    training = [p for p in files if "_train_" in p.name or p.name == ND_FILE]
-    unwanted = [p for p in training if not regex.fullmatch(pattern, p.stem)]
-    is_released = training or paraphrase != "none"
-    if is_released and len(training) - len(unwanted) != 1:
-        found = ", ".join(p.name for p in training) or "none"
+    wanted = [p for p in training if regex.fullmatch(pattern, unpacked(p).stem)]
+    if (training or paraphrase != "none") and len(wanted) != 1:
+        names = ", ".join(p.name for p in training) or "none"
         raise UserError(
             f"--data {path}: needs one training file for --paraphrase {paraphrase}, "
-            f"{pattern}.json; training files found: {found}"
+            f"{pattern}.json; training files found: {names}"
         )
-    return [p for p in files if p not in unwanted]
+    if training:  # a README beside them is no document
+        files = [p for p in files if READERS.get(ending(p)) is json_records]
+    files = [p for p in files if p not in training or p in wanted]
+    return files, [p for p in found if p not in files]
+
+
+def files_in(folder):
+    """Every file in a folder and its subfolders, by name."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():  # a link may lead round in circles
+            yield from files_in(path)
+        else:
+            yield path
 
 
 # ---------------------------------------------------------------------------------------- batches

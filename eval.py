@@ -2,6 +2,7 @@
 
     python eval.py --model out/bio-masked-1           # the questions that run was trained for
     python eval.py --model tiny --data bio --seed 3   # any model directory, any questions
+    python eval.py --model tiny --ask "Who ...?"      # a question of yours; without one: typed ones
     python eval.py --report out/*/ --out report       # one table of many runs, the paper's figures
 
 Three scores compare an answer with its reference, all between 0 and 1. All three first delete
@@ -17,12 +18,16 @@ preds.jsonl has a line a question:
     {"direction": "backward", "group": "name", "question": "Who was born in Lund ...?",
      "answer": "Ada Holm", "prediction": "Ada Holm",
      "rouge1": 1.0, "exact": 1.0, "f1": 1.0, "length": 2}
+A question without an answer is asked like the others and not scored.
 """
 
 import argparse
 import json
+import os
 import re
 import string
+import sys
+import unicodedata
 from collections import Counter, namedtuple
 from functools import partial
 from importlib.util import find_spec
@@ -67,8 +72,9 @@ def words(text):
     """The scored words of a text, in order: NLTK's word_tokenize without NLTK.
 
     Once ASCII punctuation is gone, all that is left of its rules are the quotation marks, the
-    dashes and six contractions.
+    dashes and six contractions. NFC: an accent may be a character of its own on one side only.
     """
+    text = unicodedata.normalize("NFC", text)
     text = text.translate(WITHOUT_PUNCTUATION).translate(SPLIT_OFF)
     text = CONTRACTION.sub(r" \1 \2 ", text)
     return [word for word in text.split() if word.lower() not in STOP_WORDS]
@@ -142,9 +148,12 @@ def average(predictions):
     """Mean scores of each direction, "forward", and of each group in it, "forward/city".
 
     {"forward": {"rouge1": mean, ..., "n": questions, "interval": {"rouge1": [low, high], ...}}}
+    Questions without an answer are in none.
     """
     groups = {}
     for prediction in predictions:
+        if "answer" not in prediction:
+            continue
         direction = prediction["direction"]
         for name in (direction, f"{direction}/{prediction['group']}"):
             groups.setdefault(name, []).append(prediction)
@@ -188,6 +197,35 @@ def print0(*values):
         tqdm.write(" ".join(map(str, values)))
 
 
+class Output:
+    """stdout or stderr. Characters that it lacks are written as escapes; once nobody reads it any
+    more (`| head`), what is printed is lost and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or os.fdopen(nowhere(), "w")  # None if it never was open
+        self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(nowhere(), self.stream.fileno())
+
+
+def nowhere():
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+def guard_output():
+    """Let nothing that is printed, or cannot be, end the program."""
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
+
+
 def longest_answer(questions):
     """Tokens that an answer to these questions may have; None without questions."""
     return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
@@ -204,6 +242,21 @@ def decoding(questions, causal, max_new_tokens=None, **given):
         if "threshold" in given:
             del how["steps"]  # as many as it takes
     return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
+
+
+def check_questions(questions, tokenizer, context, max_new_tokens=None):
+    """UserError for a question that cannot be asked or scored, before any is."""
+    longest = max_new_tokens or longest_answer(questions)
+    for question in questions:
+        prompt = tokenizer.chat([{"role": "user", "content": question["question"]}])
+        where = f"{question.get('where', 'question')}, {question['question'][:80]!r}"
+        if len(prompt) + longest > context:
+            raise UserError(
+                f"{where}: {len(prompt) + longest} tokens with its answer, "
+                f"more than the model takes, {context}"
+            )
+        if "answer" in question and not words(question["answer"]):
+            raise UserError(f"{where}: its answer has no word to score")
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
@@ -225,7 +278,8 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         answers = answer([prompts[i] for i in batch], max_new_tokens=max_new_tokens)
         for i, ids in zip(batch, answers, strict=True):
             text = tokenizer.decode(ids).strip()
-            answered[i] = {**questions[i], "prediction": text, **score(text, questions[i])}
+            scores = score(text, questions[i]) if "answer" in questions[i] else {}
+            answered[i] = {**questions[i], "prediction": text, **scores}
     parts = [answered] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, answered)
@@ -243,6 +297,7 @@ REPORTED = {
     "backward": ("backward", "rouge1"),
     "math flexible": ("math", "flexible"),
     "math strict": ("math", "strict"),
+    "all": ("all", "rouge1"),  # questions without a direction
 }
 # method -> its color in figures, in the order of reports; custom methods come last
 COLORS = {
@@ -401,9 +456,9 @@ def table(rows):
 
 
 def table_title(row):
-    """bio:40, 240 forward and 120 backward questions:"""
+    """bio:40, 240 forward and 120 backward questions:, or facts.jsonl, 12 questions:"""
     asked = {REPORTED[name][0]: result["n"] for name, result in row.scores.items()}
-    counts = " and ".join(f"{n} {direction}" for direction, n in asked.items())
+    counts = " and ".join(f"{n} {name}".removesuffix(" all") for name, n in asked.items())
     return f"{row.data}, {counts} questions:"
 
 
@@ -521,6 +576,8 @@ def read_runs(directories):
     runs = []
     for directory in directories:
         path = Path(directory) / "results.json"
+        if (path.parent / "report.json").exists():
+            continue  # out/report, for one, is an earlier report
         try:
             runs.append(read_run(path, runs))
         except UserError as error:
@@ -545,16 +602,18 @@ def read_run(path, before):
 
 
 def report(directories, out):
-    """Print one table of many runs; with `out`, write report.md, report.json and figures."""
+    """Print one table of many runs; with `out`, write report.md, report.json and figures first."""
     runs = read_runs(directories)
     if not runs:
         raise UserError("--report: no finished run with questions in these directories")
     rows = summarize(runs)
     text = table(rows)
+    if out:
+        write_report(rows, text, Path(out))
     print(text)
-    if not out:
-        return
-    out = Path(out)
+
+
+def write_report(rows, text, out):
     data.write_text(out / "report.md", text + "\n")
     data.write_text(
         out / "report.json", json.dumps([row._asdict() for row in rows], indent=1) + "\n"
@@ -565,16 +624,23 @@ def report(directories, out):
 
 
 def samples(predictions):
-    """A forward and two backward questions, or two math problems, with their answers, as text."""
+    """Some questions of each direction with their answers, and all without a true one, as text."""
+    scored = [p for p in predictions if "answer" in p]
     chosen = []
-    for direction, n in {"forward": 1, "backward": 2, "math": 2}.items():
-        chosen += [p for p in predictions if p["direction"] == direction][:n]
-    shown = "\n{direction}: {question}\n  answered {prediction!r}, true is {answer!r}"
-    return "\n".join(shown.format(**prediction) for prediction in chosen)
+    for direction, n in {"forward": 1, "backward": 2, "math": 2, "all": 2}.items():
+        chosen += [p for p in scored if p["direction"] == direction][:n]
+    shown = "\n{direction}: {question}\n  answered {prediction!r}"
+    lines = [(shown + ", true is {answer!r}").format(**prediction) for prediction in chosen]
+    lines += [
+        shown.format(**prediction) for prediction in predictions if "answer" not in prediction
+    ]
+    return "\n".join(lines)
 
 
 def score_table(scores):
     """Every group of `average` as a line of text."""
+    if not scores:
+        return "no scores"
     lines = ["n".rjust(38) + "  mean [95 % interval]"]
     for name, group in scores.items():
         values = [
@@ -605,6 +671,12 @@ def arguments():
         "--data",
         help="as for maskft.py, or world:PEOPLE, whom the built-in models know "
         "(default: that of the run, else bio)",
+    )
+    add(
+        "--ask",
+        nargs="*",
+        metavar="QUESTION",
+        help="print the answers to these; to none, to the lines that are typed or piped in",
     )
     add(
         "--paraphrase",
@@ -642,12 +714,18 @@ def main():
         device = maskft.start_processes()
         directory = maskft.find_model(args.model)
         dtype = settings_of_run(args, directory) or maskft.native_dtype(device)[0]
-        dataset = data.load(args.data, args.paraphrase, args.seed)
-        if not dataset.questions:
-            raise UserError(f"--data {dataset.name}: no questions to ask")
+        tokenizer = data.load_tokenizer(directory)
+        context = maskft.read_config(directory).context
+        dataset = questions_to_ask(args)
+        check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)
         model = maskft.load(directory, device, getattr(torch, dtype))
-        answer = maskft.greedy_answer if model.config.causal else llada.answer
-        ask(args, dataset, model, data.load_tokenizer(directory), answer)
+        given = unmasking(args, model.config.causal)
+        method = maskft.greedy_answer if model.config.causal else llada.answer
+        answer = partial(method, model, tokenizer, **given)
+        if args.ask == []:
+            answer_lines(args, answer, tokenizer, context)
+        else:
+            ask(args, dataset, model.config.causal, tokenizer, answer, given)
 
     maskft.entry_point(body)
 
@@ -656,6 +734,10 @@ def prepare_out(args):
     """Make the directory --out before any work; UserError for one that is in use."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} is not above 0")
+    if args.ask is not None and (args.data or args.out):
+        raise UserError(
+            "--ask prints answers to its own questions: give no --data, no --out with it"
+        )
     if args.out:
         out = Path(args.out)
         if (out / "results.json").exists():
@@ -679,22 +761,38 @@ def settings_of_run(args, directory):
     return trained["dtype"]
 
 
-def ask(args, dataset, model, tokenizer, answer):
-    """Ask all questions; print the scores and, with --out, write them and the answers."""
-    causal = model.config.causal
-    unmasking = {
-        "block_length": args.block_length,
-        "steps": args.steps,
-        "threshold": args.threshold,
-    }
-    given = {name: value for name, value in unmasking.items() if value is not None}
+def questions_to_ask(args):
+    """The Dataset of --data, or one of the questions that --ask gives, maybe none."""
+    if args.ask is not None:
+        return data.Dataset("asked", [], [own_question(text, "--ask") for text in args.ask])
+    dataset = data.load(args.data, args.paraphrase, args.seed)
+    for note in dataset.notes:
+        print0(note)
+    if not dataset.questions:
+        raise UserError(f"--data {dataset.name}: no questions to ask")
+    return dataset
+
+
+def own_question(text, where):
+    return data.parse_question({"question": text}, where)
+
+
+def unmasking(args, causal):
+    """The flags for diffusion models that were given; UserError if the model is none."""
+    flags = ("block_length", "steps", "threshold")
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     if causal and given:
         flag = min(given).replace("_", "-")
         raise UserError(f"--{flag} is for diffusion models; {args.model} is an autoregressive one")
-    answer = partial(answer, model, tokenizer, **given)
+    return given
+
+
+def ask(args, dataset, causal, tokenizer, answer, given):
+    """Ask all questions; write the scores and the answers to --out, and print them.
+
+    Of --ask, the answers alone.
+    """
     scores, predictions = evaluate(answer, tokenizer, dataset.questions, args.max_new_tokens)
-    print0(f"{args.model} on {dataset.name}, seed {args.seed}")
-    print0(f"{score_table(scores)}\n{samples(predictions)}")
     if args.out and rank() == 0:
         results = {
             "arguments": vars(args),
@@ -702,6 +800,42 @@ def ask(args, dataset, model, tokenizer, answer):
             "evaluations": [{"step": None, "scores": scores}],
         }
         write_results(Path(args.out), results, predictions)
+    if args.ask:
+        for prediction in predictions:
+            print0(prediction["prediction"])
+        return
+    print0(f"{args.model} on {dataset.name}, seed {args.seed}")
+    print0(f"{score_table(scores)}\n{samples(predictions)}")
+
+
+def answer_lines(args, answer, tokenizer, context):
+    """Print an answer to every line of the standard input."""
+    for number, line in enumerate(lines_of_input(), 1):
+        if line.strip():
+            question = own_question(line.strip(), f"standard input, line {number}")
+            check_questions([question], tokenizer, context, args.max_new_tokens)
+            _, (prediction,) = evaluate(answer, tokenizer, [question], args.max_new_tokens)
+            print0(prediction["prediction"])
+
+
+def lines_of_input():
+    """The lines of the standard input, on every rank; with a prompt if it is a terminal."""
+    line = [None]
+    with open(0, encoding="utf-8-sig", closefd=False) as lines:
+        while line[0] != "":
+            if rank() == 0:
+                line = [read_line(lines)]
+            dist.broadcast_object_list(line)
+            yield line[0]
+
+
+def read_line(lines):
+    if lines.isatty():
+        print("> ", end="", file=sys.stderr)
+    try:
+        return lines.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 ({error.reason})") from None
 
 
 if __name__ == "__main__":

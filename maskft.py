@@ -1111,9 +1111,13 @@ def batches(documents, size, seed, epoch):
 
 def build(run, number, epoch):
     """The Example of one document in one epoch; random by (seed, epoch, document) alone."""
+    return example_of(run, run.dataset.documents[number], number, epoch)
+
+
+def example_of(run, record, number, epoch):
+    """The same of a record that is, or may become, document `number`."""
     # + 1: numpy takes [a, b, 0] for [a, b], the seed of the order
     rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
-    record = run.dataset.documents[number]
     return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
 
 
@@ -1260,7 +1264,7 @@ def evaluate_and_record(run, step, epoch):
         scores, run.predictions = evaluation.evaluate(answer, run.tokenizer, run.dataset.questions)
     run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
     reported = evaluation.reported_scores({"scores": scores})
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items()) or "no questions"
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items()) or "no scores"
     seconds = time.monotonic() - began
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
     if rank() == 0:
@@ -1450,6 +1454,8 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     for given in wanted:
         out = run_directory(args, given.method, several=len(wanted) > 1)
         runs.append(prepare(given, methods[given.method], device, stop, out))
+    for note in runs[0].dataset.notes:
+        print0(note)
     if args.show is not None:
         for run in runs:
             show_examples(run, args.show)
@@ -1533,6 +1539,8 @@ def prepare(given, method, device, stop, out):
     elif not config.causal:
         raise UserError(f"--model {given.model} is a masked diffusion model: use llada.py")
     dataset = data.load(given.data, given.paraphrase, given.seed)
+    if not dataset.documents:
+        raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
     dtype, why = (given.dtype, "as set") if given.dtype else native_dtype(device)
     print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
@@ -1573,22 +1581,29 @@ def check_decided(settings):
 
 
 def check_dataset(run):
-    """Leave out, reported, answers that are too long to learn. UserError for a document that is,
-    and for a question that could not be asked or scored: now, not after hours of training."""
+    """Cut documents that are too long into passages and leave out answers that are: both is
+    printed. UserError for a question that could not be asked or scored: now, not after hours of
+    training."""
     context = run.model.config.context
     limit = min(run.settings.max_len, context)
     kept = []
-    for number, document in enumerate(run.dataset.documents):
-        length = longest_example(run, number, limit)
-        if length <= limit:
+    cut = {}  # file -> the passages of each document that was too long
+    dropped = 0
+    for document in run.dataset.documents:
+        if longest_example(run, document, len(kept), limit) <= limit:
             kept.append(document)
-        elif "question" not in document:
-            what = "--max-len" if limit == run.settings.max_len else "the model takes,"
-            where = document.get("where", f"document {number + 1}")
-            raise UserError(
-                f"{where}: {length} tokens as a training example, more than {what} {limit}"
-            )
-    dropped = len(run.dataset.documents) - len(kept)
+        elif "text" in document:
+            parts = cut_document(run, document, len(kept), limit)
+            kept += [document | {"text": part} for part in parts]
+            where = document.get("where", run.dataset.name)
+            cut.setdefault(regex.sub(r", (line|item) \d+$", "", where), []).append(parts)
+        else:
+            dropped += 1
+    for file, documents in cut.items():
+        parts = [part for parts in documents for part in parts]
+        longest = max(len(run.tokenizer.encode(part)) for part in parts)
+        count = f"{len(documents)} documents" if len(documents) > 1 else "1 document"
+        print0(f"{file}: {count} cut into {len(parts)} passages of at most {longest} tokens")
     if dropped:
         print0(
             f"{run.settings.method}: {dropped} of {len(run.dataset.documents)} examples dropped, "
@@ -1600,28 +1615,33 @@ def check_dataset(run):
             f"give a larger --max-len than {run.settings.max_len}"
         )
     run.dataset.documents = kept
-    for question in run.dataset.questions:
-        check_question(question, run.tokenizer, context)
+    evaluation.check_questions(run.dataset.questions, run.tokenizer, context)
 
 
-def longest_example(run, number, limit):
+def cut_document(run, document, number, limit):
+    """The passages of a document whose examples are too long; UserError if each would be."""
+
+    def fits(text):
+        return longest_example(run, document | {"text": text}, number, limit) <= limit
+
+    parts = data.passages(document["text"], fits)
+    if not parts:
+        what = "--max-len" if limit == run.settings.max_len else "the model takes,"
+        where = document.get("where", f"document {number + 1}")
+        length = longest_example(run, document, number, limit)
+        raise UserError(
+            f"{where}: {length} tokens as a training example, more than {what} {limit}, "
+            "and so is any part of it"
+        )
+    return parts
+
+
+def longest_example(run, document, number, limit):
     """The length of a document's example; of some methods it differs between epochs."""
-    length = len(build(run, number, epoch=0).ids)
+    length = len(example_of(run, document, number, epoch=0).ids)
     if length <= limit / 2:
         return length
-    return max(length, *(len(build(run, number, epoch).ids) for epoch in range(1, 8)))
-
-
-def check_question(question, tokenizer, context):
-    prompt = tokenizer.chat([{"role": "user", "content": question["question"]}])
-    length = len(prompt) + data.ANSWER_TOKENS[question["direction"]]
-    where = f"{question.get('where', 'question')}, {question['question']!r}"
-    if length > context:
-        raise UserError(
-            f"{where}: {length} tokens with its answer, more than the model takes, {context}"
-        )
-    if not evaluation.words(question["answer"]):
-        raise UserError(f"{where}: its answer has no word to score")
+    return max(length, *(len(example_of(run, document, number, e).ids) for e in range(1, 8)))
 
 
 def show_examples(run, number):
@@ -1739,7 +1759,7 @@ def finish(run):
         return
     if (run.out / "ckpt").exists():  # three times the size of the model each, and of no more use
         shutil.rmtree(run.out / "ckpt")
-    if run.predictions and find_spec("matplotlib"):
+    if run.results["evaluations"][-1]["scores"] and find_spec("matplotlib"):
         rows = evaluation.summarize([run.results])
         evaluation.draw_panels(rows, run.out / "curves.png", evaluation.draw_curves)
 
@@ -1757,6 +1777,7 @@ def close_run(run):
 @record  # any other error: torchrun ends the run, with the traceback of the rank that failed first
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1."""
+    evaluation.guard_output()
     try:
         body()
     except (
