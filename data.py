@@ -294,8 +294,9 @@ def passage_end(text, fits):
     for seam in SEAMS:
         ends = [match.end() for match in regex.finditer(seam, text)]
         for end in reversed(ends):
+            passage = text[:end].rstrip()
             # what is much shorter is a heading or an initial, and no passage
-            if room // 8 < end <= room and fits(text[:end].strip()):
+            if room // 8 < len(passage) <= room and fits(passage):
                 return end
     return 0
 

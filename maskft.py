@@ -1454,8 +1454,6 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     for given in wanted:
         out = run_directory(args, given.method, several=len(wanted) > 1)
         runs.append(prepare(given, methods[given.method], device, stop, out))
-    for note in runs[0].dataset.notes:
-        print0(note)
     if args.show is not None:
         for run in runs:
             show_examples(run, args.show)
@@ -1539,6 +1537,8 @@ def prepare(given, method, device, stop, out):
     elif not config.causal:
         raise UserError(f"--model {given.model} is a masked diffusion model: use llada.py")
     dataset = data.load(given.data, given.paraphrase, given.seed)
+    for note in dataset.notes:
+        print0(note)
     if not dataset.documents:
         raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
     dtype, why = (given.dtype, "as set") if given.dtype else native_dtype(device)
@@ -1639,7 +1639,7 @@ def cut_document(run, document, number, limit):
 def longest_example(run, document, number, limit):
     """The length of a document's example; of some methods it differs between epochs."""
     length = len(example_of(run, document, number, epoch=0).ids)
-    if length <= limit / 2:
+    if not limit / 2 < length <= limit:  # no other epoch decides
         return length
     return max(length, *(len(example_of(run, document, number, e).ids) for e in range(1, 8)))
 
