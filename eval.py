@@ -23,7 +23,6 @@ A question without an answer is asked like the others and not scored.
 
 import argparse
 import json
-import os
 import re
 import string
 import sys
@@ -197,33 +196,20 @@ def print0(*values):
         tqdm.write(" ".join(map(str, values)))
 
 
-class Output:
-    """stdout or stderr. Characters that it lacks are written as escapes; once nobody reads it any
-    more (`| head`), what is printed is lost and the work goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream or os.fdopen(nowhere(), "w")  # None if it never was open
-        self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(nowhere(), self.stream.fileno())
-
-
-def nowhere():
-    return os.open(os.devnull, os.O_WRONLY)
-
-
-def guard_output():
-    """Let nothing that is printed, or cannot be, end the program."""
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+def progress_bar(total, what, unit, **more):
+    """tqdm's, on rank 0. In a log file, where each refresh is a line, one a minute at most."""
+    refresh = 0.1 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        disable=rank() > 0,
+        dynamic_ncols=True,
+        mininterval=refresh,
+        maxinterval=max(refresh, 10),
+        delay=refresh,
+        **more,
+    )
 
 
 def longest_answer(questions):
@@ -273,6 +259,7 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[rank() :: world_size()]
     answered = {}  # number of the question -> its prediction
+    bar = progress_bar(len(mine), "questions", "question", leave=False, position=0)
     for start in range(0, len(mine), BATCH):
         batch = mine[start : start + BATCH]
         answers = answer([prompts[i] for i in batch], max_new_tokens=max_new_tokens)
@@ -280,6 +267,8 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
             text = tokenizer.decode(ids).strip()
             scores = score(text, questions[i]) if "answer" in questions[i] else {}
             answered[i] = {**questions[i], "prediction": text, **scores}
+        bar.update(len(batch))
+    bar.close()
     parts = [answered] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, answered)
@@ -483,26 +472,33 @@ def markdown(lines):
     return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def draw_panels(rows, path, draw):
+def draw_panels(rows, path, draw, losses=None):
     """A picture with a panel for each score of these rows, drawn by `draw(axes, rows, name)`.
 
-    Needs matplotlib.
+    And one for the loss where `losses` is given, (step, loss) pairs. Needs matplotlib.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
     names = list(rows[0].scores)
-    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    count = len(names) + bool(losses)
+    figure = Figure(figsize=(4.2 * count, 3.2), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):
         draw(axes, rows, name)
         axes.set(title=name, ylim=(-0.03, 1.03))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("share solved" if names[0].startswith("math") else "ROUGE-1 recall")
-    handles, labels = axes.get_legend_handles_labels()  # every panel has the same
+    if names:
+        panels[0].set_ylabel("share solved" if names[0].startswith("math") else "ROUGE-1 recall")
+    if losses:
+        panels[-1].plot(*np.transpose(losses), label=rows[0].name, color=COLORS.get(rows[0].name))
+        panels[-1].set(title="loss", xlabel="step")
+    handles, labels = panels[0].get_legend_handles_labels()  # every panel has the same
     columns = min(len(labels), 6)
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=110)
+    part = Path(f"{path}.part")
+    figure.savefig(part, dpi=110, format="png")
+    part.replace(path)  # a picture that has its name is whole
 
 
 def draw_curves(axes, rows, name):

@@ -16,18 +16,20 @@ that were picked out of B x T.
 
 import argparse
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
 import math
 import os
-import resource
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -43,8 +45,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from filelock import FileLock, Timeout  # comes with torch
 from huggingface_hub import errors
-from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -57,7 +59,12 @@ from torch.utils.checkpoint import checkpoint
 import data
 import eval as evaluation
 from data import IGNORE, Example, UserError
-from eval import print0, rank, world_size
+from eval import print0, progress_bar, rank, world_size
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -921,6 +928,21 @@ def start_processes():
     return device
 
 
+def on_rank_0(body):
+    """What body() returns on rank 0, or its error for the user, on every rank."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = body()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    value, error = outcome
+    if error:
+        raise UserError(error)
+    return value
+
+
 def sum_over_ranks(*numbers):
     """Numbers and vectors summed over the ranks, as floats, in one collective."""
     numbers = [torch.as_tensor(number, dtype=torch.float64).flatten() for number in numbers]
@@ -968,7 +990,7 @@ def save_checkpoint(run, step):
     """
     part = run.out / "ckpt" / f"part-{step}"
     if rank() == 0:
-        for cut_short in part.parent.glob("part-*"):
+        for cut_short in checkpoints(run.out, "part"):
             shutil.rmtree(cut_short)
         part.mkdir(parents=True)
     dist.barrier()
@@ -997,6 +1019,8 @@ def load_checkpoint(run):
     # its part of the files
     sums = sorted(newest.glob("*.sha256"))[rank() :: world_size()]
     damaged = [file for file in sums if sha256(file.with_suffix("")) != file.read_text()]
+    if not (newest / ".metadata").exists():
+        damaged.append(newest / ".metadata.sha256")
     everywhere = [None] * world_size()
     dist.all_gather_object(everywhere, damaged)
     damaged = sum(everywhere, [])
@@ -1015,14 +1039,19 @@ def load_checkpoint(run):
     return step_of(newest)
 
 
-def checkpoints(out):
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "ckpt").glob("step-*"), key=step_of)
+def checkpoints(out, kind="step"):
+    """The whole checkpoints of a run, oldest first; of the kind "part", those that were cut short.
+
+    Whatever else lies there is none of ours.
+    """
+    found = [path for path in (out / "ckpt").glob(f"{kind}-*") if path.is_dir()]
+    return sorted([path for path in found if step_of(path) is not None], key=step_of)
 
 
 def step_of(path):
-    """7 of .../ckpt/step-7."""
-    return int(path.name.removeprefix("step-"))
+    """7 of .../ckpt/step-7; None of what has no number."""
+    number = path.name.partition("-")[2]
+    return int(number) if number.isdecimal() else None
 
 
 def sha256(path):
@@ -1038,11 +1067,162 @@ def how_to_go_on(run):
     saved = checkpoints(run.out)
     where = f"step {step_of(saved[-1])}" if saved else "the beginning"
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node {local}" if local else "python"
     nodes = ""
     if world_size() != int(local or 1):
         nodes = " (on every node, with torchrun's other flags)"
-    return f"to go on from {where}{nodes}:\n    {start} {sys.argv[0]} --resume {run.out}"
+    return f"to go on from {where}{nodes}:\n    {resume_command(run.out)}"
+
+
+def resume_command(out):
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node {local}" if local else "python"
+    return f"{start} {sys.argv[0]} --resume {out}"
+
+
+# --------------------------------------------------------------------------- the directory of a run
+
+
+@contextmanager
+def locked(out):
+    """Hold the lock of a run's directory; UserError says who else does.
+
+    The system takes the lock back however the process ends. Only rank 0 has it.
+    """
+    lock = FileLock(out / ".lock")
+    holder = out / ".lock.holder"  # beside it: some versions empty the file that they cannot lock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = data.read_text(holder) if holder.exists() else "another process"
+        raise UserError(f"{out} is in use by {who}: wait for its end, or stop it") from None
+    data.write_text(holder, f"process {os.getpid()} on {platform.node()}")
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        if os.name == "posix":  # elsewhere it deletes itself, and cannot be deleted before
+            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it sees that it is gone
+        lock.release()
+        with suppress(OSError):
+            out.rmdir()  # where nothing was written
+
+
+def claim(run, out, locks):
+    """Make the directory of a new run, or take an empty one, and lock it until `locks` end.
+
+    out      what --out says for its method; None: the next free number
+    returns  its path
+    """
+    if out is None:
+        out = next_number(f"{run.dataset.name}-{run.settings.method}")
+    out.mkdir(parents=True, exist_ok=True)
+    locks.enter_context(locked(out))
+    refuse_used(out)
+    return out
+
+
+def next_number(name):
+    """The directory out/name-N of the first N that is free, made."""
+    parent = Path("out")
+    parent.mkdir(exist_ok=True)
+    for n in count(1):
+        with suppress(FileExistsError):  # from before, or made by another run this moment
+            (parent / f"{name}-{n}").mkdir()
+            return parent / f"{name}-{n}"
+
+
+def refuse_used(out):
+    """UserError for a directory that holds more than its lock."""
+    if any(not path.name.startswith(".lock") for path in out.iterdir()):
+        raise UserError(f"--out {out} is in use: give another name, or go on with --resume {out}")
+
+
+def reopen(out, methods, locks):
+    """Lock a run that --resume names; its results so far, or None of one that is finished now.
+
+    UserError where it cannot go on, with nothing changed.
+    """
+    read_results(out)  # before there is a lock in what is no run
+    locks.enter_context(locked(out))
+    results = read_results(out)  # as whoever had the lock left it
+    method = results["arguments"]["method"]
+    if method not in methods:
+        raise UserError(
+            f"--resume {out}: a run of {method}, not of one of this script's methods, "
+            f"{', '.join(methods)}; go on with the script that began it"
+        )
+    read_metrics(out)
+    ours = checkpoints(out) + checkpoints(out, "part")
+    for path in sorted((out / "ckpt").glob("[!.]*")):
+        if path not in ours:
+            raise UserError(f"{path}: no checkpoint of a run; move it away and --resume again")
+    saved = ("model.safetensors", "model.safetensors.index.json")  # what is written last
+    if not any((out / name).exists() for name in saved):
+        return results
+    if not tidy(out, results):
+        raise UserError(
+            f"--resume {out}: this run is finished. "
+            f"To ask its questions again: python eval.py --model {out}"
+        )
+    print0(f"{out}: this run is finished; what was left to do is done: checkpoints, curves.png")
+    return None
+
+
+def read_results(out):
+    """The results.json of a run; UserError where it is not whole."""
+    path = out / "results.json"
+    results = data.read_json(path)
+    try:
+        settings = results["arguments"]
+        for setting in dataclasses.fields(Settings):
+            value = settings[setting.name]
+            if not isinstance(value, setting.type):
+                raise TypeError(f"{setting.name} is {value!r}")
+        Settings(**settings)
+        for asked in results["evaluations"]:
+            evaluation.overall(asked)
+            int(asked["step"])
+        str(results["dataset"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not the settings and results of a run ({found})") from None
+    return results
+
+
+def read_metrics(out):
+    """The lines of metrics.jsonl, but a last one that a crash has torn; UserError for another."""
+    path = out / "metrics.jsonl"
+    lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(line))
+            float(parsed[-1]["step"] + parsed[-1]["seconds"])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{path}, line {number}: damaged, no step of a run: {line[:40]!r}. "
+                "Mend or delete that line and --resume again"
+            ) from None
+    return parsed
+
+
+def tidy(out, results):
+    """Delete the checkpoints of a run whose model is saved, and draw its curves.
+
+    Whether there was anything to do.
+    """
+    left = checkpoints(out) + checkpoints(out, "part")
+    for path in left:  # three times the size of the model each, and of no more use
+        shutil.rmtree(path)
+    with suppress(OSError):
+        (out / "ckpt").rmdir()  # unless there is something of the user's
+    picture = out / "curves.png"
+    if picture.exists() or not find_spec("matplotlib"):
+        return bool(left)
+    rows = evaluation.summarize([results])
+    losses = [(line["step"], line["loss"]) for line in read_metrics(out) if "loss" in line]
+    evaluation.draw_panels(rows, picture, evaluation.draw_curves, losses)
+    return True
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1059,7 +1239,7 @@ class Settings:
     data: str
     method: str
     paraphrase: str
-    mask_ratio: tuple | None  # None: the method masks nothing
+    mask_ratio: list | None  # None: the method masks nothing
     epochs: int
     lr: float
     batch_size: int  # sequences a step, over all ranks
@@ -1079,17 +1259,20 @@ class Run:
     method: Method
     device: torch.device
     directory: Path  # of the model that it starts from
-    out: Path | None  # of the run; None: the next free number, once it begins
     tokenizer: data.Tokenizer
     dataset: data.Dataset
     model: Model  # on `meta` until the run begins
     stop: list  # the signals received so far
+    out: Path | None = None  # of the run, once it has one
     steps_per_epoch: int = 0
     steps: int = 0
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     results: dict = field(default_factory=dict)  # what results.json gets
     predictions: list = field(default_factory=list)  # of the last evaluation
+    clock: float = 0.0  # the time.monotonic() at which its seconds began
+    step_seconds: list = field(default_factory=list)  # of each step since this process began
+    evaluation_seconds: list = field(default_factory=list)  # of each evaluation
 
     @property
     def autocast(self):
@@ -1174,8 +1357,8 @@ def train(run):
     evaluation.
     """
     saved_at = time.monotonic()
-    log = open_log(run) if rank() == 0 else None
-    bar = progress_bar(run)
+    begin_log(run)
+    bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
         # 1. evaluation, where an epoch begins
@@ -1199,12 +1382,14 @@ def train(run):
                 "begin again with a lower --lr (--resume would do the same again)"
             )
         # 5. log
-        if log:
-            line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-            line["tokens_per_second"] = round(tokens / (time.monotonic() - began))
-            line["memory_gib"] = peak_memory_gib(run.device)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+        seconds = time.monotonic() - began
+        line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
+        line["tokens_per_second"] = round(tokens / seconds)
+        line["memory_gib"] = peak_memory_gib(run.device)
+        log(run, line)
+        run.step_seconds.append(seconds)
+        if len(run.step_seconds) == 3:
+            print0(f"{run.settings.method}: {estimate(run, step + 1)}")
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
         # 6. what is needed to go on
@@ -1257,42 +1442,58 @@ def update(run, examples, lr):
 
 
 def evaluate_and_record(run, step, epoch):
-    """Answer the questions; print the scores and write results.json and preds.jsonl."""
+    """Answer the questions; write results.json and preds.jsonl, then print the scores."""
     began = time.monotonic()
     answer = partial(run.method.answer or greedy_answer, run.model, run.tokenizer)
     with gathered(run.model), torch.no_grad(), run.autocast:
         scores, run.predictions = evaluation.evaluate(answer, run.tokenizer, run.dataset.questions)
-    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
-    reported = evaluation.reported_scores({"scores": scores})
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items()) or "no scores"
     seconds = time.monotonic() - began
-    print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
+    run.evaluation_seconds.append(seconds)
+    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
+    run.results["seconds"] = round(time.monotonic() - run.clock, 3)
+    reported = evaluation.reported_scores({"scores": scores})
+    log(run, {"step": step, "epoch": epoch, "evaluation": reported})
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items()) or "no scores"
+    print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
 
 
-def open_log(run):
-    """metrics.jsonl for appending; a resumed run first drops a torn last line, and the steps that
-    it will take again."""
-    path = run.out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] < run.start]
-    data.write_text(path, "".join(kept))
-    return path.open("a")
+def begin_log(run):
+    """Start the clock of metrics.jsonl. A resumed run first drops from it what it will do again."""
+    run.clock = time.monotonic()
+    if rank():
+        return
+    kept = [line for line in read_metrics(run.out) if line["step"] < run.start]
+    if kept:
+        run.clock -= kept[-1]["seconds"]
+    data.write_text(run.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def progress_bar(run):
-    refresh = 0.1 if sys.stderr.isatty() else 60  # seconds; in a log file each refresh is a line
-    return tqdm(
-        total=run.steps,
-        initial=run.start,
-        desc=run.settings.method,
-        unit="step",
-        disable=rank() > 0,
-        dynamic_ncols=True,
-        mininterval=refresh,
-        maxinterval=max(refresh, 10),
-    )
+def log(run, line):
+    """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
+    line["seconds"] = round(time.monotonic() - run.clock, 3)
+    if rank() == 0:
+        with (run.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def estimate(run, step):
+    """How long the rest of a run takes, as text, from its steps and evaluations so far."""
+    steps = run.steps - step
+    epochs = {epoch for epoch in run.settings.eval_at if epoch * run.steps_per_epoch >= step}
+    evaluations = len(epochs | {run.settings.epochs})
+    seconds = steps * np.mean(run.step_seconds[1:])  # the first one warms up
+    left_out = ", not counting these"
+    if run.evaluation_seconds:
+        seconds += evaluations * np.mean(run.evaluation_seconds)
+        left_out = ""
+    shown = f"{seconds:.0f} seconds"
+    if seconds > 100:
+        shown = f"{seconds / 60:.0f} minutes"
+    if seconds > 100 * 60:
+        shown = f"{seconds / 3600:.1f} hours"
+    return f"about {shown} to go: {steps} steps, and evaluations: {evaluations}{left_out}"
 
 
 def listen_for_stop():
@@ -1304,19 +1505,23 @@ def listen_for_stop():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
-            os.write(2, b"\nstopping after this step; once more ends at once\n")
+            with suppress(OSError):  # where nobody reads it
+                os.write(2, b"\nstopping after this step; once more ends at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored is what nohup asks for
-        signal.signal(signal.SIGHUP, ask)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # there is none on Windows
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # ignored is what nohup asks for
+        signal.signal(hangup, ask)
     return received
 
 
 def peak_memory_gib(device):
-    """Peak memory of this process: of the GPU, else resident."""
+    """Peak memory of this process: of the GPU, else resident; None where the system cannot tell."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    if resource is None:
+        return None
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
 
@@ -1363,7 +1568,7 @@ def decide(given, method, model, documents):
     return dataclasses.replace(
         given,
         batch_size=batch_size,
-        lr=given.lr or lr,
+        lr=float(given.lr or lr),
         epochs=epochs,
         eval_at=doubling if given.eval_at is None else given.eval_at,
         mask_ratio=given.mask_ratio if method.masks else None,
@@ -1443,23 +1648,31 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     """
     device = start_processes()
     stop = listen_for_stop()
-    results = {}
-    if args.resume:
-        results = unfinished(args.resume, methods)
-        wanted = [Settings(**results["arguments"])]
-    else:
-        wanted = given_settings(args, methods, models, device)
-    # all methods first, so that a mistake in the last one does not wait for the training of others
-    runs = []
-    for given in wanted:
-        out = run_directory(args, given.method, several=len(wanted) > 1)
-        runs.append(prepare(given, methods[given.method], device, stop, out))
-    if args.show is not None:
+    with ExitStack() as locks:  # of the directories, on rank 0, until all is done
+        results = {}
+        if args.resume:
+            resumed = Path(args.resume)
+            results = on_rank_0(partial(reopen, resumed, methods, locks))
+            if results is None:
+                return
+            wanted = [Settings(**results["arguments"])]
+        else:
+            wanted = given_settings(args, methods, models, device)
+        # all methods first, so that a mistake in the last one does not wait for the training of
+        # others
+        runs = [prepare(given, methods[given.method], device, stop) for given in wanted]
+        if args.show is not None:
+            for run in runs:
+                show_examples(run, args.show)
+            return
         for run in runs:
-            show_examples(run, args.show)
-        return
-    dist.barrier()  # no rank writes into --out before all have looked at it
-    finished = []
+            out = out_of(args.out, run.settings.method, several=len(runs) > 1)
+            run.out = resumed if args.resume else on_rank_0(partial(claim, run, out, locks))
+        train_all(runs, results, stop)
+
+
+def train_all(runs, results, stop):
+    """Train one after the other and print what came of it, unless asked to stop."""
     for number, run in enumerate(runs):
         try:
             done = train_and_save(run, results)
@@ -1471,9 +1684,19 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             return
         if not done:
             return
-        finished.append(run.results)
-    print0(evaluation.table(evaluation.summarize(finished)))
+    print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
+    print0(where_it_is([run.out for run in runs]))
+
+
+def where_it_is(outs):
+    """The last lines of a command: where the results are, how to ask the model, the picture."""
+    last = outs[-1]
+    ask = f'python {os.path.relpath(evaluation.__file__)} --model {last} --ask "..."'
+    picture = f"{last}/curves.png"
+    if not find_spec("matplotlib"):
+        picture = f"pip install matplotlib, then {resume_command(last)}"
+    return f"\nresults: {' '.join(map(str, outs))}\nask it:  {ask}\ncurves:  {picture}"
 
 
 def given_settings(args, methods, models, device):
@@ -1494,39 +1717,14 @@ def given_settings(args, methods, models, device):
     return [Settings(method=name, **given) for name in names]
 
 
-def run_directory(args, method, several):
-    """Where a run goes or comes from, if the flags say; UserError where a new one has no room."""
-    if args.resume:
-        return Path(args.resume)
-    if not args.out:
+def out_of(out, method, several):
+    """Where --out says that the run of a method goes; None: it does not say."""
+    if not out:
         return None
-    out = Path(f"{args.out}-{method}" if several else args.out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"--out {out} is in use: give another name, or go on with --resume {out}")
-    return out
+    return Path(f"{out}-{method}" if several else out)
 
 
-def unfinished(out, methods):
-    """The results so far of a run that --resume names; UserError where it cannot go on."""
-    results = data.read_json(Path(out) / "results.json")
-    arguments = results.get("arguments") if isinstance(results, dict) else None
-    method = arguments.get("method") if isinstance(arguments, dict) else None
-    if method not in methods:
-        raise UserError(
-            f"--resume {out}: a run of {method}, not of one of this script's methods, "
-            f"{', '.join(methods)}; go on with the script that began it"
-        )
-    saved = ("model.safetensors", "model.safetensors.index.json")  # what is written last
-    if any((Path(out) / name).exists() for name in saved):
-        left = f" ({out}/ckpt may be deleted)" if (Path(out) / "ckpt").exists() else ""
-        raise UserError(
-            f"--resume {out}: this run is finished{left}. "
-            f"To ask its questions again: python eval.py --model {out}"
-        )
-    return results
-
-
-def prepare(given, method, device, stop, out):
+def prepare(given, method, device, stop):
     """A Run with every setting decided and its data checked, before there are weights."""
     check_settings(given, method)
     directory = find_model(given.model)
@@ -1548,7 +1746,7 @@ def prepare(given, method, device, stop, out):
     config.raw = raw | {"torch_dtype": dtype}
     with torch.device("meta"):
         model = Model(config)
-    run = Run(given, method, device, directory, out, tokenizer, dataset, model, stop)
+    run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
     check_dataset(run)
     documents = len(dataset.documents)
     run.settings = decide(dataclasses.replace(given, dtype=dtype), method, model, documents)
@@ -1666,6 +1864,8 @@ def train_and_save(run, results):
         f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.steps} steps of "
         f"{settings.batch_size}, lr {settings.lr:g}, into {run.out}"
     )
+    if world_size() > 1:  # a GPU's library may end them all without a word
+        print0(f"should a process die, go on with {resume_command(run.out)}")
     try:
         done = train(run)
         if done:
@@ -1675,6 +1875,9 @@ def train_and_save(run, results):
         raise UserError(cannot_write(run, cause)) from None
     except (OSError, safetensors.SafetensorError) as error:  # of files, training only writes
         raise UserError(cannot_write(run, error)) from None
+    except RuntimeError:  # another rank is gone, and that may be rank 0
+        print(f"[rank {rank()}] {how_to_go_on(run)}", file=sys.stderr)
+        raise
     close_run(run)
     return done
 
@@ -1693,8 +1896,8 @@ def cannot_write(run, cause):
 
 def open_run(run, results):
     """Weights, optimizer and directory of a run: new, or with its `results` where it stopped."""
-    learned = documents_digest(run.dataset.documents)
-    if results and results["documents"] != learned:
+    known = data.digest(run.dataset.documents + run.dataset.questions)
+    if results and results["dataset"] != known:
         raise UserError(
             f"--resume {run.out}: --data {run.settings.data} is not what it was when the run "
             "began: bring that back, or begin a new run"
@@ -1707,11 +1910,11 @@ def open_run(run, results):
         done = [e for e in results["evaluations"] if e["step"] < run.start]
         run.results = results | {"evaluations": done}
         return
-    run.out = new_directory(run)
+    on_rank_0(partial(refuse_used, run.out))  # somebody may have filled it since
     run.results = {
-        "arguments": dataclasses.asdict(run.settings),
+        "arguments": dataclasses.asdict(from_anywhere(run.settings)),
         "environment": environment(run.device),
-        "documents": learned,
+        "dataset": known,
         "decoding": evaluation.decoding(run.dataset.questions, run.model.config.causal),
         "evaluations": [],
     }
@@ -1720,10 +1923,15 @@ def open_run(run, results):
         evaluation.write_results(run.out, run.results, [])
 
 
-def documents_digest(documents):
-    """The sha256 of what is learned, wherever its file lies."""
-    learned = [{k: v for k, v in document.items() if k != "where"} for document in documents]
-    return hashlib.sha256(json.dumps(learned).encode()).hexdigest()
+def from_anywhere(settings):
+    """The same settings with absolute paths for a model and data of the user's."""
+    model = Path(settings.model)
+    built_in = Path(__file__).parent / settings.model
+    if model.is_dir() and not (built_in.is_dir() and model.samefile(built_in)):
+        settings = dataclasses.replace(settings, model=str(model.absolute()))
+    if settings.data.partition(":")[0] not in data.SETS:
+        settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))
+    return settings
 
 
 def environment(device):
@@ -1736,32 +1944,25 @@ def environment(device):
         "processes": world_size(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
+        "maskft": commit(),
     }
 
 
-def new_directory(run):
-    """The directory of a new run, made: what --out names, or the next free number."""
-    choice = [run.out]
-    if run.out is None:
-        numbered = (Path(f"out/{run.dataset.name}-{run.settings.method}-{n}") for n in count(1))
-        choice = [next(path for path in numbered if not path.exists())]
-    dist.broadcast_object_list(choice)  # what rank 0 saw: others may look later
-    if rank() == 0:
-        # of two runs that saw the same number, one ends here
-        choice[0].mkdir(parents=True, exist_ok=run.out is not None)
-    return choice[0]
+def commit():
+    """The git commit of this file, with "-dirty" if files were changed since; None if unknown."""
+    here = Path(__file__).parent
+    if not (here / ".git").exists() or not shutil.which("git"):
+        return None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(describe, cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def finish(run):
     """Save the model, delete the checkpoints, draw the curves."""
     save(run.model, run.out)
-    if rank():
-        return
-    if (run.out / "ckpt").exists():  # three times the size of the model each, and of no more use
-        shutil.rmtree(run.out / "ckpt")
-    if run.results["evaluations"][-1]["scores"] and find_spec("matplotlib"):
-        rows = evaluation.summarize([run.results])
-        evaluation.draw_panels(rows, run.out / "curves.png", evaluation.draw_curves)
+    if rank() == 0:
+        tidy(run.out, run.results)
 
 
 def close_run(run):
@@ -1774,10 +1975,41 @@ def close_run(run):
         torch.cuda.reset_peak_memory_stats()
 
 
+class Stream:
+    """stdout or stderr that lets nothing end the program: whom it writes to may be gone, as behind
+    `| head` or with a terminal, and may not know all characters."""
+
+    def __init__(self, stream):
+        # None: it was closed from the start
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            return act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # from here on to nowhere, and what is left in the buffer too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @record  # any other error: torchrun ends the run, with the traceback of the rank that failed first
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1."""
-    evaluation.guard_output()
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass  # or a file of the run takes the number of a closed stdout, and what is printed
+    sys.stdout = Stream(sys.stdout)
+    sys.stderr = Stream(sys.stderr)
     try:
         body()
     except (
