@@ -385,7 +385,6 @@ def checked_run(tokenizer, method="masked", **given):
         maskft.METHODS[method],
         maskft.torch.device("cpu"),
         HERE / "tiny",
-        None,
         tokenizer,
         data.Dataset("own", given.get("documents", []), given.get("questions", [])),
         model,

@@ -114,7 +114,8 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None):
 def losses(out):
     """What has to be the same where a run is repeated."""
     compared = ("step", "epoch", "loss", "lr", "grad_norm")
-    return [[line[name] for name in compared] for line in jsonl(out / "metrics.jsonl")]
+    lines = jsonl(out / "metrics.jsonl")
+    return [[line[name] for name in compared] for line in lines if "loss" in line]
 
 
 def equal_but_for_rounding(ours, theirs):
@@ -624,7 +625,6 @@ BAD_LINES = {
     '{"text": "x"': "not JSON",
     '{"txt": "x"}': "not a document",
     '"text"': "not a document",
-    '{"question": "Q?", "direction": "forward"}': '"answer" must be text,',
     '{"question": "Q?", "answer": "A", "direction": "sideways"}': '"direction"',
 }
 BAD_SETS = {
@@ -915,7 +915,7 @@ def test_practice_is_what_made_the_built_in_models(method, expected, tokenizer, 
     assert digest(content.encode())[:16] == expected
     flags = shlex.split("--data world:8 --epochs 8 --eval-at 8 --batch-size 8 --lr 1e-3")
     forked(pretrain, "--method", method, "--model", "tiny", *flags, "--out", tmp_path / "run")
-    rates = [line["lr"] for line in jsonl(tmp_path / "run/metrics.jsonl")]
+    rates = [lr for _, _, _, lr, _ in losses(tmp_path / "run")]
     assert rates == pytest.approx([1e-3, *(1e-3 * (7 - n) / 7 for n in range(7))])
 
 
@@ -998,7 +998,8 @@ def test_math_answers_are_scored_as_lm_eval_does(answer, strict, flexible):
 
 
 def test_an_interval_holds_95_percent_of_the_means():
-    usual = {"direction": "forward", "group": "g", "exact": 0.0, "f1": 1.0, "length": 2}
+    usual = {"direction": "forward", "group": "g", "answer": "A", "exact": 0.0, "f1": 1.0}
+    usual |= {"length": 2}
     scores = evaluation.average([usual | {"rouge1": float(n < 80)} for n in range(100)])
     group = scores["forward"]
     assert group == scores["forward/g"] and group["n"] == 100
@@ -1708,12 +1709,11 @@ def test_reverse_is_checked_with_its_longer_text(tokenizer):
     lengths = [len(maskft.build(run, 0, epoch).ids) for epoch in range(8)]
     longest = max(lengths)
     assert lengths[0] < longest  # so a look at the first epoch is not enough
-    run.settings.max_len = longest
-    maskft.check_dataset(run)
-    run.settings.max_len = lengths[0]
-    message = f"document 1: {longest} tokens as a training example, more than --max-len"
-    with pytest.raises(UserError, match=message):
+    for limit, parts in ((longest, 1), (lengths[0], 2)):
+        run.dataset.documents = documents
+        run.settings.max_len = limit
         maskft.check_dataset(run)
+        assert len(run.dataset.documents) == parts
 
 
 # ------------------------------------------------------------------------------ maskft: settings
@@ -2252,7 +2252,6 @@ MISTAKES = {
     "--model tiny --seed -1": "--seed -1 is below 0",
     "--model tiny --epochs 3 --eval-at 0 4": "--eval-at 4: the 3 epochs count from 0",
     "--model tiny --eval-at -1": "--eval-at -1: the ",
-    "--model tiny --data bio:6 --max-len 40": "document 1: ",
     "--model tiny --data nowhere.jsonl": "nor a file or directory that exists",
     "--model tiny --data world:9": "use masked or sft for questions, tiny/pretrain.py for people",
     "--model tiny --method sft --out taken": "--out taken is in use",
@@ -2458,7 +2457,7 @@ def test_imports_go_one_way_and_stand_on_top():
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)):
                 continue
-            if node in tree.body:
+            if node in tree.body or imported(node) == {"resource"}:  # which not every system has
                 top |= imported(node)
             else:
                 lazy += [(name, module) for module in imported(node)]
@@ -2506,7 +2505,8 @@ def test_every_flag_is_tried_and_read():
         for action in parser._actions[1:]:  # the first is --help
             flag = action.option_strings[-1]
             assert re.search(rf"{flag}(?![\w-])", tried), flag
-            assert re.search(rf"\b(args|given|settings)\.{action.dest}\b", code), flag
+            read = rf"\b(args|given|settings)\.{action.dest}\b|\"{action.dest}\""
+            assert re.search(read, code), flag
 
 
 def test_the_readme_s_custom_method_trains_and_is_reported(tmp_path):
