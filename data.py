@@ -20,11 +20,13 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import shutil
 import unicodedata
 import zlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -217,7 +219,7 @@ def parse_direction(task, group, where, released):
 
     Their tasks are N2D (name to description) and D2N. In NameDescription the group says in which
     order the document has the two: a task is forward where it matches. In other files than the
-    released ones, only the documents can tell: see direction_in."""
+    released ones, only the documents can tell: see add_directions."""
     if task is None:
         return "all"
     if task in ("forward", "backward", "all"):
@@ -232,33 +234,37 @@ def parse_direction(task, group, where, released):
     return "forward" if task == order else "backward"
 
 
-def direction_in(documents, question):
-    """The direction of a question whose file tells only its task (N2D, D2N).
+def add_directions(questions, documents):
+    """Set the direction of questions whose file tells only their tasks (N2D, D2N).
 
-    Of the documents with its answer, the one that shares most words with the question on one side
-    of the answer decides: forward if that side is before it. UserError if none does."""
-    asked = set(plain(question["question"]).split())
-    answer = plain(question.get("answer", "")).strip()
-    found = []  # (shared words, direction)
-    for document in documents:
-        before, has_answer, after = plain(document.get("text", "")).partition(answer or "\n")
-        if has_answer:
-            found.append((len(asked & set(before.split())), "forward"))
-            found.append((len(asked & set(after.split())), "backward"))
-    most = max(found, default=None)
-    best = {direction for shared, direction in found if shared == most[0]}
-    if len(best) == 1:
-        return best.pop()
-    raise UserError(
-        f"{question['where']}: no document tells which way {question['direction']} asks: add "
-        '"direction": "forward" (as in the document, what is asked for comes last) or "backward"'
-    )
+    Of the documents with the answer: a question is forward if what it shares with them stands
+    before the answer. A word counts the less, the more documents have it. UserError if no document
+    tells."""
+    texts = [plain(document.get("text", "")) for document in documents]
+    frequency = Counter(word for text in texts for word in set(text.split()))
+
+    def shared(asked, part):
+        return sum(1 / frequency[word] for word in asked & set(part.split()))
+
+    for question in questions:
+        asked = set(plain(question["question"]).split())
+        answer = plain(question.get("answer", ""))
+        told = [text.partition(answer) for text in texts if answer in text]
+        forward = sum(shared(asked, before) for before, _, _ in told)
+        backward = sum(shared(asked, after) for _, _, after in told)
+        if math.isclose(forward, backward):
+            raise UserError(
+                f"{question['where']}: no document tells which way {question['direction']} asks: "
+                'add "direction": "forward" (what is asked for comes last, as in the document) or '
+                '"backward"'
+            )
+        question["direction"] = "forward" if forward > backward else "backward"
 
 
 def plain(text):
-    """Its words in lower case, without punctuation, a space between them."""
-    text = unicodedata.normalize("NFC", text).casefold()
-    return " ".join(regex.findall(r"\w+", text))
+    """Its words in lower case, without punctuation, a space around each."""
+    words = regex.findall(r"\w+", unicodedata.normalize("NFC", text).casefold())
+    return f" {' '.join(words)} "
 
 
 # where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
@@ -912,9 +918,9 @@ def read_files(name, path, paraphrase):
         seen |= {content: file, unpacked(file): file}
         dataset.documents += documents
         dataset.questions += questions
-    for question in dataset.questions:
-        if question["direction"] in ("N2D", "D2N"):
-            question["direction"] = direction_in(dataset.documents, question)
+    undirected = [q for q in dataset.questions if q["direction"] in ("N2D", "D2N")]
+    if undirected:
+        add_directions(undirected, dataset.documents)
     return dataset
 
 

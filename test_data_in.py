@@ -177,6 +177,7 @@ REFUSED = {  # contents -> what is said of line 2, behind a good line 1
 }
 REFUSED_FILES = {  # name, contents -> what is said of the file
     ("a.csv", "text\nAda, a baker\n"): ", line 2: 2 cells in 1 columns: put quotes around",
+    ("a.csv", 'text\n"Ada\nbakes"\nBo,x\n'): ", line 4: 2 cells in 1 columns: put quotes",
     ("a.csv", 'text\nAda\n"Bo\nis open\n'): ", line 3: not CSV (unexpected end of data)",
     ("a.csv", "question,answer\nWho?,Bo\n,Bo\n"): ", line 3: not a document",
     ("a.txt", b"\x89PNG"): ": not UTF-8 (invalid start byte at byte 0)",
@@ -347,6 +348,7 @@ CUTS = {  # text, most characters -> passages
     ("abcdefgh", 3): ["abc", "def", "gh"],
     ("ae\u0301e\u0301", 2): ["a", "e\u0301", "e\u0301"],
     ("这是一。这是二。", 6): ["这是一。", "这是二。"],
+    ("# A\n\nbb bb bb bb bb bb bb", 24): ["# A\n\nbb bb bb bb bb bb", "bb"],
     (" a \n", 9): ["a"],
     ("ab", 0): [],
 }
@@ -371,6 +373,7 @@ def test_passages_fit_and_hold_the_whole_text(tokenizer):
         assert "".join("".join(parts).split()) == "".join(text.split())
         assert all(map(fits, parts))
         assert len(parts) < 2.5 * len(tokenizer.encode(text)) / most
+    assert len(data.passages("ab " * 2000, lambda part: len(part) < 3000)) == 2
 
 
 def checked_run(tokenizer, method="masked", **given):
@@ -419,6 +422,23 @@ def test_a_document_too_long_is_cut_so_that_its_examples_fit(method, tokenizer, 
     assert f"{file}: 1 document cut into {count} passages of at most {longest} tokens\n" in printed
     assert f"b.jsonl: 2 documents cut into {2 * count} passages of at most {longest} " in printed
     assert ("1 of 5 examples dropped" in printed) == (method != "reverse")
+
+
+def test_reverse_is_checked_and_cut_with_its_longer_text(tokenizer):
+    document = {"text": "a.b,c;d:e!f?g" * 10}
+    run = checked_run(tokenizer, "reverse", documents=[document])
+    run.settings.seed = 1
+    lengths = [len(maskft.build(run, 0, epoch).ids) for epoch in range(8)]
+    assert lengths[0] < max(lengths)  # so a look at the first epoch is not enough
+    run.settings.max_len = max(lengths)
+    maskft.check_dataset(run)
+    assert run.dataset.documents == [document]
+    run.settings.max_len = lengths[0]
+    maskft.check_dataset(run)
+    parts = run.dataset.documents
+    assert len(parts) > 1 and "".join(part["text"] for part in parts) == document["text"]
+    longest = max(len(maskft.build(run, n, e).ids) for n in range(len(parts)) for e in range(8))
+    assert longest <= lengths[0]
 
 
 def test_a_limit_that_leaves_room_for_no_text_is_an_error(tokenizer):
