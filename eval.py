@@ -198,16 +198,16 @@ def print0(*values):
 
 def progress_bar(total, what, unit, **more):
     """tqdm's, on rank 0. In a log file, where each refresh is a line, one a minute at most."""
-    refresh = 0.1 if sys.stderr.isatty() else 60  # seconds
+    quiet = 0 if sys.stderr.isatty() else 60  # seconds
     return tqdm(
         total=total,
         desc=what,
         unit=unit,
         disable=rank() > 0,
         dynamic_ncols=True,
-        mininterval=refresh,
-        maxinterval=max(refresh, 10),
-        delay=refresh,
+        mininterval=max(quiet, 0.1),
+        maxinterval=max(quiet, 10),
+        delay=quiet,
         **more,
     )
 
