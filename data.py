@@ -29,6 +29,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from http.client import HTTPException
 from itertools import groupby
@@ -350,12 +351,16 @@ class Tokenizer:
             skip = "(*SKIP)(*FAIL)" if token in self.special else ""
             choices.append(regex.escape(token) + skip)
         self.added_pattern = regex.compile(f"({'|'.join(choices)})")
+        # a document is seen in every epoch, and the text of a template in every chat
+        self._encode_once = lru_cache(2**17)(self._encode)
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        return self._encode(text, self.added_pattern, self.added)
+        return list(self._encode_once(text, is_frame=False))  # a copy: callers may change it
 
-    def _encode(self, text, pattern, tokens):
+    def _encode(self, text, is_frame):
+        pattern = MARK if is_frame else self.added_pattern
+        tokens = self.special if is_frame else self.added
         ids = []
         for number, part in enumerate(pattern.split(text)):  # text, token, text, ... text
             is_token = number % 2 == 1
@@ -409,9 +414,9 @@ class Tokenizer:
 
     def _encode_frame(self, text):
         """Ids of a template's own text: the one place where special tokens are read as such."""
-        return self._encode(text, MARK, self.special)
+        return list(self._encode_once(text, is_frame=True))
 
-    @property
+    @cached_property
     def mask_id(self):
         """The id that stands for a masked token; UserError if the vocabulary has none to spare."""
         if self.template == "chatml" and self.bytes_of.get(1294) == b"[]":
@@ -1098,16 +1103,17 @@ def collate(examples, pad_id):
     """A micro-batch, padded on the right: a dict of
 
         ids, labels   (B, T) int64
-        key_mask      (B, T) bool, True where there is a token
+        key_mask      (B, T) bool, True where there is a token; None where there is no padding
         weights       (B,) fp32
 
     An empty list gives one padding token without a label: a rank with nothing to do still takes
     part in the step."""
     examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
+    is_padded = len({len(e.ids) for e in examples}) > 1
     return {
         "ids": pad([e.ids for e in examples], pad_id),
         "labels": pad([e.labels for e in examples], IGNORE),
-        "key_mask": pad([[True] * len(e.ids) for e in examples], False),
+        "key_mask": pad([[True] * len(e.ids) for e in examples], False) if is_padded else None,
         "weights": torch.tensor([e.weight for e in examples], dtype=torch.float32),
     }
 
@@ -1123,7 +1129,7 @@ def pad(rows, value):
 
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
-    mask_id = tokenizer.mask_id  # a property that searches
+    mask_id = tokenizer.mask_id
 
     def kind(pair):
         token, label = pair

@@ -179,8 +179,6 @@ def average_group(predictions):
 
 # -------------------------------------------------------------------------------------- answering
 
-BATCH = 64  # questions answered together
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -248,27 +246,26 @@ def check_questions(questions, tokenizer, context, max_new_tokens=None):
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
 
-    answer       prompts (lists of ids), max_new_tokens -> answers (lists of ids)
+    answer       prompts (lists of ids), max_new_tokens -> answers (lists of ids); called once a rank
+                 with all of its prompts, so the batches are its own affair
     scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
                   "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
     """
     max_new_tokens = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
-    # longest together: little padding, and every rank gets its part of short and long
+    # by length: every rank gets its part of short and long, and neighbors make a good batch
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[rank() :: world_size()]
-    answered = {}  # number of the question -> its prediction
     bar = progress_bar(len(mine), "questions", "question", leave=False, position=0)
-    for start in range(0, len(mine), BATCH):
-        batch = mine[start : start + BATCH]
-        answers = answer([prompts[i] for i in batch], max_new_tokens=max_new_tokens)
-        for i, ids in zip(batch, answers, strict=True):
-            text = tokenizer.decode(ids).strip()
-            scores = score(text, questions[i]) if "answer" in questions[i] else {}
-            answered[i] = {**questions[i], "prediction": text, **scores}
-        bar.update(len(batch))
+    asked = [prompts[i] for i in mine]
+    answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=bar.update)
     bar.close()
+    answered = {}  # number of the question -> its prediction
+    for i, ids in zip(mine, answers, strict=True):
+        text = tokenizer.decode(ids).strip()
+        scores = score(text, questions[i]) if "answer" in questions[i] else {}
+        answered[i] = {**questions[i], "prediction": text, **scores}
     parts = [answered] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, answered)

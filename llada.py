@@ -216,22 +216,38 @@ def has_ended(answers, mask_id, stop):
 
 
 def answer(
-    model, tokenizer, prompts, max_new_tokens=128, steps=None, block_length=4, threshold=None
+    model,
+    tokenizer,
+    prompts,
+    max_new_tokens=128,
+    steps=None,
+    block_length=4,
+    threshold=None,
+    on_answer=None,
 ):
     """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0.
 
+    A batch is as large as maskft.generate's; prompts of alike length should be neighbors.
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of
     text.
     """
-    return sample(
-        model,
-        prompts,
-        max_new_tokens,
-        max_new_tokens if steps is None else steps,
-        block_length,
-        stop_ids=tokenizer.stop_ids,
-        threshold=threshold,
-    )
+    answers = []
+    while len(answers) < len(prompts):
+        left = prompts[len(answers) :]
+        longest = len(max(left, key=len)) + max_new_tokens
+        rows = max(1, maskft.ANSWER_BATCH_TOKENS // longest)
+        answers += sample(
+            model,
+            left[:rows],
+            max_new_tokens,
+            max_new_tokens if steps is None else steps,
+            block_length,
+            stop_ids=tokenizer.stop_ids,
+            threshold=threshold,
+        )
+        if on_answer:
+            on_answer(len(left[:rows]))
+    return answers
 
 
 # --------------------------------------------------------------------------------------------- main

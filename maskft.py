@@ -214,7 +214,8 @@ class Method:
     example: Callable  # record, tokenizer, mask_ratio, numpy Generator -> Example
     masks: bool = True  # whether the mask ratio means anything to it
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
-    answer: Callable | None = None  # model, tokenizer, prompts, length -> answers; None = greedy
+    # model, tokenizer, prompts, max_new_tokens, on_answer -> answers; None = greedy
+    answer: Callable | None = None
     schedule: Callable = warm_up  # step, steps -> factor of the learning rate
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
@@ -232,6 +233,8 @@ METHODS = {
     "masked": Method(masked_example, lr_8b=3e-6),
 }
 
+# how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}
 CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
 
 
@@ -250,7 +253,7 @@ def loss_sum(x, norm, head, labels, weights):
 
     rows = [x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)]
     *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
-    total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+    total = sum(checkpoint(chunk_loss, *chunk, **RECOMPUTE) for chunk in chunks)
     return total + chunk_loss(*last)  # not made again: backward begins with it
 
 
@@ -506,23 +509,46 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen: one pair of (B, G, S, K) a layer."""
+    """Keys and values of the tokens already seen: one pair of (rows, G, size, K) a layer.
 
-    def __init__(self, layers, size):
+    Every row is filled from its first column on, however long the others are: a row can be given
+    to another text at any time.
+    """
+
+    def __init__(self, layers, rows, size):
         self.layers = [None] * layers
+        self.rows = rows
         self.size = size
-        self.used = 0  # moved on by the model, once a forward
+
+    def place(self, first, past, T, device):
+        """Say what the next forward is: T tokens more in each of the rows from `first` on.
+
+        past  B numbers, how many tokens each of these rows has
+        """
+        self.chosen = slice(first, first + len(past))
+        self.columns = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
+        self.end = max(past) + T  # S
+        self.is_new = not any(past)
 
     def extend(self, layer, k, v):
-        """Append (B, G, T, K) to a layer; all keys and values so far, (B, G, S, K)."""
+        """Write (B, G, T, K) into a layer; all keys and values of these rows, (B, G, S, K)."""
         if self.layers[layer] is None:
             B, G, _, K = k.shape
-            self.layers[layer] = k.new_empty(B, G, self.size, K), v.new_empty(B, G, self.size, K)
-        end = self.used + k.shape[2]
-        keys, values = self.layers[layer]
-        keys[:, :, self.used : end] = k
-        values[:, :, self.used : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+            shape = (self.rows, G, self.size, K)
+            # zeros: what is masked counts nothing, but nothing times NaN is NaN
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        found = []
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
+            rows = kept[self.chosen]  # a view
+            rows.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
+            found.append(rows[:, :, : self.end])
+        return found
+
+    def move(self, source, target):
+        """Give a row the contents of another."""
+        for kept in self.layers:
+            for tensor in kept:
+                tensor[target] = tensor[source]
 
 
 class Block(nn.Module):
@@ -555,7 +581,7 @@ class Block(nn.Module):
             # silu(gate) and the product are made again in backward, not kept: half of what is as
             # wide as the MLP, for no matmul (checkpoint stops running again once it has the input
             # of `down`, the last thing that backward needs)
-            return x + checkpoint(self.activate, gate, up, use_reentrant=False)
+            return x + checkpoint(self.activate, gate, up, **RECOMPUTE)
         return x + self.activate(gate, up)  # (B, T, D)
 
     def activate(self, gate, up):
@@ -599,13 +625,14 @@ class Model(nn.Module):
         """Logits, or with `labels` the summed loss.
 
         ids       (B, T) int64
-        key_mask  (B, S) bool, True = real token; None = all are. Padding may be on either side;
-                  positions count real tokens only, and padding is never attended to. With a cache
-                  it covers the cached tokens too.
+        key_mask  (B, T) bool, True = real token; None = all are. Padding may be on either side;
+                  positions count real tokens only, and padding is never attended to
         labels    (B, T) int64, each in the place of its own token, IGNORE = no loss. A causal model
-                  predicts a label one position earlier, a diffusion model in place.
+                  predicts a label one position earlier, a diffusion model in place. Labels and
+                  weights may stay on the CPU: to find the labels on a GPU is to wait for it.
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
         pick      (B, T) bool: logits only there
+        cache     a KVCache that was told where the ids stand; their padding is on the right
         returns   logits (B, T, V), or (N, V) with `pick`; or with `labels` the weighted sum of
                   cross entropies, a scalar
         """
@@ -614,16 +641,18 @@ class Model(nn.Module):
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer)
-        if cache is not None:
-            cache.used += ids.shape[1]
         head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
         if labels is not None:
             if self.config.causal:
                 x = x[:, :-1]
                 labels = labels[:, 1:]
-            where = labels != IGNORE  # norm, head and loss are spent on labelled positions only
-            weights = weights[:, None].expand(where.shape)
-            return loss_sum(x[where], self.norm, head, labels[where], weights[where])
+            # norm, head and loss are spent on labelled positions only
+            at = (labels != IGNORE).nonzero(as_tuple=True)  # rows (N,), columns (N,)
+            weights = weights[at[0]]  # (N,)
+            row, column, labels, weights = (
+                picked.to(x.device, non_blocking=True) for picked in (*at, labels[at], weights)
+            )
+            return loss_sum(x[row, column], self.norm, head, labels, weights)
         if pick is not None:
             x = x[pick]  # (N, D)
         return F.linear(self.norm(x), head)
@@ -631,22 +660,25 @@ class Model(nn.Module):
     def mask_and_positions(self, ids, key_mask, cache):
         """Attention mask (B, 1, T, S) bool, None where SDPA needs none; positions (B, T)."""
         B, T = ids.shape
-        past = cache.used if cache is not None else 0
-        if past + T > self.config.context:
-            raise UserError(
-                f"{past + T} tokens are more than the model takes, {self.config.context}"
-            )
+        self.check_length(T)
+        if cache is not None:
+            columns = torch.arange(cache.end, device=ids.device)
+            mask = None if cache.is_new else columns <= cache.columns[:, None, :, None]
+            return mask, cache.columns
         if key_mask is None:
-            assert past == 0 or T == 1, "several tokens behind a cache need a key_mask"
-            return None, torch.arange(past, past + T, device=ids.device).expand(B, T)
-        positions = (key_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        mask = key_mask[:, None, None, :].expand(B, 1, T, past + T)
-        earlier = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)
+            return None, torch.arange(T, device=ids.device).expand(B, T)
+        positions = (key_mask.cumsum(1) - 1).clamp(min=0)
+        mask = key_mask[:, None, None, :].expand(B, 1, T, T)
+        earlier = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
         if self.config.causal:
             mask = mask & earlier
         # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN spreads
         # in backward
-        return mask | earlier.triu(past), positions
+        return mask | earlier.triu(), positions
+
+    def check_length(self, tokens):
+        if tokens > self.config.context:
+            raise UserError(f"{tokens} tokens are more than the model takes, {self.config.context}")
 
 
 # ---------------------------------------------------------------------------------- weights in, out
@@ -859,32 +891,92 @@ def save(model, path):
 # --------------------------------------------------------------------------------------- generation
 
 
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens=128, stop_ids=()):
-    """Greedy decoding of a batch: lists of ids in, lists of new ids out (stop id not included).
+# Prompts together with the room for their answers, at a time: 1 GiB of keys and values of an
+# 8B Llama in bf16.
+ANSWER_BATCH_TOKENS = 8192
 
-    Prompts are padded on the left, so that all rows grow at the same end; the whole stops when
-    every row has.
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens=128,
+    stop_ids=(),
+    temperature=0.0,
+    top_p=1.0,
+    generator=None,
+    batch_tokens=ANSWER_BATCH_TOKENS,
+    on_answer=None,
+):
+    """Answers to any number of prompts: lists of ids in, lists of new ids out (no stop id).
+
+    A row of the batch whose answer has ended goes to the next prompt at once. Prompts are taken
+    longest first, so that neighbors in the batch are of alike length.
+
+    temperature   0 = the likeliest token; else a draw from softmax(logits / temperature)
+    top_p         draws are of the fewest tokens that have this probability together
+    batch_tokens  rows times (prompt + max_new_tokens) at most; one row may be longer
+    on_answer     called with 1 for every answer that is complete
     """
-    if not prompts:
-        return []
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
+            f"found {max_new_tokens}, {temperature}, {top_p}"
+        )
+    model.check_length(max(map(len, prompts), default=0) + max_new_tokens)
+    room = [len(prompt) + max_new_tokens for prompt in prompts]
+    answers = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
+    going = []  # the prompt that each row of the cache belongs to
+    while waiting or going:
+        # 1. free rows are taken by the next prompts, which are computed beside the other rows
+        if not going:
+            most = room[waiting[-1]]
+            cache = KVCache(model.config.layers, max(1, batch_tokens // most), most)
+        first = len(going)
+        # much shorter ones wait, until there can be more and shorter rows
+        while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
+            going.append(waiting.pop())
+        if first == len(going):
+            first = 0  # no prompt was new: all rows go on
+        # 2. the next token of these rows
+        numbers = going[first:]
+        ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
+        past = [len(prompts[i]) + len(answers[i][:-1]) if answers[i] else 0 for i in numbers]
+        logits = last_logits(model, cache, first, past, ids)  # (B, V)
+        chosen = choose(logits, temperature, top_p, generator).tolist()
+        for i, token in zip(numbers, chosen, strict=True):
+            answers[i].append(token)
+        # 3. the last row takes the place of one that has ended
+        for row in reversed(range(len(going))):
+            answer = answers[going[row]]
+            if answer[-1] in stop_ids or len(answer) == max_new_tokens:
+                cache.move(len(going) - 1, row)
+                going[row] = going[-1]
+                going.pop()
+                if on_answer:
+                    on_answer(1)
+    return [until_stop(answer, stop_ids) for answer in answers]
+
+
+def last_logits(model, cache, first, past, ids):
+    """Logits (B, V) behind `ids`, B lists of tokens that the cache's rows from `first` on lack."""
     device = next(model.parameters()).device
-    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    ids, key_mask = pad_left(prompts, 0, device)  # (B, T) each
-    last = torch.zeros_like(key_mask)
-    last[:, -1] = True  # of the prompt, only the last position's logits are wanted
-    cache = KVCache(model.config.layers, ids.shape[1] + max_new_tokens)
-    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    answers = []
-    while len(answers) < max_new_tokens and not stopped.all():
-        logits = model(ids, key_mask, pick=last, cache=cache)  # (B, V)
-        new = logits.argmax(-1)  # (B,)
-        answers.append(new)
-        stopped |= torch.isin(new, stop)
-        ids = new[:, None]  # (B, 1)
-        last = torch.ones_like(ids, dtype=torch.bool)
-        key_mask = torch.cat([key_mask, last], dim=1)
-    return [until_stop(row, stop_ids) for row in torch.stack(answers, dim=1).tolist()]
+    padded = data.pad(ids, 0)  # (B, T)
+    length = torch.tensor([len(row) for row in ids])
+    last = torch.arange(padded.shape[1]) == length[:, None] - 1  # (B, T)
+    cache.place(first, past, padded.shape[1], device)
+    return model(padded.to(device), pick=last.to(device), cache=cache)
+
+
+def choose(logits, temperature, top_p, generator):
+    """The next token of each row: logits (B, V) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    likelier = probabilities.cumsum(-1) - probabilities  # the probability of all before it
+    kept = probabilities.where(likelier < top_p, 0)
+    return ids.gather(1, kept.multinomial(1, generator=generator))[:, 0]
 
 
 def pad_left(rows, value, device):
@@ -900,9 +992,9 @@ def until_stop(ids, stop_ids):
     return list(takewhile(lambda token: token not in stop_ids, ids))
 
 
-def greedy_answer(model, tokenizer, prompts, max_new_tokens=128):
+def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None):
     """Greedy answers of an autoregressive model."""
-    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids)
+    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, on_answer=on_answer)
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
