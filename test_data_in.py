@@ -464,7 +464,7 @@ def test_a_question_without_an_answer_is_asked_and_not_scored(tokenizer):
     true = {"question": WHO, "answer": "Orla Venn", "direction": "all", "group": "all"}
     open_question = {"question": "Who else?", "direction": "all", "group": "all"}
 
-    def answer(prompts, max_new_tokens):
+    def answer(prompts, max_new_tokens, on_answer):
         assert max_new_tokens == 128
         return [tokenizer.encode("Orla Venn")] * len(prompts)
 

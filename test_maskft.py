@@ -1023,7 +1023,7 @@ def asked(tokenizer, monkeypatch):
         knows = question["direction"] == "forward"
         known[tuple(prompt)] = tokenizer.encode(question["answer"] if knows else "nobody")
 
-    def answer(prompts, max_new_tokens):
+    def answer(prompts, max_new_tokens, on_answer):
         return [known[tuple(prompt)] for prompt in prompts]
 
     return questions, answer
@@ -1041,7 +1041,7 @@ def test_each_question_has_the_scores_of_its_own_answer(asked, tokenizer):
 
 def test_an_error_in_answering_is_no_score(asked, tokenizer):
     with pytest.raises(ZeroDivisionError):
-        evaluation.evaluate(lambda prompts, max_new_tokens: 1 / 0, tokenizer, asked[0])
+        evaluation.evaluate(lambda *_, **__: 1 / 0, tokenizer, asked[0])
 
 
 def test_questions_are_spread_evenly_over_the_ranks(asked, tokenizer, monkeypatch):
