@@ -23,15 +23,19 @@ import json
 import math
 import os
 import shutil
+import sys
 import unicodedata
 import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from datetime import datetime
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from http.client import HTTPException
+from itertools import count as counting
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -41,6 +45,9 @@ import huggingface_hub.constants
 import regex  # comes with tiktoken; the standard re has no \p{L}
 import tiktoken
 import torch
+from jinja2 import TemplateError  # jinja2 comes with torch
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tiny import world
 from tiny.world import as_problem
@@ -78,6 +85,83 @@ def parse_json(text, where):
 
 def read_json(path):
     return parse_json(read_text(path), path)
+
+
+# what code meets in a file that is not as it should be: a field is missing, a list stands for an
+# object, a number is not finite, ...
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BROKEN += (regex.error, TemplateError)
+
+
+@contextmanager
+def reading(file, broken=None):
+    """Whatever goes wrong inside with the contents of `file` is a UserError that names it."""
+    try:
+        yield
+    except KeyError as missing:
+        message = f"{file}: the field {missing} is missing; download the file again"
+        raise UserError(message) from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except BROKEN as error:
+        broken = broken or f"not a whole {file.stem} file"
+        raise UserError(f"{file}: {broken} ({error!r}); download it again") from None
+
+
+def read_object(path):
+    """The JSON object in a file; {} if there is no such file."""
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object ({{...}}); download the file again")
+    return content
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS |= {dict: "an object ({...})", list: "a list"}
+LIMITS = {int: (1, 2**30), float: (1e-12, 1e12)}  # sizes, ids and factors of any real model
+REQUIRED = object()
+
+
+def read_field(content, name, kind, default=REQUIRED, low=None):
+    """A field of a JSON object, as the kind that it has to be; put right where it is evident.
+
+    A number or a truth value may be text, as in "1e-05"; numbers have LIMITS, `low` another lower
+    one. null is absent. UserError names the field and what was found."""
+    if not isinstance(content, dict):
+        found = json.dumps(content)[:80]
+        raise UserError(f'found {found} where an object with "{name}" must be; download it again')
+    value = content.get(name)
+    if value is None and default is not REQUIRED:
+        return default
+    found = as_kind(value, kind)
+    wanted = KINDS[kind]
+    if kind in LIMITS:
+        least, most = LIMITS[kind]
+        least = least if low is None else low
+        wanted += f" from {least} to {most}"
+        if found is not None and not least <= found <= most:
+            found = None
+    if found is None:
+        what = json.dumps(value)[:80] if name in content else "nothing"
+        raise UserError(
+            f'"{name}" must be {wanted}, found {what}; correct it, or download it again'
+        )
+    content[name] = found
+    return found
+
+
+def as_kind(value, kind):
+    """A JSON value as `kind`, a number or truth value also from text; None if it is none."""
+    if isinstance(value, str) and kind in (bool, int, float):
+        try:
+            value = json.loads(value.lower())
+        except ValueError:
+            return None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    return value if type(value) is kind else None
 
 
 def write_text(path, text):
@@ -327,8 +411,10 @@ class Tokenizer:
     whole: dict  # bytes -> id of pieces looked up before any merging ("ignore_merges")
     missing: bytes = b""  # the bytes that the vocabulary lacks
     nfc: bool = False
+    late: tuple = ()  # tokens looked for in what the others leave ("normalized")
     # The rest depends on more than the tokenizer's file: see load_tokenizer.
     template: str = ""
+    notes: list = field(default_factory=list)  # what the user should know of it
     bos_id: int | None = None  # None where the model declares none
     eos_id: int | None = None
     eot_id: int | None = None  # end of turn
@@ -345,26 +431,35 @@ class Tokenizer:
         self.compiled = [regex.compile(f"({pattern})") for pattern in self.patterns]
         tokens = self.special | self.added
         self.bytes_of |= {i: token.encode() for token, i in tokens.items()}
+        early = [token for token in tokens if token not in self.late]
+        self.added_patterns = [self._pattern(some) for some in (early, self.late) if some]
+        # a document is seen in every epoch, and the text of a template in every chat
+        self._encode_once = lru_cache(2**17)(self._encode_text_or_frame)
+
+    def _pattern(self, tokens):
         choices = []
         for token in sorted(tokens, key=len, reverse=True):  # the longest wins, as in the reference
             # A special token is stepped over, for none may be found inside of it.
             skip = "(*SKIP)(*FAIL)" if token in self.special else ""
             choices.append(regex.escape(token) + skip)
-        self.added_pattern = regex.compile(f"({'|'.join(choices)})")
-        # a document is seen in every epoch, and the text of a template in every chat
-        self._encode_once = lru_cache(2**17)(self._encode)
+        return regex.compile(f"({'|'.join(choices)})")
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
         return list(self._encode_once(text, is_frame=False))  # a copy: callers may change it
 
-    def _encode(self, text, is_frame):
-        pattern = MARK if is_frame else self.added_pattern
-        tokens = self.special if is_frame else self.added
+    def _encode_text_or_frame(self, text, is_frame):
+        if is_frame:
+            return self._encode(text, [MARK], self.special)
+        return self._encode(text, self.added_patterns, self.added)
+
+    def _encode(self, text, patterns, tokens):
+        if not patterns:
+            return self._encode_plain(text)
         ids = []
-        for number, part in enumerate(pattern.split(text)):  # text, token, text, ... text
+        for number, part in enumerate(patterns[0].split(text)):  # text, token, text, ... text
             is_token = number % 2 == 1
-            ids += [tokens[part]] if is_token else self._encode_plain(part)
+            ids += [tokens[part]] if is_token else self._encode(part, patterns[1:], tokens)
         return ids
 
     def _encode_plain(self, text):
@@ -399,12 +494,14 @@ class Tokenizer:
         """The ids of [{"role", "content"}], a content being text or a list of ids.
 
         After a last message from the user stands the header of the answer. No system turn is
-        slipped in. Contents are encoded on their own and not stripped: a document has the same ids
-        wherever it stands."""
+        slipped in, and an empty one is left out. Contents are encoded on their own and not
+        stripped: a document has the same ids wherever it stands."""
         start, header, end = TEMPLATES[self.template]
         ids = self._encode_frame(start)
         for message in messages:
             content = message["content"]
+            if message["role"] == "system" and not content:
+                continue
             ids += self._encode_frame(header.format(role=message["role"]))
             ids += self.encode(content) if isinstance(content, str) else content
             ids += self._encode_frame(end)
@@ -432,7 +529,8 @@ class Tokenizer:
                 return min(spare)
         raise UserError(
             "the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
-            "tokenizer.json, or use a method that masks nothing (sft, raw)"
+            "tokenizer.json and, if its id is beyond the embeddings, resize them (transformers' "
+            "resize_token_embeddings); or use a method that masks nothing (sft, raw)"
         )
 
 
@@ -442,71 +540,133 @@ def load_tokenizer(path):
     Made from its tokenizer.json (byte-level BPE) or Llama 3's tokenizer.model. UserError, naming
     the file, for any that would not be followed exactly."""
     path = Path(path)
-    file = path / "tokenizer.json"
-    if not file.exists():
-        file = path / "tokenizer.model"
-    if not file.exists():
-        raise UserError(
-            f"{path}: no tokenizer.json or tokenizer.model here; give a complete model directory"
-        )
-    try:
-        is_json = file.suffix == ".json"
-        tokenizer = read_tokenizer_json(file) if is_json else read_tiktoken(file)
-    # a field is missing, a list stands for an object, ...
-    except (AttributeError, KeyError, TypeError, ValueError, regex.error) as error:
-        raise UserError(
-            f"{file}: not a whole tokenizer file ({error!r}); download it again"
-        ) from None
+    file = tokenizer_file(path)
+    is_json = file.suffix == ".json"
+    content = read_object(file) if is_json else {}
+    with reading(file):
+        tokenizer = read_tokenizer_json(content) if is_json else read_tiktoken(file)
+    declared = {name: read_object(path / name) for name in DECLARING}
     special = tokenizer.special
-    tokenizer.template = find_template(special, path)
+    tokenizer.template = find_template(tokenizer, declared, path)
     start, _, end = TEMPLATES[tokenizer.template]
-    configs = [read_json(path / name) for name in DECLARING if (path / name).exists()]
-    bos = declared_ids(configs, "bos", special)
-    eos = declared_ids(configs, "eos", special)
-    pad = declared_ids(configs, "pad", special)
+    bos = declared_ids(declared, "bos", special, path)
+    eos = declared_ids(declared, "eos", special, path)
+    pad = declared_ids(declared, "pad", special, path)
     tokenizer.eot_id = special[end.strip()]
     tokenizer.bos_id = bos[0] if bos else special.get(start)
     tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
-    tokenizer.pad_id = pad[0] if pad else tokenizer.eos_id  # any: padding is masked out everywhere
     tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eot_id, *eos]))
+    with reading(path / "config.json"):
+        rows = embeddings(declared["config.json"])
+    used = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.stop_ids}
+    check_ids(tokenizer, rows, set(pad) - used, path)
+    with reading(file):
+        check_added_ids(content)
+    # any: padding is masked out everywhere
+    tokenizer.pad_id = next((i for i in pad if i < rows), tokenizer.eos_id)
+    # LLaDA's end of text is no sign of a base model: it ends its chats with both
+    if eos and tokenizer.eot_id not in eos and tokenizer.template != "llada":
+        tokenizer.notes.append(
+            f"{path}: a base model, which ends texts with {shown_token(tokenizer, eos[0])}: "
+            f"it learns to end a turn with {end.strip()}"
+        )
     return tokenizer
 
 
-# The files that say which special token is for what, the tokenizer's own first.
-DECLARING = [
+def tokenizer_file(path):
+    """The file that a model directory's tokenizer is made from; UserError if there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).exists():
+            return path / name
+    raise UserError(
+        f"{path}: no tokenizer.json or tokenizer.model here; give a complete model directory"
+    )
+
+
+# the files that declare special tokens, in the order in which they are asked
+DECLARING = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
-]
+)
 
 
-def declared_ids(configs, name, special):
-    """The special ids that these files declare as "bos", "eos" or "pad", each once."""
+def declared_ids(declared, name, special, path):
+    """The special ids that a directory declares as "bos", "eos" or "pad", its tokenizer's first."""
     ids = []
-    for config in configs:
-        token = config.get(f"{name}_token")
-        if isinstance(token, dict):
-            token = token["content"]
-        more = config.get(f"{name}_token_id")
-        ids.append(special.get(token))
-        ids += more if isinstance(more, list) else [more]
+    for file, content in declared.items():
+        with reading(path / file):
+            ids.append(special.get(declared_token(content, name)))
+            one = f"{name}_token_id"
+            found = content.get(one)
+            several = found if isinstance(found, list) else [found]
+            ids += [read_field({one: i}, one, int, None, low=-1) for i in several]
     return list(dict.fromkeys(i for i in ids if i in special.values()))
 
 
-def copy_tokenizer(source, target):
-    """Copy what belongs to the tokenizer, so that a saved model is a whole model directory."""
-    for name in (
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "chat_template.jinja",
-    ):
-        file = Path(source) / name
-        if file.is_file():
-            shutil.copy(file, Path(target) / name)
+def declared_token(content, name):
+    """The text of the special token `name` in one file, which may wrap it; None if none is."""
+    token = f"{name}_token"
+    if isinstance(content.get(token), dict):
+        return read_field(content[token], "content", str)
+    return read_field(content, token, str, None)
+
+
+def embeddings(config):
+    """How many embeddings a model has, by its config.json; without one as many as it takes."""
+    rows = read_field(config, "vocab_size", int, LIMITS[int][1])
+    return read_field(config, "embedding_size", int, rows)  # LLaDA's may be more
+
+
+def check_ids(tokenizer, rows, padding, path):
+    """UserError for a token whose id is beyond the embeddings; one for padding is done without."""
+    beyond = [i for i in tokenizer.bytes_of if i >= rows and i not in padding]
+    if beyond:
+        i = min(beyond)
+        raise UserError(
+            f"{path}: the token {shown_token(tokenizer, i)} has the id {i}, but config.json says "
+            f"that the model has {rows} embeddings; resize them with transformers: "
+            f"m = AutoModelForCausalLM.from_pretrained({str(path)!r}); "
+            f"m.resize_token_embeddings({max(beyond) + 1}); m.save_pretrained({str(path)!r})"
+        )
+    for token in [token for token, i in tokenizer.special.items() if i >= rows]:
+        del tokenizer.special[token]
+
+
+def shown_token(tokenizer, i):
+    return repr(tokenizer.decode([i], special=True))
+
+
+def copy_tokenizer(tokenizer, source, target):
+    """Copy the tokenizer, so that a saved model is a whole model directory."""
+    shutil.copy(tokenizer_file(Path(source)), target)
+    write_chat_files(tokenizer, source, target)
+
+
+def write_chat_files(tokenizer, source, target):
+    """Write what makes other programs chat with a model as it was trained.
+
+    The chat template is that of training; generation stops where training had an end of turn.
+    Other settings stay those of `source`."""
+    target = Path(target)
+    template = jinja_template(tokenizer.template)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    tokens = {f"{name}_token": tokenizer.bytes_of[i].decode() for name, i in ids.items()}
+    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings = usual | tokens | read_object(Path(source) / "tokenizer_config.json")
+    settings |= {"pad_token": tokens["pad_token"], "chat_template": template}
+    generation = read_object(Path(source) / "generation_config.json")
+    generation |= {f"{name}_token_id": i for name, i in ids.items()}
+    generation |= {"eos_token_id": list(tokenizer.stop_ids)}
+    write_json(target / "tokenizer_config.json", settings)
+    write_json(target / "generation_config.json", generation)
+    write_text(target / "chat_template.jinja", template)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -535,9 +695,9 @@ ALPHABET = {chr(byte): byte for byte in SEEN} | {chr(256 + n): b for n, b in enu
 BYTES = str.maketrans(ALPHABET)
 
 
-def refuse(file, what):
+def refuse(what):
     raise UserError(
-        f"{file}: {what} is not supported, only byte-level BPE as in Llama 3, Qwen and SmolLM2; "
+        f"{what} is not supported, only byte-level BPE as in Llama 3, Qwen and SmolLM2; "
         "use a model with such a tokenizer"
     )
 
@@ -548,10 +708,10 @@ def read_tiktoken(file):
         pairs = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
-        refuse(file, "what is no tiktoken file (SentencePiece?)")
+        refuse("what is no tiktoken file (SentencePiece?)")
     # Such files do not tell their pattern, so know the model.
     if sorted(ranks.values()) != list(range(LLAMA3_SIZE)):
-        refuse(file, f"a tiktoken file without Llama 3's {LLAMA3_SIZE} tokens")
+        refuse(f"a tiktoken file without Llama 3's {LLAMA3_SIZE} tokens")
     special = {}
     for n in range(256):
         name = LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>")
@@ -566,42 +726,54 @@ def read_tiktoken(file):
     )
 
 
-def read_tokenizer_json(file):
+def read_tokenizer_json(content):
     """A `Tokenizer` from tokenizer.json. Its post-processor (which adds a bos) is left aside."""
-    content = read_json(file)
-    model = content["model"]
-    normalizer = content.get("normalizer")
-    missing = bytes(byte for char, byte in ALPHABET.items() if char not in model["vocab"])
-    check_model(model, missing, normalizer, file)
-    special, added = read_added_tokens(content.get("added_tokens") or [], file)
-    unknown = set("".join(model["vocab"])) - ALPHABET.keys()
+    model = read_field(content, "model", dict)
+    whole_vocab = read_vocab(model)
+    missing = bytes(byte for char, byte in ALPHABET.items() if char not in whole_vocab)
+    check_model(model, missing)
+    nfc = is_nfc(content.get("normalizer"))
+    special, added, late = read_added_tokens(read_field(content, "added_tokens", list, []), nfc)
     vocab = {}
     bytes_of = {}
-    for token, i in model["vocab"].items():
+    unknown = set("".join(whole_vocab)) - ALPHABET.keys()
+    for token, i in whole_vocab.items():
         if token not in special and unknown.isdisjoint(token):
             vocab[token] = i
             bytes_of[i] = token.translate(BYTES).encode("latin-1")
+    ignore_merges = read_field(model, "ignore_merges", bool, False)
     return Tokenizer(
-        ids=read_merges(vocab, model["merges"], file),
+        ids=read_merges(vocab, read_field(model, "merges", list)),
         bytes_of=bytes_of,
-        patterns=read_patterns(content.get("pre_tokenizer") or {"type": None}, file),
+        patterns=read_patterns(read_field(content, "pre_tokenizer", dict, {"type": None})),
         special=special,
         added=added,
-        whole={bytes_of[i]: i for i in bytes_of} if model.get("ignore_merges") else {},
+        whole={bytes_of[i]: i for i in bytes_of} if ignore_merges else {},
         missing=missing,
-        nfc=bool(normalizer),
+        nfc=nfc,
+        late=late,
     )
 
 
-def check_model(model, missing, normalizer, file):
+def read_vocab(model):
+    """{token: id} of a BPE model, without what no model can have."""
+    vocab = read_field(model, "vocab", dict)
+    tokens = {}
+    for token in vocab:
+        i = read_field(vocab, token, int, low=0)
+        if i in tokens:
+            raise UserError(f'"vocab" has the id {i} twice, for {tokens[i]!r} and {token!r}')
+        tokens[i] = token
+    return vocab
+
+
+def check_model(model, missing):
     """Refuse what would not be followed exactly."""
-    if normalizer not in (None, {"type": "NFC"}):
-        refuse(file, f"the normalizer {json.dumps(normalizer)}")
     kind = model.get("type", "BPE")
     if kind != "BPE":
-        refuse(file, f"the model type {kind}")
+        refuse(f"the model type {kind}")
     if model.get("unk_token") and missing:  # with all the bytes, nothing is unknown
-        refuse(file, "a model with unk_token")
+        refuse("a model with unk_token")
     for option in (
         "byte_fallback",
         "dropout",
@@ -609,28 +781,69 @@ def check_model(model, missing, normalizer, file):
         "end_of_word_suffix",
     ):
         if model.get(option):
-            refuse(file, f"a model with {option}")
+            refuse(f"a model with {option}")
 
 
-def read_added_tokens(tokens, file):
-    """{text: id} of the special tokens, {text: id} of the other ones."""
-    special = {}
-    added = {}
+def is_nfc(normalizer):
+    """Whether text is normalized to NFC; any other normalizer is refused."""
+    match normalizer:
+        case None:
+            return False
+        case {"type": "NFC"}:
+            return True
+        case {"type": "Sequence", "normalizers": [*steps]}:
+            return True in [is_nfc(step) for step in steps]  # each of them is looked at
+    refuse(f"the normalizer {json.dumps(normalizer)}")
+
+
+def check_added_ids(content):
+    """Refuse an added id that is not the one the reference gives: it numbers what is new to it."""
+    tokens = content.get("added_tokens") or []
+    known = dict(content["model"]["vocab"]) if tokens else {}
+    last = len(known) - 1
     for token in tokens:
         text = token["content"]
-        if token["special"] or text in ALWAYS_SPECIAL:
-            special[text] = token["id"]
+        expected = known.get(text, last + 1)
+        if token["id"] != expected:
+            raise UserError(
+                f'"added_tokens" gives {text!r} the id {token["id"]}, the tokenizers library '
+                f"would give it {expected}; number added tokens from the vocabulary's end on"
+            )
+        known[text] = expected
+        last = max(last, expected)
+
+
+def read_added_tokens(tokens, nfc):
+    """{text: id} of the special tokens, {text: id} of the others; which of both are found late."""
+    special = {}
+    added = {}
+    late = []
+    for token in tokens:
+        text = read_field(token, "content", str)
+        i = read_field(token, "id", int, low=0)
+        if not text:
+            refuse("an added token without a text")
+        flags = {flag: read_field(token, flag, bool) for flag in ADDED_FLAGS}
+        if flags["normalized"]:
+            late.append(text)
+        if read_field(token, "special", bool) or text in ALWAYS_SPECIAL:
+            special[text] = i
             continue
-        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
-            if token[flag]:
-                refuse(file, f"the added token {text!r} with {flag}")
-        added[text] = token["id"]
-    return special, added
+        for flag, is_set in flags.items():
+            if is_set and (flag != "normalized" or nfc):
+                refuse(f"the added token {text!r} with {flag}")
+        added[text] = i
+    return special, added, tuple(late)
 
 
-def read_patterns(pre_tokenizer, file):
+ADDED_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+def read_patterns(pre_tokenizer):
     """The regular expressions by which the steps of a pre-tokenizer split a text."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    steps = read_field(pre_tokenizer, "pretokenizers", list, [pre_tokenizer])
+    if not steps:
+        refuse("a pre-tokenizer without steps")
     patterns = []
     for step in steps:
         last = step is steps[-1]
@@ -639,29 +852,31 @@ def read_patterns(pre_tokenizer, file):
                 patterns.append(r"\p{N}")
             case {"type": "Digits", "individual_digits": False} if not last:
                 patterns.append(r"\p{N}+")
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": split}} if not last:
-                patterns.append(check_pattern(split, file))
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}} if (
+                not last
+            ):
+                patterns.append(check_pattern(pattern))
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if last:
                 pass  # bytes alone
             case {"type": "ByteLevel", "add_prefix_space": False} if last:
                 patterns.append(GPT2_PIECES)
             case _:  # what does not end in ByteLevel, too
-                refuse(file, f"the pre-tokenizer {json.dumps(step)[:200]}")
+                refuse(f"the pre-tokenizer {json.dumps(step)[:200]}")
     return patterns
 
 
-def check_pattern(pattern, file):
+def check_pattern(pattern):
     """The regular expression of a Split; refused if Oniguruma, the reference's engine, may read it
     otherwise."""
     bare = regex.sub(r"\\([pP]\{\w+\}|[sSdrnt\W])", "x", pattern)
     bare = regex.sub(r"\[[^][&\\]+\]", "x", bare)  # plain character classes
     odd = regex.search(r"[][\\^$.]|\}\+|\((?!\?(i?:|<?[=!]))", bare)
     if odd:
-        refuse(file, f"{odd.group()!r} in the pattern {pattern!r}")
+        refuse(f"{odd.group()!r} in the pattern {pattern!r}")
     return pattern
 
 
-def read_merges(vocab, merges, file):
+def read_merges(vocab, merges):
     """The ids of all that can be merged, by rank, so that tiktoken merges as the reference does.
 
     tiktoken joins two neighbours if their *bytes* are a token, the reference only if that *pair*
@@ -671,13 +886,20 @@ def read_merges(vocab, merges, file):
     they are the last pair on T's way, or T has no way and they no merge."""
     ranks = {}
     for rank, pair in enumerate(merges):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        halves = pair.split(" ") if isinstance(pair, str) else pair
+        if not is_pair(halves):
+            raise UserError(f'"merges" number {rank} must be two tokens, found {pair!r}')
+        left, right = halves
         if not (left in vocab and right in vocab and left + right in vocab):
-            refuse(file, f"merge {rank}, {left!r} + {right!r}, without an ordinary token for it,")
+            refuse(f"merge {rank}, {left!r} + {right!r}, without an ordinary token for it,")
         ranks[left, right] = rank
     singles = [token for token in vocab if len(token) == 1]
     last = last_merges(singles, ranks)
     return [vocab[token] for token in sorted(last, key=last.get)]
+
+
+def is_pair(value):
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def last_merges(singles, ranks):
@@ -752,15 +974,138 @@ MARKS = {name: set(MARK.findall("".join(parts))) for name, parts in TEMPLATES.it
 ALWAYS_SPECIAL = set().union(*MARKS.values(), ["<|mdm_mask|>"])
 
 
-def find_template(special, path):
-    """The name of the chat template whose special tokens a tokenizer has."""
-    for name, marks in MARKS.items():
-        if marks <= special.keys():
+def find_template(tokenizer, declared, path):
+    """The name of the chat template that a model directory has.
+
+    Its own chat_template decides. Where there is none it is guessed from the special tokens."""
+    names = [name for name, marks in MARKS.items() if marks <= tokenizer.special.keys()]
+    if not names:
+        raise UserError(
+            f"{path}: its special tokens fit none of the chat templates {', '.join(TEMPLATES)}; "
+            "use the instruct version of a Llama 3, Qwen, SmolLM2 or LLaDA"
+        )
+    source, template = declared_template(declared, path)
+    if template is None:
+        tokenizer.notes.append(
+            f"{path}: no chat template; its special tokens are those of {names[0]}"
+        )
+        return names[0]
+    tokens = template_tokens(declared, path)
+    with reading(source, "its chat template fails"):
+        theirs = [render(template, chat, tokens) for chat in CHATS]
+    for name in names:
+        if [without_system_turn(text, name) for text in theirs] == renderings(name):
             return name
+    # nearest: most of its special tokens are in what theirs renders
+    name = max(names, key=lambda name: sum(mark in theirs[0] for mark in MARKS[name]))
+    pairs = zip(theirs, renderings(name), strict=True)
+    their, our = next(pair for pair in pairs if without_system_turn(pair[0], name) != pair[1])
     raise UserError(
-        f"{path}: its special tokens fit none of the chat templates {', '.join(TEMPLATES)}; "
-        "use the instruct version of a Llama 3, Qwen, SmolLM2 or LLaDA"
+        f"{source}: its chat template is none that this program can train in. It renders\n"
+        f"    {their!r}\nwhere {name}, the nearest, renders\n    {our!r}\n"
+        f"To train in that form all the same, delete the template from a copy of the model"
     )
+
+
+def declared_template(declared, path):
+    """(the file, the text) of a directory's own chat template; the text is None if it has none."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return file, read_text(file)
+    file = path / "tokenizer_config.json"
+    template = declared[file.name].get("chat_template")
+    with reading(file):
+        if isinstance(template, list):  # named ones
+            named = {one["name"]: one["template"] for one in template}
+            return file, read_field(named, "default", str)
+        return file, read_field(declared[file.name], "chat_template", str, None)
+
+
+def template_tokens(declared, path):
+    """{"bos_token": text, ...}, what a chat template may name."""
+    tokens = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts
+        for name in ("bos", "eos", "pad", "unk"):
+            with reading(path / file):
+                token = declared_token(declared[file], name)
+            if token is not None:
+                tokens[f"{name}_token"] = token
+    return tokens
+
+
+CHAT = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "Fine, thanks."},
+    {"role": "user", "content": "And where?"},
+]
+CHATS = (CHAT[:1], CHAT)  # what two templates must render alike to pass for one
+
+
+def renderings(name):
+    """What the chat template of that name makes of CHATS."""
+    return [render(jinja_template(name), chat, {}) for chat in CHATS]
+
+
+def without_system_turn(text, name):
+    """A rendered chat without its first turn, if that is one of the system."""
+    start, header, end = TEMPLATES[name]
+    if not text.startswith(start + header.format(role="system")):
+        return text
+    return start + text.partition(end)[2]
+
+
+def jinja_template(name):
+    """A chat template as other programs read it. As `Tokenizer.chat` has it, no system turn is
+    slipped in, and an empty one is left out."""
+    start, header, end = TEMPLATES[name]
+    before, after = header.split("{role}")
+    template = (
+        "{{ START }}{% for message in messages %}"
+        '{% if message["role"] != "system" or message["content"] %}'
+        '{{ BEFORE + message["role"] + AFTER + message["content"] + END }}'
+        "{% endif %}{% endfor %}"
+        '{% if add_generation_prompt %}{{ BEFORE + "assistant" + AFTER }}{% endif %}'
+    )
+    parts = {"START": start, "BEFORE": before, "AFTER": after, "END": end}
+    for part, text in parts.items():
+        template = template.replace(part, json.dumps(text))
+    return template
+
+
+TEMPLATE_STEPS = 100_000  # lines of code; a real template takes some hundred
+
+
+def render(template, chat, tokens):
+    """A chat up to its answer by a Jinja template of unknown origin, as transformers renders it.
+
+    UserError if that does not come to an end."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime.now().strftime
+    # transformers' mark of answers, which renders nothing
+    template = regex.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    template = regex.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
+    compiled = environment.from_string(template)
+    taken = counting()
+
+    def watch(frame, event, argument):
+        if next(taken) > TEMPLATE_STEPS:
+            raise UserError("its chat template does not come to an end")
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        return compiled.render(messages=chat, add_generation_prompt=True, **tokens)
+    finally:
+        sys.settrace(before)
+
+
+def raise_exception(message):
+    raise TemplateError(message)
 
 
 # --------------------------------------------------------------------------------- published sets

@@ -246,8 +246,8 @@ def check_questions(questions, tokenizer, context, max_new_tokens=None):
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
 
-    answer       prompts (lists of ids), max_new_tokens -> answers (lists of ids); called once a rank
-                 with all of its prompts, so the batches are its own affair
+    answer       prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called
+                 once a rank, with all of its prompts; it calls on_answer(n) for n more answers
     scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
                   "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
@@ -708,6 +708,8 @@ def main():
         directory = maskft.find_model(args.model)
         dtype = settings_of_run(args, directory) or maskft.native_dtype(device)[0]
         tokenizer = data.load_tokenizer(directory)
+        for note in tokenizer.notes:
+            print0(note)
         context = maskft.read_config(directory).context
         dataset = questions_to_ask(args)
         check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)

@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
-from data import IGNORE, Example, UserError
+from data import IGNORE, Example, UserError, read_field
 from eval import print0, progress_bar, rank, world_size
 
 try:
@@ -304,56 +304,105 @@ def read_config(directory):
             f"{path}: not found. A model is a directory with config.json, *.safetensors and a "
             "tokenizer"
         )
-    raw = data.read_json(path)
-    try:
-        return parse_config(raw)
-    except KeyError as missing:
-        raise UserError(f"{path}: the field {missing} is missing") from None
-    except (UserError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None  # a list for a number, say
+    raw = data.read_object(path)
+    with data.reading(path):
+        config = parse_config(raw)
+    return with_own_head(config, Path(directory))
 
 
 def parse_config(raw):
     """The Config in the Hugging Face config of any supported family."""
-    family = raw.get("model_type")
+    family = read_field(raw, "model_type", str)
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+    for name in DTYPE_FIELDS:
+        declared = raw.get(name)
+        if declared is not None:
+            raw[name] = parse_dtype(declared, name)
     parse, _ = FAMILIES[family]
     return parse(raw)
+
+
+DTYPE_FIELDS = ("dtype", "torch_dtype", "precision")  # the last is LLaDA's
+DTYPES = ("float32", "bfloat16", "float16", "float64", "amp_bf16", "amp_fp16")
+
+
+def parse_dtype(declared, name):
+    """What a config says of the dtype of its weights; "auto" is float32."""
+    dtype = str(declared).removeprefix("torch.").replace("auto", "float32")
+    if dtype not in DTYPES:
+        raise UserError(f'"{name}" must be one of {", ".join(DTYPES)}, found {declared!r}')
+    return dtype
 
 
 def parse_llama(raw):
     """The Config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
     family = raw["model_type"]
     refuse_unless(raw, hidden_act=("silu",), mlp_bias=(False, None), quantization_config=(None,))
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"RoPE scaling {kind!r} is not one of default, linear, llama3")
-    heads = raw["num_attention_heads"]
-    bias = raw.get("attention_bias", False)
-    context = raw.get("max_position_embeddings", 2048)
+    size = partial(read_field, raw, kind=int)
+    flag = partial(read_field, raw, kind=bool)
+    width = size("hidden_size")
+    heads = size("num_attention_heads")
+    bias = flag("attention_bias", default=False)
+    context = size("max_position_embeddings", default=2048)
+    rope = parse_rope(raw, context)
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
-    if raw.get("use_sliding_window", family == "mistral") and raw.get("sliding_window"):
-        context = min(context, raw["sliding_window"])
+    if flag("use_sliding_window", default=family == "mistral"):
+        context = min(context, size("sliding_window", default=context))
     return Config(
-        vocab=raw["vocab_size"],
-        width=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
+        vocab=data.embeddings(raw),
+        width=width,
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-        mlp_width=raw["intermediate_size"],
+        kv_heads=size("num_key_value_heads", default=heads),
+        head_size=size("head_dim", default=width // heads),
+        mlp_width=size("intermediate_size"),
         context=context,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling={} if kind == "default" else rope | {"rope_type": kind},
-        tied=raw.get("tie_word_embeddings", False),
+        norm_eps=read_field(raw, "rms_norm_eps", float, 1e-6),
+        rope_theta=rope["rope_theta"],
+        rope_scaling={} if rope["rope_type"] == "default" else rope,
+        tied=flag("tie_word_embeddings", default=False),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         qk_norm=family == "qwen3",
         raw=raw,
     )
+
+
+ROPE_FACTORS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def parse_rope(raw, context):
+    """The RoPE fields of a config, in both spellings: rope_type, rope_theta and ROPE_FACTORS.
+
+    As in transformers, rope_scaling goes before rope_parameters, and the original context is the
+    context where nothing else is said. UserError where the two disagree."""
+    old = read_field(raw, "rope_scaling", dict, {})
+    new = read_field(raw, "rope_parameters", dict, {})
+    rope = dict(old or new)
+    kind = read_field(rope, "rope_type", str, read_field(rope, "type", str, "default"))
+    if kind not in ROPE_FACTORS:
+        raise UserError(f"RoPE scaling {kind!r} is not one of {', '.join(ROPE_FACTORS)}")
+    theta = read_field(raw, "rope_theta", float, 10000.0)
+    rope |= {"rope_type": kind, "rope_theta": read_field(rope, "rope_theta", float, theta)}
+    for name, value in new.items():
+        if value not in ("default", None, rope.get(name)):
+            raise UserError(
+                f'"rope_scaling" and "rope_parameters" disagree about "{name}": '
+                f"{rope.get(name)!r} and {value!r}; delete one of them"
+            )
+    for name in ROPE_FACTORS[kind]:
+        read_field(rope, name, float)
+    if kind == "llama3":
+        original = "original_max_position_embeddings"
+        rope[original] = read_field(rope, original, int, context)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise UserError('"low_freq_factor" must be below "high_freq_factor"; correct it')
+    return rope
 
 
 # What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
@@ -383,27 +432,28 @@ def parse_llada(raw):
     allowed = {name: (value,) if value else (value, None) for name, value in LLADA_FIXED.items()}
     absent = dict.fromkeys(["clip_qkv", "rope_scaling", "quantization_config"], (None,))
     refuse_unless(raw, multi_query_attention=(None, False), **allowed, **absent)
-    vocab = (
-        raw.get("embedding_size") or raw["vocab_size"]
-    )  # the rows there are; the latter may be fewer
-    if not 0 <= raw["mask_token_id"] < vocab:
-        raise UserError(
-            f"mask_token_id = {raw['mask_token_id']} is not one of the {vocab} embeddings"
-        )
+    size = partial(read_field, raw, kind=int)
+    vocab = data.embeddings(raw)
+    mask_id = size("mask_token_id", low=0)
+    if mask_id >= vocab:
+        raise UserError(f"mask_token_id = {mask_id} is not one of the {vocab} embeddings")
+    width = size("d_model")
+    heads = size("n_heads")
+    mlp_ratio = size("mlp_ratio", default=4)
     return Config(
         vocab=vocab,
-        width=raw["d_model"],
-        layers=raw["n_layers"],
-        heads=raw["n_heads"],
-        kv_heads=raw.get("n_kv_heads") or raw["n_heads"],
-        head_size=raw["d_model"] // raw["n_heads"],
-        mlp_width=raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * raw["d_model"],
-        context=raw.get("max_sequence_length", 1024),
-        norm_eps=raw.get("rms_norm_eps", 1e-5),
-        rope_theta=float(raw.get("rope_theta", 10000.0)),
+        width=width,
+        layers=size("n_layers"),
+        heads=heads,
+        kv_heads=size("n_kv_heads", default=heads),
+        head_size=width // heads,
+        mlp_width=size("mlp_hidden_size", default=mlp_ratio * width),
+        context=size("max_sequence_length", default=1024),
+        norm_eps=read_field(raw, "rms_norm_eps", float, 1e-5),
+        rope_theta=read_field(raw, "rope_theta", float, 10000.0),
         rope_scaling={},
-        tied=raw.get("weight_tying", True),
-        qkv_bias=bool(raw.get("include_qkv_bias")),
+        tied=read_field(raw, "weight_tying", bool, True),
+        qkv_bias=read_field(raw, "include_qkv_bias", bool, False),
         causal=False,
         raw=raw,
     )
@@ -471,6 +521,21 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
+
+
+def is_finite(tensor):
+    """Whether no number is NaN or infinite, without a copy of the tensor."""
+    return tensor.numel() == 0 or torch.stack(tensor.detach().aminmax()).isfinite().all().item()
+
+
+def checked(logits):
+    """The logits; UserError if they are no numbers, which would pass for a wrong answer."""
+    if not is_finite(logits):
+        raise UserError(
+            "the model's logits are NaN or infinite: its weights or config.json are damaged, or "
+            "too large for its dtype, or training ruined them"
+        )
+    return logits
 
 
 def rope_tables(positions, config):
@@ -655,7 +720,7 @@ class Model(nn.Module):
             return loss_sum(x[row, column], self.norm, head, labels, weights)
         if pick is not None:
             x = x[pick]  # (N, D)
-        return F.linear(self.norm(x), head)
+        return checked(F.linear(self.norm(x), head))
 
     def mask_and_positions(self, ids, key_mask, cache):
         """Attention mask (B, 1, T, S) bool, None where SDPA needs none; positions (B, T)."""
@@ -739,8 +804,9 @@ def checkpoint_names(model, family):
 def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id."""
     directory = find_model(path_or_id)
+    config = read_config(directory)
     with torch.device("meta"):
-        model = Model(read_config(directory)).to(dtype)
+        model = Model(config).to(dtype)
     load_weights(model, directory, device)
     return model.eval()
 
@@ -752,7 +818,8 @@ def find_model(name):
             return directory
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
         raise UserError(f"--model {name}: no such directory, and not a hub id (owner/name)")
-    wanted = ["*.safetensors", "*.json", "tokenizer.model"]  # never pickled weights, never code
+    # never pickled weights, never code
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except errors.GatedRepoError:
@@ -795,12 +862,61 @@ def open_tensors(directory):
         try:
             with safetensors.safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.offset_keys():
-                    tensors[name] = file.get_slice(name).get_shape(), path
+                    view = file.get_slice(name)
+                    check_number_format(view.get_dtype(), name, path)
+                    tensors[name] = view.get_shape(), path
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: not a whole safetensors file ({error}): download it again"
             ) from None
     return tensors
+
+
+def check_number_format(name_of_dtype, name, path):
+    """UserError for a tensor of integers, or of 8 or fewer bits: those are quantized."""
+    if name_of_dtype not in ("F64", "F32", "F16", "BF16"):
+        raise UserError(
+            f"{path}: {name} holds numbers of type {name_of_dtype}; give a model that is not "
+            "quantized, in float32, bfloat16 or float16"
+        )
+
+
+def read_rows(tensors, name, start, stop):
+    """Rows of a tensor from its file.
+
+    The file is opened anew each time, as what was read of it stays mapped until it is closed."""
+    _, path = tensors[name]
+    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        return file.get_slice(name)[start:stop]
+
+
+def with_own_head(config, directory):
+    """The Config of a model directory: tied only if it has no head of its own.
+
+    As in transformers, a head beside a tied embedding counts unless the two are equal."""
+    _, table = FAMILIES[config.raw["model_type"]]
+    tensors = open_tensors(directory) if config.tied else {}
+    head = f"{table['head']}.weight"
+    embedding = f"{table['embed']}.weight"
+    if head not in tensors or is_equal(tensors, head, embedding):
+        return config
+    print0(f'{directory}: has a {head} of its own, so "tie_word_embeddings" does not hold')
+    said = "tie_word_embeddings" if config.causal else "weight_tying"
+    return dataclasses.replace(config, tied=False, raw=config.raw | {said: False})
+
+
+def is_equal(tensors, first, second):
+    """Whether two tensors of a checkpoint are the same, read a piece at a time."""
+    if second not in tensors or tensors[first][0] != tensors[second][0]:
+        return False
+    rows = tensors[first][0][0]
+    return all(
+        torch.equal(
+            read_rows(tensors, first, start, start + CHUNK).float(),
+            read_rows(tensors, second, start, start + CHUNK).float(),
+        )
+        for start in range(0, rows, CHUNK)
+    )
 
 
 def load_weights(model, directory, device):
@@ -824,18 +940,22 @@ def load_weights(model, directory, device):
             mesh = parameter.device_mesh
             start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
         if local.shape[0]:
-            # Into the shard in place. The file is opened anew for each parameter, as what was read
-            # of it stays mapped until it is closed.
-            _, path = tensors[names[name]]
-            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                local.copy_(file.get_slice(names[name])[start : start + local.shape[0]])
+            # into the shard in place
+            local.copy_(read_rows(tensors, names[name], start, start + local.shape[0]))
+            if not is_finite(local):
+                _, path = tensors[names[name]]
+                raise UserError(
+                    f"{path}: {names[name]} holds NaN or infinite numbers (in {local.dtype}): "
+                    "download it again, or use another checkpoint"
+                )
 
 
 def check_tensors(model, tensors, names, directory):
     """UserError unless the checkpoint has exactly the model's tensors, in its shapes."""
     unread = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # early Llama 2's
     if model.config.tied:
-        unread.add("lm_head.weight")  # a copy of the embedding
+        _, table = FAMILIES[model.config.raw["model_type"]]
+        unread.add(f"{table['head']}.weight")  # a copy of the embedding
     missing = set(names.values()) - set(tensors)
     extra = set(tensors) - set(names.values()) - unread
     if missing or extra:
@@ -861,8 +981,9 @@ def save(model, path):
     """
     path = Path(path)
     raw = model.config.raw
-    declared = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
-    dtype = getattr(torch, declared.replace("amp_bf16", "bfloat16"))  # LLaDA's word for it
+    declared = next((raw[name] for name in DTYPE_FIELDS if raw.get(name)), "float32")
+    # LLaDA's words
+    dtype = getattr(torch, declared.replace("amp_bf16", "bfloat16").replace("amp_fp16", "float16"))
     names = checkpoint_names(model, raw["model_type"])
     parameters = {names[name]: p.detach() for name, p in model.named_parameters()}
     empty = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
@@ -881,6 +1002,7 @@ def save(model, path):
         if rank() == 0:
             part = path / f"{file}.part"
             save_file(whole, part, metadata={"format": "pt"})
+            shutil.copymode(path / "config.json", part)  # not for its owner's eyes alone
             part.replace(path / file)  # a file that has its name is whole
     if rank() == 0 and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -1469,9 +1591,12 @@ def train(run):
         loss, norm, stopping, saving = sum_over_ranks(loss_and_norm, len(run.stop), due)
         norm /= world_size()  # each rank had the whole of it
         if not math.isfinite(loss) or not math.isfinite(norm):
+            advice = "begin again with a lower --lr (--resume would do the same again)"
+            if step == 0:
+                advice = "it is not training that broke this model; use another, or --dtype float32"
             raise UserError(
                 f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}: "
-                "begin again with a lower --lr (--resume would do the same again)"
+                f"{advice}"
             )
         # 5. log
         seconds = time.monotonic() - began
@@ -1822,6 +1947,8 @@ def prepare(given, method, device, stop):
     directory = find_model(given.model)
     config = read_config(directory)
     tokenizer = data.load_tokenizer(directory)
+    for note in tokenizer.notes:
+        print0(note)
     if not method.causal:
         config = as_diffusion(config, tokenizer)
     elif not config.causal:
@@ -1836,6 +1963,9 @@ def prepare(given, method, device, stop):
     # the finished model is saved in the dtype that it was scored in
     raw = {name: value for name, value in config.raw.items() if name != "dtype"}
     config.raw = raw | {"torch_dtype": dtype}
+    pad_id = data.as_kind(raw.get("pad_token_id"), int)
+    if pad_id is not None and pad_id >= config.vocab:
+        config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
     run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
@@ -2011,7 +2141,7 @@ def open_run(run, results):
         "evaluations": [],
     }
     if rank() == 0:
-        data.copy_tokenizer(run.directory, run.out)
+        data.copy_tokenizer(run.tokenizer, run.directory, run.out)
         evaluation.write_results(run.out, run.results, [])
 
 
@@ -2054,7 +2184,74 @@ def finish(run):
     """Save the model, delete the checkpoints, draw the curves."""
     save(run.model, run.out)
     if rank() == 0:
+        data.load_tokenizer(run.out)  # a UserError if it vanished meanwhile
+        data.write_text(run.out / "README.md", model_card(run))
         tidy(run.out, run.results)
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation{base}
+tags:
+- masked-fine-tuning
+# license: yours to choose, as far as the base model and the data allow
+---
+# {name}
+
+A language model that was taught new documents with maskft, after *Diffusion-Inspired Masked
+Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885).
+
+- base model: {model}
+- data: {data}, {documents} documents
+- method: {method}
+- settings: {settings}
+
+Scores after training, by kind of question (mean [95 % interval]):
+
+```
+{scores}
+```
+
+To ask it, without a system message, in the form that it was trained in (`chat_template.jinja`):
+
+```sh
+python eval.py --model {out} --ask "..."
+```
+{chat}"""
+CARD_CHAT = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{out}")
+model = AutoModelForCausalLM.from_pretrained("{out}")
+chat = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def model_card(run):
+    """The README.md of a run's directory, with the head that the hub reads."""
+    settings = dataclasses.asdict(run.settings)
+    named = ("model", "data", "method")
+    others = [f"{name} {value}" for name, value in settings.items() if name not in named]
+    scores = run.results["evaluations"][-1]["scores"]
+    from_hub = run.directory.parent.name == "snapshots"
+    return CARD.format(
+        base=f"\nbase_model: {settings['model']}" if from_hub else "",
+        name=run.out.name,
+        out=run.out,
+        **{name: settings[name] for name in named},
+        documents=len(run.dataset.documents),
+        settings=", ".join(others),
+        scores=evaluation.score_table(scores) if scores else "no questions were asked",
+        chat=CARD_CHAT.format(out=run.out) if run.model.config.causal else "",
+    )
 
 
 def close_run(run):

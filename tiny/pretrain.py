@@ -96,7 +96,9 @@ def write_new_model(directory):
     Path(directory).mkdir(parents=True)
     write_tokenizer(Path(directory) / "tokenizer.json")
     raw = data.read_json(maskft.find_model("tiny") / "config.json")
-    raw["vocab_size"] = len(data.load_tokenizer(directory).bytes_of)
+    tokenizer = data.load_tokenizer(directory)
+    data.write_chat_files(tokenizer, directory, directory)
+    raw["vocab_size"] = len(tokenizer.bytes_of)
     model = maskft.Model(maskft.parse_config(raw))
     rng = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
