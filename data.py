@@ -118,7 +118,7 @@ def read_object(path):
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 KINDS |= {dict: "an object ({...})", list: "a list"}
-LIMITS = {int: (1, 2**30), float: (1e-12, 1e12)}  # sizes, ids and factors of any real model
+LIMITS = {int: (1, 10**9), float: (1e-12, 1e12)}  # sizes, ids and factors of any real model
 REQUIRED = object()
 
 
@@ -138,7 +138,7 @@ def read_field(content, name, kind, default=REQUIRED, low=None):
     if kind in LIMITS:
         least, most = LIMITS[kind]
         least = least if low is None else low
-        wanted += f" from {least} to {most}"
+        wanted += f" from {least:g} to {most:g}"
         if found is not None and not least <= found <= most:
             found = None
     if found is None:
@@ -598,19 +598,26 @@ def declared_ids(declared, name, special, path):
     for file, content in declared.items():
         with reading(path / file):
             ids.append(special.get(declared_token(content, name)))
-            one = f"{name}_token_id"
-            found = content.get(one)
-            several = found if isinstance(found, list) else [found]
-            ids += [read_field({one: i}, one, int, None, low=-1) for i in several]
+            ids += token_ids(content, f"{name}_token_id")
     return list(dict.fromkeys(i for i in ids if i in special.values()))
+
+
+def token_ids(content, name):
+    """The ids in a field that holds one or several, or -1, which some files have for none."""
+    found = content.get(name)
+    if not isinstance(found, list):
+        return [read_field(content, name, int, None, low=-1)]
+    content[name] = [read_field({name: i}, name, int, low=-1) for i in found]
+    return content[name]
 
 
 def declared_token(content, name):
     """The text of the special token `name` in one file, which may wrap it; None if none is."""
-    token = f"{name}_token"
-    if isinstance(content.get(token), dict):
-        return read_field(content[token], "content", str)
-    return read_field(content, token, str, None)
+    field_name = f"{name}_token"
+    token = content.get(field_name)
+    if isinstance(token, dict):
+        token = token.get("content", token)
+    return read_field({field_name: token}, field_name, str, None)
 
 
 def embeddings(config):
@@ -1016,7 +1023,7 @@ def declared_template(declared, path):
     template = declared[file.name].get("chat_template")
     with reading(file):
         if isinstance(template, list):  # named ones
-            named = {one["name"]: one["template"] for one in template}
+            named = {read_field(t, "name", str): read_field(t, "template", str) for t in template}
             return file, read_field(named, "default", str)
         return file, read_field(declared[file.name], "chat_template", str, None)
 

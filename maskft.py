@@ -319,6 +319,8 @@ def parse_config(raw):
         declared = raw.get(name)
         if declared is not None:
             raw[name] = parse_dtype(declared, name)
+    for name in ("bos", "eos", "pad"):
+        data.token_ids(raw, f"{name}_token_id")
     parse, _ = FAMILIES[family]
     return parse(raw)
 
@@ -399,7 +401,7 @@ def parse_rope(raw, context):
         read_field(rope, name, float)
     if kind == "llama3":
         original = "original_max_position_embeddings"
-        rope[original] = read_field(rope, original, int, context)
+        rope[original] = read_field(raw, original, int, read_field(rope, original, int, context))
         if rope["low_freq_factor"] >= rope["high_freq_factor"]:
             raise UserError('"low_freq_factor" must be below "high_freq_factor"; correct it')
     return rope
@@ -523,9 +525,12 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
 
 
-def is_finite(tensor):
-    """Whether no number is NaN or infinite, without a copy of the tensor."""
-    return tensor.numel() == 0 or torch.stack(tensor.detach().aminmax()).isfinite().all().item()
+def is_finite(tensor, most=math.inf):
+    """Whether all numbers are between -most and most, and none is NaN; makes no copy of them."""
+    if not tensor.numel():
+        return True
+    low, high = (end.item() for end in tensor.detach().aminmax())  # NaN if any is
+    return -most < low and high < most
 
 
 def checked(logits):
@@ -942,11 +947,11 @@ def load_weights(model, directory, device):
         if local.shape[0]:
             # into the shard in place
             local.copy_(read_rows(tensors, names[name], start, start + local.shape[0]))
-            if not is_finite(local):
+            if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
                 _, path = tensors[names[name]]
                 raise UserError(
-                    f"{path}: {names[name]} holds NaN or infinite numbers (in {local.dtype}): "
-                    "download it again, or use another checkpoint"
+                    f"{path}: {names[name]} holds NaN, infinite or absurdly large numbers (as "
+                    f"{local.dtype}): download it again, or use another checkpoint"
                 )
 
 
