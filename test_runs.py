@@ -193,10 +193,11 @@ def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, m
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(evaluation, "BATCH", 1)
 
-    def slow(prompts, max_new_tokens):
-        time.sleep(0.15)
+    def slow(prompts, max_new_tokens, on_answer):
+        for _ in prompts:
+            time.sleep(0.15)
+            on_answer(1)
         return [[]] * len(prompts)
 
     questions = data.load("bio:1").questions[:3]
