@@ -52,7 +52,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -595,7 +595,8 @@ class KVCache:
 
         past  B numbers, how many tokens each of these rows has
         """
-        self.chosen = slice(first, first + len(past))
+        self.chosen = torch.arange(first, first + len(past), device=device)[:, None]  # (B, 1)
+        self.first = first
         self.columns = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
         self.end = max(past) + T  # S
         self.is_new = not any(past)
@@ -609,9 +610,8 @@ class KVCache:
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         found = []
         for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            rows = kept[self.chosen]  # a view
-            rows.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
-            found.append(rows[:, :, : self.end])
+            kept[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
+            found.append(kept[self.first : self.first + len(new), :, : self.end])  # a view
         return found
 
     def move(self, source, target):
@@ -1018,9 +1018,9 @@ def save(model, path):
 # --------------------------------------------------------------------------------------- generation
 
 
-# Prompts together with the room for their answers, at a time: 1 GiB of keys and values of an
-# 8B Llama in bf16.
-ANSWER_BATCH_TOKENS = 8192
+# Prompts and the room for their answers at a time: as 64 rows of 144, or 1.1 GiB of keys and values
+# of a Llama-3.1-8B in bf16.
+ANSWER_BATCH_TOKENS = 9216
 
 
 @torch.no_grad()
@@ -1037,8 +1037,8 @@ def generate(
 ):
     """Answers to any number of prompts: lists of ids in, lists of new ids out (no stop id).
 
-    A row of the batch whose answer has ended goes to the next prompt at once. Prompts are taken
-    longest first, so that neighbors in the batch are of alike length.
+    A row of the batch whose answer has ended goes to one of the next prompts. Prompts are taken
+    longest first, so that those in the batch are of alike length.
 
     temperature   0 = the likeliest token; else a draw from softmax(logits / temperature)
     top_p         draws are of the fewest tokens that have this probability together
@@ -1061,11 +1061,13 @@ def generate(
             most = room[waiting[-1]]
             cache = KVCache(model.config.layers, max(1, batch_tokens // most), most)
         first = len(going)
-        # much shorter ones wait, until there can be more and shorter rows
-        while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
-            going.append(waiting.pop())
+        several = min(len(waiting), max(1, cache.rows // 8))  # together they cost less
+        if cache.rows - first >= several:
+            # much shorter ones wait, until there can be more and shorter rows
+            while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
+                going.append(waiting.pop())
         if first == len(going):
-            first = 0  # no prompt was new: all rows go on
+            first = 0  # no prompt is new: all rows go on
         # 2. the next token of these rows
         numbers = going[first:]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
@@ -1130,6 +1132,12 @@ def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None)
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
     GPUs. The device."""
+    # Before CUDA starts. Micro-batches differ in length, which leaves fixed segments in pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # cuDNN's attention, the first choice on an H100, has had NaN gradients with a mask (pytorch
+    # issue 196678) and wrong answers with few KV heads (193893), and plans anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -1170,17 +1178,21 @@ def sum_over_ranks(*numbers):
     return packed.tolist()
 
 
-def shard(model, device, dtype):
+def shard(model, device, dtype, offload=False):
     """FSDP2: every block a unit, embedding, norm and head the root's.
 
-    fp32 master weights and gradient sums; in bf16 the gathered copies are bf16.
+    fp32 master weights and gradient sums; in bf16 the gathered copies are bf16. With `offload` all
+    but the gathered copies is in the host's memory: load the weights to the CPU.
     """
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # without cast_forward_inputs=False the RoPE tables would be rounded to bf16
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    how = {"mesh": mesh, "mp_policy": policy}
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
 
 
 @contextmanager
@@ -1468,6 +1480,7 @@ class Settings:
     dtype: str
     eval_at: list
     save_every: float  # minutes
+    offload: bool = False  # weights, gradients and optimizer state in the host's memory
 
 
 @dataclass
@@ -1648,9 +1661,11 @@ def update(run, examples, lr):
     tokens = run.settings.micro_batch_tokens
     for micro in micro_batches(examples, tokens, rank(), world_size()):
         batch = data.collate(micro, run.tokenizer.pad_id)
-        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         if run.model.config.causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
+        for name in ("ids", "key_mask"):
+            if batch[name] is not None:
+                batch[name] = batch[name].to(run.device, non_blocking=True)
         with run.autocast:
             loss = run.model(**batch) / denominator
         # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the
@@ -1660,7 +1675,7 @@ def update(run, examples, lr):
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0).full_tensor()
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return torch.stack([total, norm])
+    return torch.stack([total, norm.to(run.device)])  # with --offload gradients are not there
 
 
 def evaluate_and_record(run, step, epoch):
@@ -1835,6 +1850,8 @@ def arguments(description, methods):
     add("--seed", type=int, default=0, help="of people, order and masks (default: 0)")
     dtypes = ["bfloat16", "float32"]
     add("--dtype", choices=dtypes, help="of the computation (default: bfloat16 if native)")
+    host = "keep weights, gradients and optimizer state in the host's memory: slower, fits more"
+    add("--offload", action="store_true", help=host)
     epochs = "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)"
     add("--eval-at", type=int, nargs="+", metavar="E", help=epochs)
     minutes = "between checkpoints (default: 30)"
@@ -2110,10 +2127,11 @@ def train_and_save(run, results):
 
 
 def out_of_memory(settings, error):
+    first = "" if settings.offload else "--offload, then "
     return (
         f"out of GPU memory with micro-batches of {settings.micro_batch_tokens} tokens and "
-        f"documents of at most {settings.max_len} ({error}); begin again with a lower "
-        "--micro-batch-tokens, then --max-len, more GPUs, or a smaller --model"
+        f"documents of at most {settings.max_len} ({error}); begin again with {first}a lower "
+        "--micro-batch-tokens, then --max-len; or take more GPUs, or a smaller --model"
     )
 
 
@@ -2129,9 +2147,10 @@ def open_run(run, results):
             f"--resume {run.out}: --data {run.settings.data} is not what it was when the run "
             "began: bring that back, or begin a new run"
         )
-    shard(run.model, run.device, getattr(torch, run.settings.dtype))
-    load_weights(run.model, run.directory, run.device)
-    run.optimizer = make_optimizer(run.model, run.settings.lr)
+    settings = run.settings
+    shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
+    load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
+    run.optimizer = make_optimizer(run.model, settings.lr)
     if results:
         run.start = load_checkpoint(run)
         done = [e for e in results["evaluations"] if e["step"] < run.start]

@@ -2287,7 +2287,7 @@ def test_too_little_gpu_memory_is_a_message_that_says_what_to_lower(where, tmp_p
     break_it = partial(setattr, maskft, where, fail)
     printed = forked(maskft, *SHORT, "--out", tmp_path / "run", before=break_it, status=1)
     assert "error: out of GPU memory with micro-batches of 4096 tokens" in printed
-    assert "begin again with a lower --micro-batch-tokens, then --max-len, more GPUs" in printed
+    assert "begin again with --offload, then a lower --micro-batch-tokens, then" in printed
 
 
 def send(number, where, name, nth):
