@@ -202,9 +202,9 @@ def supervise(prompt, target):
     return Example(prompt + target, labels, weight=1.0, denominator=len(target))
 
 
-def warm_up(step, steps):
-    """The factor of the learning rate: 2 % linear warm-up, then constant [paper A.4]."""
-    return min(1.0, (step + 1) / max(1, round(0.02 * steps)))
+def warm_up(lr, step, steps):
+    """The learning rate of a step: 2 % linear warm-up, then constant [paper A.4]."""
+    return min(lr, lr * (step + 1) / max(1, round(0.02 * steps)))
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,16 @@ class Method:
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
     # model, tokenizer, prompts, max_new_tokens, on_answer -> answers; None = greedy
     answer: Callable | None = None
-    schedule: Callable = warm_up  # step, steps -> factor of the learning rate
+    schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
     small_lr: float = 6e-4  # below 1 B, measured on SmolLM2-135M
     tiny_lr: float = 6e-4  # of the built-in models
     tiny_steps: int = 300  # their length of training
+
+    def __post_init__(self):
+        if not self.causal and self.answer is None:
+            raise ValueError("a method without the causal mask needs an `answer` of its own")
 
 
 # The last is what is trained by default; on the built-in model the last two, to compare.
@@ -1600,7 +1604,7 @@ def train(run):
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
-        lr = run.settings.lr * run.method.schedule(step, run.steps)
+        lr = run.method.schedule(run.settings.lr, step, run.steps)
         loss_and_norm = update(run, examples, lr)
         # 3. the next batch, while a GPU still computes
         examples = examples_of_step(run, step + 1)
@@ -1820,7 +1824,7 @@ def check_settings(settings, method):
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed} is below 0")
-    if not method.causal and settings.mask_ratio[-1] == 0:
+    if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
         raise UserError(
             "--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone"
         )
@@ -1876,6 +1880,7 @@ def parse_flags(parser):
 
 
 PAPER_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+BUILT_IN = ("tiny", "tiny-llada")
 
 
 def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
@@ -1948,7 +1953,7 @@ def given_settings(args, methods, models, device):
         if large:
             why = "under torchrun with CUDA"
         print0(f"model {args.model} (the default {why})")
-    demo = args.model == built_in
+    demo = args.model in BUILT_IN
     names = getattr(args, "method", None) or list(methods)[-2 if demo else -1 :]
     flags = [f.name for f in dataclasses.fields(Settings) if f.name != "method"]
     given = {name: getattr(args, name) for name in flags}

@@ -1013,9 +1013,8 @@ def test_an_interval_holds_95_percent_of_the_means():
 
 
 @pytest.fixture
-def asked(tokenizer, monkeypatch):
-    """27 questions in batches of 4, and a model that knows the answers to the forward ones."""
-    monkeypatch.setattr(evaluation, "BATCH", 4)
+def asked(tokenizer):
+    """27 questions, and a model that knows the answers to the forward ones."""
     questions = world.make_bio(3)[1]
     known = {}
     for question in questions:
@@ -1459,8 +1458,7 @@ BAD_CONFIGS = [
     ({"num_key_value_heads": 3}, "not a multiple of kv_heads = 3"),
     ({"num_attention_heads": 0}, "config.json: "),
     ({"num_hidden_layers": 10**9}, "layers = 1000000000"),
-    ({"hidden_size": -48}, "width = -48"),
-    ({"vocab_size": "300"}, "vocab = '300'"),
+    ({"hidden_size": -48}, '"hidden_size" must be a whole number from 1'),
     # 100 GB, were there room made for it before it is compared
     ({"vocab_size": 2**29}, r"has shape \[300, 48\], config.json says \[536870912, 48\]"),
 ]
@@ -1675,7 +1673,7 @@ def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_ev
 
 
 def test_rate_warms_up_and_matrices_alone_decay(monkeypatch):
-    assert [maskft.warm_up(step, 100) for step in (0, 1, 2, 99)] == [0.5, 1, 1, 1]
+    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2, 99)] == [0.5, 1, 1, 1]
     model = random_model(attention_bias=True)
     matrices, others = maskft.make_optimizer(model, 1e-3).param_groups
     assert {p.dim() for p in matrices["params"]} == {2}

@@ -3,6 +3,7 @@
 # --- copied fixtures
 import contextlib
 import copy
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -184,7 +185,8 @@ REAL = {
         "{{- bos_token }}\n{%- if custom_tools is defined %}\n{%- endif %}\n"
         "{%- if not date_string is defined %}\n"
         "    {%- if strftime_now is defined %}\n        "
-        '{%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n'
+        '{%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+        '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n'
         "{%- endif %}\n{%- if messages[0]['role'] == 'system' %}\n"
         "    {%- set system_message = messages[0]['content']|trim %}\n"
         "    {%- set messages = messages[1:] %}\n{%- else %}\n"
@@ -206,7 +208,8 @@ REAL = {
         "    {%- if messages[0]['role'] == 'system' %}\n"
         "        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
         "    {%- else %}\n        {{- '<|im_start|>system\\nYou are Qwen, created by "
-        "Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}\n"
+        "Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n"
+        "{%- endif %}\n"
         '{%- for message in messages %}\n    {%- if (message.role == "user") or (message.role == '
         '"system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) '
         "%}\n        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + "
@@ -238,7 +241,8 @@ REAL = {
     "SmolLM2": (
         "chatml",
         f"{EVERY}{{% if loop.first and messages[0]['role'] != 'system' %}}{{{{ '"
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n' }}"
         f"{{% endif %}}{CHATML_TURN}{ASKED}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}",
     ),
     "LLaDA": (
@@ -374,9 +378,9 @@ def test_a_token_beyond_the_embeddings_is_named_and_padding_there_replaced(tmp_p
     assert data.read_json(target / "tokenizer_config.json")["pad_token"] == "<|im_end|>"
     write(path / "tokenizer_config.json", {"pad_token": "<|mask|>", "eos_token": "<|mask|>"})
     assert "'<|mask|>'" in refused(path)  # an end of text there is no idle one
+    ordinary = {token: i for token, i in tokenizer.special.items() if token != SPARE}
     with pytest.raises(UserError, match="resize_token_embeddings"):
-        tokenizer.special.pop(SPARE)
-        assert tokenizer.mask_id
+        assert dataclasses.replace(tokenizer, special=ordinary).mask_id
 
 
 NFC = {"type": "NFC"}

@@ -291,8 +291,8 @@ def plain_sum(planned, gpus):
     states = 16 * planned.parameters / gpus
     total = states + planned.activations + planned.logits
     return (
-        f"To compare: 16 bytes a parameter, shared by the GPUs, {gib(states)} + what forward leaves "
-        f"{gib(planned.activations)} + a chunk of logits in backward, 6 bytes each, "
+        f"To compare: 16 bytes a parameter, shared by the GPUs, {gib(states)} + what forward "
+        f"leaves {gib(planned.activations)} + a chunk of logits in backward, 6 bytes each, "
         f"{gib(planned.logits)} = {gib(total)} GiB"
     )
 

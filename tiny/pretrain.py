@@ -197,12 +197,12 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
 # ------------------------------------------------------------------------------------------ main
 
 
-def falling(step, steps):
+def falling(lr, step, steps):
     """The usual warm-up, then a straight line to zero."""
     warm = max(1, round(0.02 * steps))
     if step < warm:
-        return maskft.warm_up(step, steps)
-    return 1 - (step - warm) / (steps - warm)
+        return maskft.warm_up(lr, step, steps)
+    return lr * (1 - (step - warm) / (steps - warm))
 
 
 METHODS = {
