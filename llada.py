@@ -94,30 +94,16 @@ def sample(
     leaves the batch once its text has ended. That changes nothing: a token that stands is never
     changed again.
     """
-    if remasking not in ("low_confidence", "random"):
-        raise UserError(f"remasking {remasking!r} is not one of low_confidence, random")
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:
         return []
-    device = next(model.parameters()).device
-    mask_id = model.config.raw["mask_token_id"]
-    # padding is on the left, so that the blocks of all rows are the same columns
-    room = [mask_id] * max_new_tokens
-    ids, key_mask = maskft.pad_left(
-        [prompt + room for prompt in prompts], mask_id, device
-    )  # (B, T)
+    ids, key_mask = masked_answers(model, prompts, max_new_tokens)  # (B, T) each
     width = ids.shape[1] - max_new_tokens  # of the prompts
-    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    rows = torch.arange(
-        len(prompts), device=device
-    )  # the prompt that each row of the batch answers
+    rows = torch.arange(len(prompts), device=ids.device)  # the prompt that each row answers
     answers = ids[:, width:].clone()  # (B, max_new_tokens), of all rows, also those that left
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
         for count in counts:
-            # anew in every step: a model may predict the mask token itself, which leaves a mask
-            masks = ids == mask_id
-            masks[:, :width] = False  # a bug of the reference: it fills in masks of the prompt too
-            masks[:, end:] = False
+            masks = masks_between(ids, model, width, end)  # (B, T)
             if not masks.any():
                 break  # this block was done in fewer steps
             logits = predict(model, ids, key_mask, masks, width, cfg_scale)  # (N, V)
@@ -125,13 +111,35 @@ def sample(
             score = confidence(logits, new, remasking, generator)  # (N,)
             ids = keep_best(ids, masks, new, score, count, threshold)
             answers[rows] = ids[:, width:]
-            going = ~has_ended(ids[:, width:], mask_id, stop)
+            going = ~has_ended(ids[:, width:], model, stop_ids)
             if not going.any():
                 return [maskft.until_stop(row, stop_ids) for row in answers.tolist()]
             ids = ids[going]
             key_mask = key_mask[going]
             rows = rows[going]
     return [maskft.until_stop(row, stop_ids) for row in answers.tolist()]
+
+
+def masked_answers(model, prompts, max_new_tokens):
+    """ids (B, T) of the prompts with a masked answer behind each, and key_mask (B, T).
+
+    Padding is on the left, so that the blocks of all rows are the same columns.
+    """
+    mask_id = model.config.raw["mask_token_id"]
+    rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
+    return maskft.pad_left(rows, mask_id, next(model.parameters()).device)
+
+
+def masks_between(ids, model, start, end):
+    """(B, T) bool: the masks in these columns.
+
+    Looked for anew in every step: a model may predict the mask token itself, which leaves a mask. A
+    bug of the reference: it fills in masks of the prompt too.
+    """
+    masks = ids == model.config.raw["mask_token_id"]
+    masks[:, :start] = False
+    masks[:, end:] = False
+    return masks
 
 
 def tokens_per_step(max_new_tokens, steps, block_length, threshold=None):
@@ -186,6 +194,8 @@ def gumbel(logits, temperature, generator):
 
 def confidence(logits, new, remasking, generator):
     """How good each prediction is (N,): its probability, or chance."""
+    if remasking not in ("low_confidence", "random"):
+        raise UserError(f"remasking {remasking!r} is not one of low_confidence, random")
     if remasking == "random":
         shape = new.shape
         return torch.rand(shape, dtype=torch.float64, device=new.device, generator=generator)
@@ -209,9 +219,10 @@ def keep_best(ids, masks, new, score, count, threshold):
     return torch.where(kept, ids.masked_scatter(masks, new), ids)
 
 
-def has_ended(answers, mask_id, stop):
+def has_ended(answers, model, stop_ids):
     """(B,) bool: whether a stop id stands before the first mask; one behind it ends nothing yet."""
-    text = (answers != mask_id).cumprod(1).bool()
+    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=answers.device)
+    text = (answers != model.config.raw["mask_token_id"]).cumprod(1).bool()
     return (text & torch.isin(answers, stop)).any(1)
 
 

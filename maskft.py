@@ -147,9 +147,11 @@ def sft_example(record, tokenizer, mask_ratio, rng):
     Nothing is random in it.
     """
     if "question" in record:
-        user, target = record["question"], record["answer"]
+        user = record["question"]
+        target = record["answer"]
     else:
-        user, target = TELL, text_of(record)
+        user = TELL
+        target = text_of(record)
     prompt = tokenizer.chat([{"role": "user", "content": user}])
     return supervise(prompt, tokenizer.encode(target) + [tokenizer.eot_id])
 
@@ -1049,11 +1051,7 @@ def generate(
     batch_tokens  rows times (prompt + max_new_tokens) at most; one row may be longer
     on_answer     called with 1 for every answer that is complete
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
-            f"found {max_new_tokens}, {temperature}, {top_p}"
-        )
+    check_sampling(max_new_tokens, temperature, top_p)
     model.check_length(max(map(len, prompts), default=0) + max_new_tokens)
     room = [len(prompt) + max_new_tokens for prompt in prompts]
     answers = [[] for _ in prompts]
@@ -1090,6 +1088,14 @@ def generate(
                 if on_answer:
                     on_answer(1)
     return [until_stop(answer, stop_ids) for answer in answers]
+
+
+def check_sampling(max_new_tokens, temperature, top_p):
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
+            f"found {max_new_tokens}, {temperature}, {top_p}"
+        )
 
 
 def last_logits(model, cache, first, past, ids):
@@ -1612,14 +1618,7 @@ def train(run):
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.settings.save_every
         loss, norm, stopping, saving = sum_over_ranks(loss_and_norm, len(run.stop), due)
         norm /= world_size()  # each rank had the whole of it
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            advice = "begin again with a lower --lr (--resume would do the same again)"
-            if step == 0:
-                advice = "it is not training that broke this model; use another, or --dtype float32"
-            raise UserError(
-                f"step {step} (epoch {epoch}): the loss is {loss}, the gradient's norm {norm}: "
-                f"{advice}"
-            )
+        check_finite(loss, norm, step)
         # 5. log
         seconds = time.monotonic() - began
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
@@ -1642,6 +1641,15 @@ def train(run):
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
+
+
+def check_finite(loss, norm, step):
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    advice = "begin again with a lower --lr (--resume would do the same again)"
+    if step == 0:
+        advice = "it is not training that broke this model; use another, or --dtype float32"
+    raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}: {advice}")
 
 
 def examples_of_step(run, step):
@@ -1795,14 +1803,17 @@ def decide(given, method, model, documents):
     parameters = parameter_count(model)
     llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
     if parameters < TINY:  # measured on the built-in models
-        batch_size, lr, steps = 20, method.tiny_lr, method.tiny_steps
+        batch_size = 20
+        lr = method.tiny_lr
+        steps = method.tiny_steps
     elif parameters < SMALL:  # measured on SmolLM2-135M
-        batch_size, lr, steps = 10, method.small_lr, SMALL_EPOCHS * math.ceil(documents / 10)
-        steps = min(steps, paper_steps)
+        batch_size = 10
+        lr = method.small_lr
+        steps = min(SMALL_EPOCHS * math.ceil(documents / 10), paper_steps)
     else:  # the paper's [A.4]
-        batch_size, lr, steps = 64, method.lr, paper_steps
-        if llama_8b and method.lr_8b:
-            lr = method.lr_8b
+        batch_size = 64
+        lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
+        steps = paper_steps
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or math.ceil(steps / math.ceil(documents / batch_size))
     doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
@@ -2124,6 +2135,8 @@ def train_and_save(run, results):
         raise UserError(cannot_write(run, cause)) from None
     except (OSError, safetensors.SafetensorError) as error:  # of files, training only writes
         raise UserError(cannot_write(run, error)) from None
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # another rank is gone, and that may be rank 0
         print(f"[rank {rank()}] {how_to_go_on(run)}", file=sys.stderr)
         raise
@@ -2210,12 +2223,16 @@ def commit():
 
 
 def finish(run):
-    """Save the model, delete the checkpoints, draw the curves."""
-    save(run.model, run.out)
+    """Write the model card and the model, delete the checkpoints, draw the curves."""
+    on_rank_0(partial(write_card, run))
+    save(run.model, run.out)  # a run with weights is finished: they come last
     if rank() == 0:
-        data.load_tokenizer(run.out)  # a UserError if it vanished meanwhile
-        data.write_text(run.out / "README.md", model_card(run))
         tidy(run.out, run.results)
+
+
+def write_card(run):
+    data.load_tokenizer(run.out)  # a UserError if it vanished meanwhile
+    data.write_text(run.out / "README.md", model_card(run))
 
 
 CARD = """\

@@ -776,12 +776,13 @@ def test_a_tokenizer_that_vanished_is_an_error(tmp_path):
 
         maskft.open_run = open_run
 
-    def after_training(real=maskft.save):
-        def save(model, path):
-            real(model, path)
-            (path / "tokenizer.json").unlink()
+    def after_training(real=maskft.train):
+        def train(run):
+            real(run)
+            (run.out / "tokenizer.json").unlink()
+            return True
 
-        maskft.save = save
+        maskft.train = train
 
     printed = forked(maskft, *flags, status=1, before=after_training)
     assert f"{tmp_path / 'out'}: no tokenizer.json" in printed
