@@ -252,6 +252,8 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
                   "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
     """
+    if not questions:
+        return {}, []
     max_new_tokens = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
     # by length: every rank gets its part of short and long, and neighbors make a good batch

@@ -146,7 +146,7 @@ def run_of(args, method, device):
     flags += ["--batch-size", str(args.batch_size)]
     given = maskft.arguments("", METHODS).parse_args(flags)
     (settings,) = maskft.given_settings(given, METHODS, (None, None), device)
-    return maskft.prepare(settings, METHODS[method], device, stop=[], out=None)
+    return maskft.prepare(settings, METHODS[method], device, stop=[])
 
 
 def step_figures(run):
@@ -221,21 +221,36 @@ def sampler(args):
     tokenizer = data.load_tokenizer(directory)
     asked = data.load(args.data).questions
     chosen = random.Random(0).sample(asked, min(args.questions, len(asked)))
-    ways = {"llada.sample": llada.answer, "released loop": released_answer}
+    released = partial(released_answer, model, tokenizer)
+    ways = {
+        "llada.sample": partial(llada.answer, model, tokenizer),
+        "released loop": partial(in_batches, released),
+    }
     programs = {}
     answers = {}
-    for name, way in ways.items():
-        answer = partial(way, model, tokenizer)
+    for name, answer in ways.items():
         answers[name] = {}
         programs[name] = partial(ask, answer, tokenizer, chosen, device, answers[name])
     return compare(take_turns(programs), answers, tokenizer), device
 
 
+def in_batches(answer, prompts, max_new_tokens, on_answer):
+    """The answers of a program that takes a batch at a time: batches as large as maskft's."""
+    answers = []
+    while len(answers) < len(prompts):
+        left = prompts[len(answers) :]
+        longest = len(max(left, key=len)) + max_new_tokens
+        batch = left[: max(1, maskft.ANSWER_BATCH_TOKENS // longest)]
+        answers += answer(batch, max_new_tokens)
+        on_answer(len(batch))
+    return answers
+
+
 def ask(answer, tokenizer, questions, device, answers, max_new_tokens=128):
     """Ask the questions as eval.py does; the figures, and in `answers` {prompt: answer}, ids."""
 
-    def recorded(prompts, max_new_tokens):
-        new = answer(prompts, max_new_tokens)
+    def recorded(prompts, max_new_tokens, on_answer):
+        new = answer(prompts, max_new_tokens=max_new_tokens, on_answer=on_answer)
         answers.update(zip(map(tuple, prompts), new, strict=True))
         return new
 
@@ -456,7 +471,11 @@ def uneven_prompts():
 
 
 def answers(args):
-    """Greedy answers of both programs to the same batches, eval.py's, in one process."""
+    """Greedy answers of both programs to the same prompts, in one process.
+
+    Both have batches of the same size, the longest prompts first; only ours gives the row of an
+    answer that has ended to the next prompt.
+    """
     need_transformers()
     device = start()
     if device.type == "cuda":
@@ -464,7 +483,7 @@ def answers(args):
     directory = causal_model(args.model)
     tokenizer = data.load_tokenizer(directory)
     ours = partial(maskft.greedy_answer, maskft.load(directory), tokenizer)
-    theirs = partial(their_answer, their_model(directory), tokenizer)
+    theirs = partial(in_batches, partial(their_answer, their_model(directory), tokenizer))
     given = {"maskft": {}, "transformers": {}}
     prompts = uneven_prompts()[:: args.every]
     programs = {}

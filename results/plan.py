@@ -11,8 +11,8 @@ number here is computed, and none is measured; NCCL's buffers, the CUDA context 
 allocator's memory come on top, 2 to 4 GiB.
 
 On fake CPU tensors three things have to be as on a GPU: RMSNorm keeps what CUDA's fused kernel
-keeps; a boolean index, whose length only values tell, takes as many rows from the front; the
-optimizer's state is there from the start (its step needs nothing more).
+keeps; there are as many labels as the batch has, although no value says so; the optimizer's state
+is there from the start (its step needs nothing more).
 """
 
 import argparse
@@ -154,18 +154,17 @@ def fused_norms():
     return patch.object(maskft.RMSNorm, "forward", forward)
 
 
-class FirstRows(TorchFunctionMode):
-    """x[where] with a boolean (B, T) takes the first `count` rows: how many are True is unknown."""
+class FirstPlaces(TorchFunctionMode):
+    """nonzero finds the first `count` columns of row 0: only values tell how many there are."""
 
     def __init__(self, count):
         super().__init__()
         self.count = count
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.__getitem__:
-            x, where = args
-            if isinstance(where, torch.Tensor) and where.dtype == torch.bool:
-                return x.flatten(0, 1)[: self.count]
+        if function is torch.Tensor.nonzero:
+            rows = torch.zeros(self.count, dtype=torch.int64)
+            return rows, torch.arange(self.count)
         return function(*args, **(kwargs or {}))
 
 
@@ -245,7 +244,7 @@ def with_room(model):
 
 def forward(model, batch, count):
     """The loss of a micro-batch with `count` labels, as `maskft.update` computes it."""
-    with FirstRows(count), torch.autocast("cpu", torch.bfloat16):
+    with FirstPlaces(count), torch.autocast("cpu", torch.bfloat16):
         return model(**batch)
 
 
