@@ -87,25 +87,16 @@ def read_json(path):
     return parse_json(read_text(path), path)
 
 
-# what code meets in a file that is not as it should be: a field is missing, a list stands for an
-# object, a number is not finite, ...
-BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-BROKEN += (regex.error, TemplateError)
-
-
 @contextmanager
 def reading(file, broken=None):
     """Whatever goes wrong inside with the contents of `file` is a UserError that names it."""
     try:
         yield
-    except KeyError as missing:
-        message = f"{file}: the field {missing} is missing; download the file again"
-        raise UserError(message) from None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    except BROKEN as error:
-        broken = broken or f"not a whole {file.stem} file"
-        raise UserError(f"{file}: {broken} ({error!r}); download it again") from None
+    except Exception as error:  # a list stands for an object, a pattern is no pattern, ...
+        broken = broken or f"not a whole {file.stem} file; download it again"
+        raise UserError(f"{file}: {broken} ({error!r})") from None
 
 
 def read_object(path):
@@ -128,21 +119,22 @@ def read_field(content, name, kind, default=REQUIRED, low=None):
     A number or a truth value may be text, as in "1e-05"; numbers have LIMITS, `low` another lower
     one. null is absent. UserError names the field and what was found."""
     if not isinstance(content, dict):
-        found = json.dumps(content)[:80]
-        raise UserError(f'found {found} where an object with "{name}" must be; download it again')
+        raise UserError(
+            f'found {shown(content)} where an object with "{name}" must be; download it again'
+        )
     value = content.get(name)
     if value is None and default is not REQUIRED:
         return default
     found = as_kind(value, kind)
     wanted = KINDS[kind]
+    is_good = found is not None
     if kind in LIMITS:
         least, most = LIMITS[kind]
         least = least if low is None else low
         wanted += f" from {least:g} to {most:g}"
-        if found is not None and not least <= found <= most:
-            found = None
-    if found is None:
-        what = json.dumps(value)[:80] if name in content else "nothing"
+        is_good = is_good and least <= found <= most
+    if not is_good:
+        what = shown(value) if name in content else "nothing"
         raise UserError(
             f'"{name}" must be {wanted}, found {what}; correct it, or download it again'
         )
@@ -164,12 +156,23 @@ def as_kind(value, kind):
     return value if type(value) is kind else None
 
 
+def shown(value):
+    """A JSON value as a message shows it."""
+    if isinstance(value, dict | list):  # nested too deeply, maybe, to be written
+        return KINDS[type(value)]
+    return json.dumps(value)[:80]
+
+
 def write_text(path, text):
     """Replace a file atomically: whoever reads it sees the old text or the new, never a part."""
     part = Path(f"{path}.{os.getpid()}.part")  # several processes may do so at once
     # a file's name may be no UTF-8; JSON reads what is written instead as the same
     part.write_text(text, encoding="utf-8", errors="backslashreplace")
     part.replace(path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records(path):
@@ -262,13 +265,6 @@ def unpacked(path):
 def ending(path):
     """What tells how to read a file: ".jsonl" of A.JSONL.gz."""
     return unpacked(path).suffix.lower()
-
-
-def shown(value):
-    """A JSON value as a message shows it."""
-    if isinstance(value, dict | list):  # nested too deeply, maybe, to be written
-        return "an object" if isinstance(value, dict) else "a list"
-    return json.dumps(value)[:40]
 
 
 def text_field(record, field, where):
@@ -434,7 +430,7 @@ class Tokenizer:
         early = [token for token in tokens if token not in self.late]
         self.added_patterns = [self._pattern(some) for some in (early, self.late) if some]
         # a document is seen in every epoch, and the text of a template in every chat
-        self._encode_once = lru_cache(2**17)(self._encode_text_or_frame)
+        self._encode_once = lru_cache(2**17)(self._encode)
 
     def _pattern(self, tokens):
         choices = []
@@ -446,20 +442,15 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        return list(self._encode_once(text, is_frame=False))  # a copy: callers may change it
+        return list(self._encode_once(text))  # a copy: callers may change it
 
-    def _encode_text_or_frame(self, text, is_frame):
-        if is_frame:
-            return self._encode(text, [MARK], self.special)
-        return self._encode(text, self.added_patterns, self.added)
-
-    def _encode(self, text, patterns, tokens):
-        if not patterns:
+    def _encode(self, text, stage=0):
+        if stage == len(self.added_patterns):
             return self._encode_plain(text)
         ids = []
-        for number, part in enumerate(patterns[0].split(text)):  # text, token, text, ... text
-            is_token = number % 2 == 1
-            ids += [tokens[part]] if is_token else self._encode(part, patterns[1:], tokens)
+        for number, part in enumerate(self.added_patterns[stage].split(text)):
+            is_token = number % 2 == 1  # text, token, text, ... text
+            ids += [self.added[part]] if is_token else self._encode(part, stage + 1)
         return ids
 
     def _encode_plain(self, text):
@@ -511,7 +502,10 @@ class Tokenizer:
 
     def _encode_frame(self, text):
         """Ids of a template's own text: the one place where special tokens are read as such."""
-        return list(self._encode_once(text, is_frame=True))
+        ids = []
+        for part in MARK.split(text):
+            ids += [self.special[part]] if MARK.match(part) else self.encode(part)
+        return ids
 
     @cached_property
     def mask_id(self):
@@ -541,27 +535,23 @@ def load_tokenizer(path):
     the file, for any that would not be followed exactly."""
     path = Path(path)
     file = tokenizer_file(path)
-    is_json = file.suffix == ".json"
-    content = read_object(file) if is_json else {}
+    content = read_object(file) if file.suffix == ".json" else None
     with reading(file):
-        tokenizer = read_tokenizer_json(content) if is_json else read_tiktoken(file)
-    declared = {name: read_object(path / name) for name in DECLARING}
+        tokenizer = read_tokenizer_json(content) if content else read_tiktoken(file)
     special = tokenizer.special
+    declared = read_declared(path)
     tokenizer.template = find_template(tokenizer, declared, path)
     start, _, end = TEMPLATES[tokenizer.template]
-    bos = declared_ids(declared, "bos", special, path)
-    eos = declared_ids(declared, "eos", special, path)
-    pad = declared_ids(declared, "pad", special, path)
+    bos, eos, pad = [special_ids(special, declared[name]) for name in ("bos", "eos", "pad")]
     tokenizer.eot_id = special[end.strip()]
     tokenizer.bos_id = bos[0] if bos else special.get(start)
     tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
     tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eot_id, *eos]))
+    config = read_object(path / "config.json")
     with reading(path / "config.json"):
-        rows = embeddings(declared["config.json"])
-    used = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.stop_ids}
+        rows = embeddings(config)
+    used = {tokenizer.bos_id, *tokenizer.stop_ids}
     check_ids(tokenizer, rows, set(pad) - used, path)
-    with reading(file):
-        check_added_ids(content)
     # any: padding is masked out everywhere
     tokenizer.pad_id = next((i for i in pad if i < rows), tokenizer.eos_id)
     # LLaDA's end of text is no sign of a base model: it ends its chats with both
@@ -583,7 +573,7 @@ def tokenizer_file(path):
     )
 
 
-# the files that declare special tokens, in the order in which they are asked
+# the files that declare special tokens, in the order in which they count
 DECLARING = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -592,13 +582,21 @@ DECLARING = (
 )
 
 
-def declared_ids(declared, name, special, path):
-    """The special ids that a directory declares as "bos", "eos" or "pad", its tokenizer's first."""
-    ids = []
-    for file, content in declared.items():
+def read_declared(path):
+    """{"bos": [text or id, ...], ...}: the special tokens that a directory's files declare."""
+    declared = {name: [] for name in ("bos", "eos", "pad", "unk")}
+    for file in DECLARING:
+        content = read_object(path / file)
         with reading(path / file):
-            ids.append(special.get(declared_token(content, name)))
-            ids += token_ids(content, f"{name}_token_id")
+            for name, tokens in declared.items():
+                tokens.append(token_text(content, f"{name}_token"))
+                tokens += token_ids(content, f"{name}_token_id")
+    return declared
+
+
+def special_ids(special, tokens):
+    """The ids, each once, of those of `tokens`, texts and ids, that are special ones."""
+    ids = [special.get(token, token) for token in tokens]
     return list(dict.fromkeys(i for i in ids if i in special.values()))
 
 
@@ -611,13 +609,12 @@ def token_ids(content, name):
     return content[name]
 
 
-def declared_token(content, name):
-    """The text of the special token `name` in one file, which may wrap it; None if none is."""
-    field_name = f"{name}_token"
-    token = content.get(field_name)
+def token_text(content, name):
+    """The text of a special token in one file, which may wrap it; None if there is none."""
+    token = content.get(name)
     if isinstance(token, dict):
         token = token.get("content", token)
-    return read_field({field_name: token}, field_name, str, None)
+    return read_field({name: token}, name, str, None)
 
 
 def embeddings(config):
@@ -670,10 +667,6 @@ def write_chat_files(tokenizer, source, target):
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "generation_config.json", generation)
     write_text(target / "chat_template.jinja", template)
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -736,26 +729,27 @@ def read_tiktoken(file):
 def read_tokenizer_json(content):
     """A `Tokenizer` from tokenizer.json. Its post-processor (which adds a bos) is left aside."""
     model = read_field(content, "model", dict)
-    whole_vocab = read_vocab(model)
-    missing = bytes(byte for char, byte in ALPHABET.items() if char not in whole_vocab)
+    vocab = read_vocab(model)
+    missing = bytes(byte for char, byte in ALPHABET.items() if char not in vocab)
     check_model(model, missing)
     nfc = is_nfc(content.get("normalizer"))
-    special, added, late = read_added_tokens(read_field(content, "added_tokens", list, []), nfc)
-    vocab = {}
-    bytes_of = {}
-    unknown = set("".join(whole_vocab)) - ALPHABET.keys()
-    for token, i in whole_vocab.items():
-        if token not in special and unknown.isdisjoint(token):
-            vocab[token] = i
-            bytes_of[i] = token.translate(BYTES).encode("latin-1")
+    added_tokens = read_field(content, "added_tokens", list, [])
+    special, added, late = read_added_tokens(added_tokens, nfc)
+    unknown = set("".join(vocab)) - ALPHABET.keys()
+    ordinary = {
+        token: i for token, i in vocab.items() if token not in special and unknown.isdisjoint(token)
+    }
+    ids = read_merges(ordinary, read_field(model, "merges", list))
+    check_added_ids(added_tokens, vocab)
+    bytes_of = {i: token.translate(BYTES).encode("latin-1") for token, i in ordinary.items()}
     ignore_merges = read_field(model, "ignore_merges", bool, False)
     return Tokenizer(
-        ids=read_merges(vocab, read_field(model, "merges", list)),
+        ids=ids,
         bytes_of=bytes_of,
         patterns=read_patterns(read_field(content, "pre_tokenizer", dict, {"type": None})),
         special=special,
         added=added,
-        whole={bytes_of[i]: i for i in bytes_of} if ignore_merges else {},
+        whole={token: i for i, token in bytes_of.items()} if ignore_merges else {},
         missing=missing,
         nfc=nfc,
         late=late,
@@ -774,6 +768,14 @@ def read_vocab(model):
     return vocab
 
 
+REFUSED_OPTIONS = (
+    "byte_fallback",
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+)
+
+
 def check_model(model, missing):
     """Refuse what would not be followed exactly."""
     kind = model.get("type", "BPE")
@@ -781,12 +783,7 @@ def check_model(model, missing):
         refuse(f"the model type {kind}")
     if model.get("unk_token") and missing:  # with all the bytes, nothing is unknown
         refuse("a model with unk_token")
-    for option in (
-        "byte_fallback",
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-    ):
+    for option in REFUSED_OPTIONS:
         if model.get(option):
             refuse(f"a model with {option}")
 
@@ -803,20 +800,16 @@ def is_nfc(normalizer):
     refuse(f"the normalizer {json.dumps(normalizer)}")
 
 
-def check_added_ids(content):
+def check_added_ids(tokens, vocab):
     """Refuse an added id that is not the one the reference gives: it numbers what is new to it."""
-    tokens = content.get("added_tokens") or []
-    known = dict(content["model"]["vocab"]) if tokens else {}
-    last = len(known) - 1
+    last = len(vocab) - 1
     for token in tokens:
-        text = token["content"]
-        expected = known.get(text, last + 1)
+        expected = vocab.get(token["content"], last + 1)
         if token["id"] != expected:
             raise UserError(
-                f'"added_tokens" gives {text!r} the id {token["id"]}, the tokenizers library '
-                f"would give it {expected}; number added tokens from the vocabulary's end on"
+                f'"added_tokens" gives {token["content"]!r} the id {token["id"]}, the tokenizers '
+                f"library would give it {expected}; number added tokens from the vocabulary's end on"
             )
-        known[text] = expected
         last = max(last, expected)
 
 
@@ -991,13 +984,14 @@ def find_template(tokenizer, declared, path):
             f"{path}: its special tokens fit none of the chat templates {', '.join(TEMPLATES)}; "
             "use the instruct version of a Llama 3, Qwen, SmolLM2 or LLaDA"
         )
-    source, template = declared_template(declared, path)
+    source, template = declared_template(path)
     if template is None:
         tokenizer.notes.append(
             f"{path}: no chat template; its special tokens are those of {names[0]}"
         )
         return names[0]
-    tokens = template_tokens(declared, path)
+    texts = {name: [t for t in tokens if isinstance(t, str)] for name, tokens in declared.items()}
+    tokens = {f"{name}_token": found[0] for name, found in texts.items() if found}
     with reading(source, "its chat template fails"):
         theirs = [render(template, chat, tokens) for chat in CHATS]
     for name in names:
@@ -1014,30 +1008,19 @@ def find_template(tokenizer, declared, path):
     )
 
 
-def declared_template(declared, path):
+def declared_template(path):
     """(the file, the text) of a directory's own chat template; the text is None if it has none."""
     file = path / "chat_template.jinja"
     if file.exists():
         return file, read_text(file)
     file = path / "tokenizer_config.json"
-    template = declared[file.name].get("chat_template")
+    config = read_object(file)
+    template = config.get("chat_template")
     with reading(file):
         if isinstance(template, list):  # named ones
             named = {read_field(t, "name", str): read_field(t, "template", str) for t in template}
             return file, read_field(named, "default", str)
-        return file, read_field(declared[file.name], "chat_template", str, None)
-
-
-def template_tokens(declared, path):
-    """{"bos_token": text, ...}, what a chat template may name."""
-    tokens = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts
-        for name in ("bos", "eos", "pad", "unk"):
-            with reading(path / file):
-                token = declared_token(declared[file], name)
-            if token is not None:
-                tokens[f"{name}_token"] = token
-    return tokens
+        return file, read_field(config, "chat_template", str, None)
 
 
 CHAT = [
@@ -1226,30 +1209,49 @@ def load(name, paraphrase="none", seed=0):
     the one that `paraphrase` asks for, so the paper's released sets are read as they are. The
     questions of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    path = Path(name)
-    notes = []
-    if kind in SETS and os.path.exists(path):
-        notes.append(f"--data {name} is the set of that name; what lies here is --data ./{name}")
-    if isinstance(SETS.get(kind), Generated):
-        dataset = generate(name, paraphrase, seed)
-        dataset.notes = notes
-        return dataset
-    if kind in SETS:
-        facts = number_of_facts(kind, count)
-        dataset = read_files(kind, fetch(kind), paraphrase)
-        if facts:
-            take_facts(dataset, facts, SETS[kind].facts, seed)
-        dataset.notes = notes  # what else lies there is ours
-        return dataset
-    if not os.path.exists(path):
+    if kind not in SETS:
+        return load_files(name, paraphrase)
+    if isinstance(SETS[kind], Generated):
+        dataset = generate(kind, count, paraphrase, seed)
+    else:
+        dataset = load_published(kind, count, paraphrase, seed)
+    dataset.notes = []  # what else lies with a published one is ours
+    if os.path.exists(name):
+        note = f"--data {name} is the set of that name; what lies here is --data ./{name}"
+        dataset.notes.append(note)
+    return dataset
+
+
+def load_files(name, paraphrase):
+    """The Dataset in a custom file or directory."""
+    if not os.path.exists(name):
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
+    path = Path(name)
     dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
     if not dataset.documents and not dataset.questions:
-        why = "".join(f"; {note}" for note in dataset.notes)
-        raise UserError(
-            f'--data {name}: no document (a "text") and no question (a "question") in it{why}'
-        )
+        nothing = f'--data {name}: no document (a "text") and no question (a "question") in it'
+        raise UserError("; ".join([nothing, *dataset.notes]))
     return dataset
+
+
+def load_published(kind, count, paraphrase, seed):
+    """The Dataset of a published set, with `count` of its facts of each kind, "" for all."""
+    most = SETS[kind].facts
+    if count and not most:
+        raise UserError(f"--data {kind}:{count}: {kind} is read whole: give --data {kind}")
+    if count and not (is_count(count) and int(count) <= most):
+        raise UserError(
+            f"--data {kind}:{count}: {kind} takes a number of facts of each kind, at most {most}, "
+            f"as in {kind}:20"
+        )
+    dataset = read_files(kind, fetch(kind), paraphrase)
+    if count:
+        take_facts(dataset, int(count), most, seed)
+    return dataset
+
+
+def is_count(text):
+    return text.isdecimal() and int(text) > 0
 
 
 def read_files(name, path, paraphrase):
@@ -1306,21 +1308,6 @@ def digest(records):
     return sha256(json.dumps(bare).encode()).hexdigest()
 
 
-def number_of_facts(kind, count):
-    """How many facts of each kind are asked for; 0 for all of the set."""
-    most = SETS[kind].facts
-    if not count:
-        return 0
-    if not most:
-        raise UserError(f"--data {kind}:{count}: {kind} is read whole: give --data {kind}")
-    if not count.isdecimal() or not 0 < int(count) <= most:
-        raise UserError(
-            f"--data {kind}:{count}: {kind} takes a number of facts of each kind, at most {most}, "
-            f"as in {kind}:20"
-        )
-    return int(count)
-
-
 def take_facts(dataset, count, most, seed):
     """Leave `count` facts of each of two kinds, with their wordings and exactly their questions.
 
@@ -1339,20 +1326,20 @@ def take_facts(dataset, count, most, seed):
     dataset.questions = of_chosen(dataset.questions)
 
 
-def generate(name, paraphrase, seed):
-    """The Dataset of a generated set, by its name or as NAME:COUNT."""
-    kind, _, count = name.partition(":")
+def generate(kind, count, paraphrase, seed):
+    """The Dataset of a generated set, of `count` people or the like, "" for the usual number."""
     made = SETS[kind]
     count = count or str(made.count)
-    if not count.isdecimal() or int(count) == 0 or paraphrase not in made.paraphrases:
+    asked = f"--data {kind}:{count}"
+    if not is_count(count) or paraphrase not in made.paraphrases:
         raise UserError(
-            f"--data {name} --paraphrase {paraphrase}: {kind} takes a number of {made.of}, "
+            f"{asked} --paraphrase {paraphrase}: {kind} takes a number of {made.of}, "
             f"as in {kind}:20, and --paraphrase {' or '.join(made.paraphrases)}"
         )
     try:
         documents, questions = made.make(int(count), paraphrase, seed)
     except ValueError as error:
-        raise UserError(f"--data {name}: {error}") from None
+        raise UserError(f"{asked}: {error}") from None
     return Dataset(kind, documents, questions)
 
 

@@ -324,7 +324,7 @@ REFUSED_TEMPLATES = [
     ),
     ("chatml", {"chat_template": [7]}, "found 7 where"),
     ("chatml", {"chat_template": 7}, '"chat_template" must be text, found 7'),
-    ("chatml", {"eos_token": ["<|im_end|>"]}, r'"eos_token" must be text, found ["<|im_end|>"]'),
+    ("chatml", {"eos_token": ["<|im_end|>"]}, r'"eos_token" must be text, found a list'),
 ]
 
 
@@ -484,7 +484,7 @@ WRONG = [
     ({"rope_theta": 0}, '"rope_theta" must be'),
     ({"rope_theta": 1e400}, '"rope_theta" must be'),
     ({"rope_scaling": LINEAR | {"factor": 0}}, '"factor" must be a number from 1e-12'),
-    ({"rope_scaling": LINEAR | {"factor": [4]}}, "found [4]"),
+    ({"rope_scaling": LINEAR | {"factor": [4]}}, "found a list"),
     (
         {"rope_scaling": {"type": "linear"}},
         '"factor" must be a number from 1e-12 to 1e+12, found nothing',
