@@ -183,23 +183,19 @@ def read_records(path):
     records = []
     for where, record in read(read_text(path), path):
         fields = record.items() if isinstance(record, dict) else ()
-        record = {name: value for name, value in fields if not is_absent(value)}
+        # tables written as JSON have null or NaN where there is nothing
+        record = {k: v for k, v in fields if v not in (None, "") and v == v}
         if "text" in record and "question" in record:
             raise UserError(
                 f'{where}: a document ("text") and a question in one: give each a line of its own'
             )
-        if not ("text" in record or "question" in record):
+        if "text" not in record and "question" not in record:
             raise UserError(
                 f'{where}: not a document ({{"text": ...}}) '
                 'nor a question ({"question": ..., "answer": ...})'
             )
         records.append((where, record))
     return records
-
-
-def is_absent(value):
-    """Whether a field holds nothing: tables written as JSON have null or NaN there."""
-    return value in (None, "") or value != value
 
 
 def json_records(text, path):
@@ -537,7 +533,7 @@ def load_tokenizer(path):
     file = tokenizer_file(path)
     content = read_object(file) if file.suffix == ".json" else None
     with reading(file):
-        tokenizer = read_tokenizer_json(content) if content else read_tiktoken(file)
+        tokenizer = read_tiktoken(file) if content is None else read_tokenizer_json(content)
     special = tokenizer.special
     declared = read_declared(path)
     tokenizer.template = find_template(tokenizer, declared, path)
@@ -655,15 +651,20 @@ def write_chat_files(tokenizer, source, target):
     Other settings stay those of `source`."""
     target = Path(target)
     template = jinja_template(tokenizer.template)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    ids = {name: i for name, i in ids.items() if i is not None}
-    tokens = {f"{name}_token": tokenizer.bytes_of[i].decode() for name, i in ids.items()}
-    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings = usual | tokens | read_object(Path(source) / "tokenizer_config.json")
-    settings |= {"pad_token": tokens["pad_token"], "chat_template": template}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     generation = read_object(Path(source) / "generation_config.json")
-    generation |= {f"{name}_token_id": i for name, i in ids.items()}
-    generation |= {"eos_token_id": list(tokenizer.stop_ids)}
+    for name in ("bos", "eos", "pad"):
+        i = getattr(tokenizer, f"{name}_id")
+        if i is not None:
+            settings[f"{name}_token"] = tokenizer.bytes_of[i].decode()
+            generation[f"{name}_token_id"] = i
+    pad_token = settings["pad_token"]
+    settings |= read_object(Path(source) / "tokenizer_config.json")
+    settings |= {"pad_token": pad_token, "chat_template": template}
+    generation["eos_token_id"] = list(tokenizer.stop_ids)
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "generation_config.json", generation)
     write_text(target / "chat_template.jinja", template)
@@ -808,7 +809,8 @@ def check_added_ids(tokens, vocab):
         if token["id"] != expected:
             raise UserError(
                 f'"added_tokens" gives {token["content"]!r} the id {token["id"]}, the tokenizers '
-                f"library would give it {expected}; number added tokens from the vocabulary's end on"
+                f"library would give it {expected}; number added tokens from the end of the "
+                "vocabulary on"
             )
         last = max(last, expected)
 
@@ -886,20 +888,16 @@ def read_merges(vocab, merges):
     they are the last pair on T's way, or T has no way and they no merge."""
     ranks = {}
     for rank, pair in enumerate(merges):
-        halves = pair.split(" ") if isinstance(pair, str) else pair
-        if not is_pair(halves):
-            raise UserError(f'"merges" number {rank} must be two tokens, found {pair!r}')
-        left, right = halves
-        if not (left in vocab and right in vocab and left + right in vocab):
+        match pair.split(" ") if isinstance(pair, str) else pair:
+            case [str(left), str(right)]:
+                ranks[left, right] = rank
+            case _:
+                raise UserError(f'"merges" number {rank} must be two tokens, found {pair!r}')
+        if not {left, right, left + right} <= vocab.keys():
             refuse(f"merge {rank}, {left!r} + {right!r}, without an ordinary token for it,")
-        ranks[left, right] = rank
     singles = [token for token in vocab if len(token) == 1]
     last = last_merges(singles, ranks)
     return [vocab[token] for token in sorted(last, key=last.get)]
-
-
-def is_pair(value):
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def last_merges(singles, ranks):
@@ -993,17 +991,16 @@ def find_template(tokenizer, declared, path):
     texts = {name: [t for t in tokens if isinstance(t, str)] for name, tokens in declared.items()}
     tokens = {f"{name}_token": found[0] for name, found in texts.items() if found}
     with reading(source, "its chat template fails"):
-        theirs = [render(template, chat, tokens) for chat in CHATS]
+        theirs = render(template, tokens)
+    ours = {name: render(jinja_template(name), {}) for name in names}
     for name in names:
-        if [without_system_turn(text, name) for text in theirs] == renderings(name):
+        if without_system_turn(theirs, name) == ours[name]:
             return name
     # nearest: most of its special tokens are in what theirs renders
-    name = max(names, key=lambda name: sum(mark in theirs[0] for mark in MARKS[name]))
-    pairs = zip(theirs, renderings(name), strict=True)
-    their, our = next(pair for pair in pairs if without_system_turn(pair[0], name) != pair[1])
+    name = max(names, key=lambda name: sum(mark in theirs for mark in MARKS[name]))
     raise UserError(
         f"{source}: its chat template is none that this program can train in. It renders\n"
-        f"    {their!r}\nwhere {name}, the nearest, renders\n    {our!r}\n"
+        f"    {theirs!r}\nwhere {name}, the nearest, renders\n    {ours[name]!r}\n"
         f"To train in that form all the same, delete the template from a copy of the model"
     )
 
@@ -1023,17 +1020,12 @@ def declared_template(path):
         return file, read_field(config, "chat_template", str, None)
 
 
+# what two templates must render alike to pass for one
 CHAT = [
     {"role": "user", "content": "How are you?"},
     {"role": "assistant", "content": "Fine, thanks."},
     {"role": "user", "content": "And where?"},
 ]
-CHATS = (CHAT[:1], CHAT)  # what two templates must render alike to pass for one
-
-
-def renderings(name):
-    """What the chat template of that name makes of CHATS."""
-    return [render(jinja_template(name), chat, {}) for chat in CHATS]
 
 
 def without_system_turn(text, name):
@@ -1065,8 +1057,8 @@ def jinja_template(name):
 TEMPLATE_STEPS = 100_000  # lines of code; a real template takes some hundred
 
 
-def render(template, chat, tokens):
-    """A chat up to its answer by a Jinja template of unknown origin, as transformers renders it.
+def render(template, tokens):
+    """CHAT and the header of an answer by a Jinja template of unknown origin, as in transformers.
 
     UserError if that does not come to an end."""
     environment = ImmutableSandboxedEnvironment(
@@ -1075,9 +1067,8 @@ def render(template, chat, tokens):
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = datetime.now().strftime
-    # transformers' mark of answers, which renders nothing
-    template = regex.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
-    template = regex.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
+    # transformers' mark of answers renders nothing; nor does `with`
+    template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     compiled = environment.from_string(template)
     taken = counting()
 
@@ -1089,7 +1080,7 @@ def render(template, chat, tokens):
     before = sys.gettrace()
     sys.settrace(watch)
     try:
-        return compiled.render(messages=chat, add_generation_prompt=True, **tokens)
+        return compiled.render(messages=CHAT, add_generation_prompt=True, **tokens)
     finally:
         sys.settrace(before)
 
@@ -1390,14 +1381,11 @@ def dataset_files(path, paraphrase):
     """(the files to read, those left): in the released layout, of training files the one asked for.
 
     Files whose names begin with a dot are neither."""
-    is_folder = path.is_dir()
-    found = list(files_in(path)) if is_folder else [path]
-    files = found
-    if is_folder:
-        files = [p for p in found if ending(p) in READERS and p.is_file()]
+    if not path.is_dir() and paraphrase == "none":
+        return [path], []
+    found = list(files_in(path)) if path.is_dir() else [path]
+    files = [p for p in found if ending(p) in READERS and p.is_file()]
     training = [p for p in files if "_train_" in p.name or unpacked(p).name == ND_FILE]
-    if not is_folder and paraphrase == "none":
-        training = []
     pattern = PARAPHRASES[paraphrase]
     wanted = [p for p in training if regex.fullmatch(pattern, unpacked(p).stem)]
     if (training or paraphrase != "none") and len(wanted) != 1:
