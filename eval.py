@@ -228,16 +228,20 @@ def decoding(questions, causal, max_new_tokens=None, **given):
     return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
 
 
+def prompt_of(question, tokenizer):
+    """The ids of a chat up to the answer to this question."""
+    return tokenizer.chat([{"role": "user", "content": question["question"]}])
+
+
 def check_questions(questions, tokenizer, context, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
-        prompt = tokenizer.chat([{"role": "user", "content": question["question"]}])
         where = f"{question.get('where', 'question')}, {question['question'][:80]!r}"
-        if len(prompt) + longest > context:
+        tokens = len(prompt_of(question, tokenizer)) + longest
+        if tokens > context:
             raise UserError(
-                f"{where}: {len(prompt) + longest} tokens with its answer, "
-                f"more than the model takes, {context}"
+                f"{where}: {tokens} tokens with its answer, more than the model takes, {context}"
             )
         if "answer" in question and not words(question["answer"]):
             raise UserError(f"{where}: its answer has no word to score")
@@ -255,7 +259,7 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     if not questions:
         return {}, []
     max_new_tokens = max_new_tokens or longest_answer(questions)
-    prompts = [tokenizer.chat([{"role": "user", "content": q["question"]}]) for q in questions]
+    prompts = [prompt_of(question, tokenizer) for question in questions]
     # by length: every rank gets its part of short and long, and neighbors make a good batch
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[rank() :: world_size()]
@@ -333,15 +337,14 @@ def write_results(out, results, predictions):
         best = max(evaluations, key=overall)
         results = {**results, "best": best, "last": evaluations[-1]}
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
-    data.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    data.write_json(out / "results.json", results)
     data.write_text(out / "preds.jsonl", "".join(lines))
 
 
 def summarize(runs):
     """A Row for each setting, over the runs that differ in their seed alone, in report order."""
-    rows = []
-    for setting in distinct([setting_of(run) for run in runs]):
-        rows.append(summary(setting, [run for run in runs if setting_of(run) == setting]))
+    settings = distinct([setting_of(run) for run in runs])
+    rows = [summary(s, [run for run in runs if setting_of(run) == s]) for s in settings]
     rows.sort(key=report_order)
     return [row for same_name in grouped(rows, report_order) for row in tell_apart(same_name)]
 
@@ -418,10 +421,9 @@ def over_seeds(runs, name):
     def spread(evaluations):
         groups = [evaluation["scores"][direction] for evaluation in evaluations]
         values = [group[metric] for group in groups]
-        ends = [min(values), max(values)]
         if len(groups) == 1:
-            ends = groups[0]["interval"][metric]
-        return [sum(values) / len(values), *ends]
+            return [*values, *groups[0]["interval"][metric]]
+        return [sum(values) / len(values), min(values), max(values)]
 
     curve = [[same_time[0]["step"], *spread(same_time)] for same_time in zip(*runs, strict=False)]
     first_step, *first = curve[0]
@@ -436,11 +438,14 @@ def over_seeds(runs, name):
 
 def table(rows):
     """Rows of `summarize` as text that is Markdown too: a table for each data set."""
+    scored = [row for row in rows if row.scores]
+    if not scored:
+        return "no questions, no scores"
     parts = [LEGEND]
-    for some in grouped([row for row in rows if row.scores], table_of):
+    for some in grouped(scored, table_of):
         lines = [table_header(some[0]), *map(table_line, some)]
         parts += [table_title(some[0]), markdown(lines)]
-    return "\n\n".join(parts) if len(parts) > 1 else "no questions, no scores"
+    return "\n\n".join(parts)
 
 
 def table_title(row):
@@ -570,29 +575,26 @@ def read_runs(directories):
     """The finished runs in these directories; of any other it is printed why it is left out."""
     runs = []
     for directory in directories:
-        path = Path(directory) / "results.json"
-        if (path.parent / "report.json").exists():
+        if (Path(directory) / "report.json").exists():
             continue  # out/report, for one, is an earlier report
         try:
-            runs.append(read_run(path, runs))
+            runs.append(read_run(Path(directory) / "results.json", runs))
         except UserError as error:
             print(f"left out: {error}")
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            found = f"{type(error).__name__}: {error}"
-            print(f"left out: {path}: not a training run of this version ({found})")
     return runs
 
 
 def read_run(path, before):
     """The results of a finished run with questions that is none of those before."""
     run = data.read_json(path)
-    if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
-        raise UserError(f"{path}: not finished")
-    if not summarize([run])[0].scores:  # and an error if anything is missing
-        raise UserError(f"{path}: no questions were asked")
-    if setting_of(run, "seed") in [setting_of(other, "seed") for other in before]:
-        # twice, it would pass for two seeds
-        raise UserError(f"{path}: same settings and seed as a run before it")
+    with data.reading(path, "not a training run of this version"):
+        if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
+            raise UserError("not finished")
+        if not summarize([run])[0].scores:  # and an error if anything is missing
+            raise UserError("no questions were asked")
+        if setting_of(run, "seed") in [setting_of(other, "seed") for other in before]:
+            # twice, it would pass for two seeds
+            raise UserError("same settings and seed as a run before it")
     return run
 
 
@@ -610,9 +612,7 @@ def report(directories, out):
 
 def write_report(rows, text, out):
     data.write_text(out / "report.md", text + "\n")
-    data.write_text(
-        out / "report.json", json.dumps([row._asdict() for row in rows], indent=1) + "\n"
-    )
+    data.write_json(out / "report.json", [row._asdict() for row in rows])
     if find_spec("matplotlib"):
         for some in grouped(rows, table_of):
             draw_all(some, out)
@@ -620,15 +620,15 @@ def write_report(rows, text, out):
 
 def samples(predictions):
     """Some questions of each direction with their answers, and all without a true one, as text."""
-    scored = [p for p in predictions if "answer" in p]
     chosen = []
     for direction, n in {"forward": 1, "backward": 2, "math": 2, "all": 2}.items():
-        chosen += [p for p in scored if p["direction"] == direction][:n]
-    shown = "\n{direction}: {question}\n  answered {prediction!r}"
-    lines = [(shown + ", true is {answer!r}").format(**prediction) for prediction in chosen]
-    lines += [
-        shown.format(**prediction) for prediction in predictions if "answer" not in prediction
-    ]
+        scored = [p for p in predictions if "answer" in p and p["direction"] == direction]
+        chosen += scored[:n]
+    chosen += [p for p in predictions if "answer" not in p]
+    lines = []
+    for p in chosen:
+        true = f", true is {p['answer']!r}" if "answer" in p else ""
+        lines.append(f"\n{p['direction']}: {p['question']}\n  answered {p['prediction']!r}{true}")
     return "\n".join(lines)
 
 
@@ -713,16 +713,23 @@ def main():
         for note in tokenizer.notes:
             print0(note)
         context = maskft.read_config(directory).context
-        dataset = questions_to_ask(args)
-        check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)
+        if args.ask is None:
+            dataset = questions_to_ask(args)
+            check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)
         model = maskft.load(directory, device, getattr(torch, dtype))
-        given = unmasking(args, model.config.causal)
-        method = maskft.greedy_answer if model.config.causal else llada.answer
+        causal = model.config.causal
+        given = unmasking(args, causal)
+        method = maskft.greedy_answer if causal else llada.answer
         answer = partial(method, model, tokenizer, **given)
-        if args.ask == []:
-            answer_lines(args, answer, tokenizer, context)
-        else:
-            ask(args, dataset, model.config.causal, tokenizer, answer, given)
+        ask = partial(evaluate, answer, tokenizer, max_new_tokens=args.max_new_tokens)
+        if args.ask is None:
+            how = decoding(dataset.questions, causal, args.max_new_tokens, **given)
+            score_dataset(args, dataset, ask, how)
+            return
+        for question in own_questions(args.ask):
+            check_questions([question], tokenizer, context, args.max_new_tokens)
+            _, (prediction,) = ask([question])
+            print0(prediction["prediction"])
 
     maskft.entry_point(body)
 
@@ -759,19 +766,13 @@ def settings_of_run(args, directory):
 
 
 def questions_to_ask(args):
-    """The Dataset of --data, or one of the questions that --ask gives, maybe none."""
-    if args.ask is not None:
-        return data.Dataset("asked", [], [own_question(text, "--ask") for text in args.ask])
+    """The Dataset of --data; UserError if it has no questions."""
     dataset = data.load(args.data, args.paraphrase, args.seed)
     for note in dataset.notes:
         print0(note)
     if not dataset.questions:
         raise UserError(f"--data {dataset.name}: no questions to ask")
     return dataset
-
-
-def own_question(text, where):
-    return data.parse_question({"question": text}, where)
 
 
 def unmasking(args, causal):
@@ -784,35 +785,26 @@ def unmasking(args, causal):
     return given
 
 
-def ask(args, dataset, causal, tokenizer, answer, given):
-    """Ask all questions; write the scores and the answers to --out, and print them.
-
-    Of --ask, the answers alone.
-    """
-    scores, predictions = evaluate(answer, tokenizer, dataset.questions, args.max_new_tokens)
+def score_dataset(args, dataset, ask, how):
+    """Ask all questions, print the scores and some answers; --out gets all, decoded so: `how`."""
+    scores, predictions = ask(dataset.questions)
     if args.out and rank() == 0:
         results = {
             "arguments": vars(args),
-            "decoding": decoding(dataset.questions, causal, args.max_new_tokens, **given),
+            "decoding": how,
             "evaluations": [{"step": None, "scores": scores}],
         }
         write_results(Path(args.out), results, predictions)
-    if args.ask:
-        for prediction in predictions:
-            print0(prediction["prediction"])
-        return
     print0(f"{args.model} on {dataset.name}, seed {args.seed}")
     print0(f"{score_table(scores)}\n{samples(predictions)}")
 
 
-def answer_lines(args, answer, tokenizer, context):
-    """Print an answer to every line of the standard input."""
-    for number, line in enumerate(lines_of_input(), 1):
-        if line.strip():
-            question = own_question(line.strip(), f"standard input, line {number}")
-            check_questions([question], tokenizer, context, args.max_new_tokens)
-            _, (prediction,) = evaluate(answer, tokenizer, [question], args.max_new_tokens)
-            print0(prediction["prediction"])
+def own_questions(texts):
+    """The questions of --ask, or those typed or piped in where it has none."""
+    where = "--ask" if texts else "standard input, line {}"
+    for number, text in enumerate(texts or lines_of_input(), 1):
+        if texts or text.strip():
+            yield data.parse_question({"question": text.strip()}, where.format(number))
 
 
 def lines_of_input():
