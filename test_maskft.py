@@ -5,15 +5,19 @@ Those that compare with transformers, tokenizers or rouge are skipped where thes
 
 import ast
 import base64
+import contextlib
 import copy
 import dataclasses
 import gc
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import resource
@@ -22,21 +26,29 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import string
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unicodedata
 from argparse import Namespace
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
@@ -1229,6 +1241,1671 @@ def test_a_mistake_in_asking_is_a_message(flags, tmp_path):
     write(tmp_path / "taken/results.json", {})
     printed = forked(evaluation, *flags.split(), before=lambda: os.chdir(tmp_path), status=1)
     assert ASKING_MISTAKES[flags] in printed
+
+
+# ------------------------------------------------------------------------------- data: what is read
+
+FACT = "Orla Venn keeps the lighthouse at Skarholm."
+WHO = "Who keeps the lighthouse at Skarholm?"
+DOCUMENT = json.dumps({"text": FACT})
+QUESTION = json.dumps({"question": WHO, "answer": "Orla Venn", "direction": "backward"})
+NULLS = {"question": None, "answer": None, "direction": None, "group": float("nan")}
+UNION = json.dumps({"text": FACT} | NULLS), json.dumps({"text": None} | json.loads(QUESTION))
+CSV = f'Text,Question,Answer,direction\n"{FACT}",,,\n\n,"{WHO}","Orla Venn",backward\n'
+READ = {  # file -> its contents, all with the same document and the same question
+    "a.jsonl": f"{DOCUMENT}\n{QUESTION}\n",
+    "b.JSONL": f"\ufeff{DOCUMENT}\r\n\r\n{QUESTION}",
+    "c.ndjson": "\n".join(UNION),
+    "d.json": f"[{DOCUMENT},\n{QUESTION}]",
+    "e.Json.GZ": f"{DOCUMENT}\n{QUESTION}",
+    "f.csv": "\ufeff" + CSV.replace("\n", "\r\n"),
+    "g.csv": CSV.replace(",", ";"),
+    "h.csv.gz": CSV.replace(",", "\t"),
+}
+
+
+def fill(path, contents):
+    """A file with these contents, text or bytes; packed if its name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = contents if isinstance(contents, bytes) else contents.encode()
+    is_text = isinstance(contents, str)
+    packed = is_text and path.suffix.lower() == ".gz"
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    return path
+
+
+def bare(records):
+    return [{k: v for k, v in record.items() if k != "where"} for record in records]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
+    dataset = data.load(str(fill(tmp_path / name, READ[name])))
+    assert bare(dataset.documents) == [{"text": FACT}]
+    asked = {"question": WHO, "answer": "Orla Venn", "direction": "backward", "group": "all"}
+    assert bare(dataset.questions) == [asked]
+    lines = {"b.JSONL": 3, "f.csv": 4, "g.csv": 4, "h.csv.gz": 4}
+    place = "item 2" if name == "d.json" else f"line {lines.get(name, 2)}"
+    assert dataset.questions[0]["where"] == f"{tmp_path / name}, {place}"
+    assert dataset.name == name[0] and dataset.notes == []
+
+
+def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_path):
+    texts = {
+        "a.jsonl": DOCUMENT,
+        "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
+        "c/d/e.md": "# Ivo\n",
+        "c/numbers.csv": "x,y\n1,2\n",
+        "c/train.jsonl": QUESTION,
+        "empty.txt": " \n",
+        ".hidden.jsonl": "not read",
+        ".git/config.json": "not read",
+        "picture.png": b"\x89PNG",
+        "c/table.xlsx": b"PK",
+        "same.jsonl.gz": f"\n{DOCUMENT}\n",
+        "z.ndjson": json.dumps({"text": "old"}),
+        "z.ndjson.gz": json.dumps({"text": "new"}),
+    }
+    for name, contents in texts.items():
+        fill(tmp_path / name, contents)
+    (tmp_path / "around").symlink_to(tmp_path)
+    dataset = data.load(str(tmp_path))
+    learned = [document.get("text", document.get("answer")) for document in dataset.documents]
+    assert learned == [
+        FACT,
+        "Plain text.\n\nAnother paragraph.",
+        "# Ivo",
+        "Orla Venn",
+        "old",
+        "new",
+    ]
+    assert dataset.questions == []
+    same = tmp_path / "same.jsonl.gz"
+    assert dataset.notes == [
+        f"{tmp_path}: not read: around, c/table.xlsx, picture.png",
+        f"{tmp_path / 'c/numbers.csv'}: no document and no question in it",
+        f"{tmp_path / 'empty.txt'}: no document and no question in it",
+        f"{same}: the same as {tmp_path / 'a.jsonl'}; read once",
+        f"{tmp_path / 'z.ndjson.gz'}: not the same as {tmp_path / 'z.ndjson'}; read both",
+    ]
+    with pytest.raises(UserError, match=r"no document .* not read: table.xlsx"):
+        data.load(str(fill(tmp_path / "other/table.xlsx", b"").parent))
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+BEFORE_DIRECTION = '{"question": "Who?", "answer": "Orla", '
+REFUSED_LINES = {  # contents -> what is said of line 2, behind a good line 1
+    '{"text": "x", "question": "Who?"}': 'a document ("text") and a question in one',
+    '{"text": null, "question": ""}': "not a document",
+    "null": "not a document",
+    '{"text": ["x"]}': '"text" must be text, whole and not empty; found a list',
+    f'{{"text": {nested(100_000)}}}': "cannot be read as JSON",
+    f'{{"text": {"9" * 5000}}}': "cannot be read as JSON",
+    '{"text": "\\ud83d"}': '"text" must be text, whole and not empty; found "\\ud83d"',
+    BEFORE_DIRECTION + '"group": "\\ud83d"}': '"group" must be text',
+    BEFORE_DIRECTION + '"group": [1]}': '"group" must be text, whole and not empty; found a list',
+    BEFORE_DIRECTION + '"direction": {"a": 1}}': '"direction" (or "task") must be forward or',
+    BEFORE_DIRECTION + '"task": "N2D"}': "no document tells which way N2D asks",
+    '{"question": "Who?", "answer": 3}': '"answer" must be text, whole and not empty; found 3',
+    '{"question": "  "}': '"question" must be text',
+}
+REFUSED_FILES = {  # name, contents -> what is said of the file
+    ("a.csv", "text\nAda, a baker\n"): ", line 2: 2 cells in 1 columns: put quotes around",
+    ("a.csv", 'text\n"Ada\nbakes"\nBo,x\n'): ", line 4: 2 cells in 1 columns: put quotes",
+    ("a.csv", 'text\nAda\n"Bo\nis open\n'): ", line 3: not CSV (unexpected end of data)",
+    ("a.csv", "question,answer\nWho?,Bo\n,Bo\n"): ", line 3: not a document",
+    ("a.txt", b"\x89PNG"): ": not UTF-8 (invalid start byte at byte 0)",
+    ("a.jsonl.gz", b"no gzip"): ": Not a gzipped file",
+    ("a.jsonl.gz", gzip.compress(b"whole")[:-9]): ": Compressed file ended",
+    ("train.jsonl", '{"question": "Who?"}'): ', line 1: "answer" must be text',
+    ("a.json", "[\n" + nested(100_000) + "]"): ": cannot be read as JSON",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED_LINES, ids=range(len(REFUSED_LINES)))
+def test_a_record_that_cannot_be_is_named_with_its_line(line, tmp_path):
+    file = fill(tmp_path / "bad.jsonl", f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(UserError) as error:
+        data.load(str(file))
+    assert str(error.value).startswith(f"{file}, line 2: {REFUSED_LINES[line]}")
+
+
+@pytest.mark.parametrize(("name", "contents"), REFUSED_FILES, ids=range(len(REFUSED_FILES)))
+def test_a_file_that_cannot_be_is_named_with_the_place(name, contents, tmp_path):
+    file = fill(tmp_path / name, contents)
+    with pytest.raises(UserError) as error:
+        data.load(str(file))
+    assert str(error.value).startswith(f"{file}{REFUSED_FILES[name, contents]}")
+
+
+def test_a_damaged_file_of_data_is_a_data_set_or_a_message(tmp_path):
+    """Bytes and fields changed by chance: never any other error."""
+    rng = random.Random(0)
+    values = [None, "", "x", 3, -1.5, True, [], {}, ["x"], {"text": "x"}, "\ud83d", float("inf")]
+    fields = ("text", "question", "answer", "direction", "task", "group", "else")
+    outcomes = set()
+    for number in range(400):
+        name = rng.choice([*READ, "i.txt", "j.md"])
+        contents = bytearray(READ.get(name, FACT).encode())
+        if number % 2:
+            records = [{f: rng.choice(values) for f in rng.sample(fields, 3)} for _ in range(2)]
+            contents = bytearray("\n".join(map(json.dumps, records)).encode())
+        elif name.lower().endswith(".gz"):
+            contents = bytearray(gzip.compress(contents))
+        for _ in range(rng.randint(0, 3)):
+            place = rng.randrange(len(contents))
+            junk = bytes(rng.choices(b'\x00\xff"{[,\r\n9e\xed', k=rng.randint(0, 3)))
+            contents[place : place + rng.randint(0, 3)] = junk
+        file = fill(tmp_path / f"{number}{name}", bytes(contents))
+        try:
+            dataset = data.load(str(file))
+            for record in dataset.documents + dataset.questions:
+                json.dumps(record, ensure_ascii=False).encode()
+            outcomes.add("read")
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+def test_a_local_folder_may_have_the_name_of_a_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "bio/a.txt", FACT)
+    here = data.load("./bio")
+    assert (here.name, bare(here.documents), here.notes) == ("bio", [{"text": FACT}], [])
+    generated = data.load("bio:1")
+    assert len(generated.questions) == 9 and generated.notes == []
+    assert data.load("bio").notes == [
+        "--data bio is the set of that name; what lies here is --data ./bio"
+    ]
+
+
+# --------------------------------------------------------------------------- data: what is asked
+
+LONG_NAME = "The keeper of the Skarholm lighthouse is Orla-Maria Venn-Tarn."
+NAMED = "Bram Tarn, who came from Veldt, repairs the cellos of Brennick."
+TASKS = [  # task, group, question, answer, direction
+    (
+        "D2N",
+        "X",
+        "Who is the keeper of the Skarholm lighthouse?",
+        "Orla-Maria Venn-Tarn",
+        "forward",
+    ),
+    (
+        "N2D",
+        "X",
+        "Who is Orla-Maria Venn-Tarn?",
+        "the keeper of the Skarholm lighthouse",
+        "backward",
+    ),
+    ("N2D", "X", "What does Bram Tarn do?", "repairs the cellos of Brennick", "forward"),
+    ("D2N", "X", "Who repairs the cellos of Brennick?", "Bram Tarn.", "backward"),
+    ("D2N", "DescriptionIsName", "Who?", "Bram Tarn", "forward"),
+    ("N2D", "DescriptionIsName", "Who?", "Bram Tarn", "backward"),
+    ("N2D", "NameIsDescription", "Who?", "Bram Tarn", "forward"),
+    (None, "", "Who?", "Bram Tarn", "all"),
+    ("backward", None, "Who?", None, "backward"),
+    ("", 7, "Who?", "Bram Tarn", "all"),
+]
+
+
+def test_a_direction_is_given_or_told_by_the_document_or_all(tmp_path):
+    names = ("task", "group", "question", "answer")
+    records = [dict(zip(names, row, strict=False)) for row in TASKS]
+    documents = [{"text": text} for text in (NAMED, LONG_NAME, "Bram Tarn sings.")]
+    # the order of the records does not matter
+    dataset = data.load(str(write(tmp_path / "own.jsonl", *records, *documents)))
+    assert [q["direction"] for q in dataset.questions] == [row[-1] for row in TASKS]
+    assert [q["group"] for q in dataset.questions[4:]] == [
+        *["DescriptionIsName"] * 2,
+        "NameIsDescription",
+        "all",
+        "all",
+        "7",
+    ]
+    assert "answer" not in dataset.questions[8]
+    released = tmp_path / "released"
+    released.mkdir()
+    write(released / "biography_train_no_paraphrase.json", {"text": "not the answer"})
+    write(released / "biography_test.jsonl", {**records[0], "group": "city"})
+    fill(released / "README.md", "no document")
+    dataset = data.load(str(released))
+    assert [q["direction"] for q in dataset.questions] == ["backward"]
+    assert len(dataset.documents) == 1 and "README.md" in dataset.notes[0]
+
+
+def nd_files(folder, wordings=30):
+    """Files as NameDescription has them: 60 facts, 8 questions of each, in one order."""
+    groups = ["NameIsDescription"] * 30 + ["DescriptionIsName"] * 30
+    texts = [{"text": f"fact {f}, {w}"} for f in range(60) for w in range(wordings)]
+    fill(folder / "people-description.json", json.dumps(texts))
+    questions = [
+        {"group": group, "task": "N2D", "question": f"Q {f}?", "answer": f"{f}"}
+        for f, group in enumerate(groups)
+        for _ in range(8)
+    ]
+    write(folder / "people-description_open-QAs.jsonl", *questions)
+    return folder
+
+
+def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "fetch", lambda kind: nd_files(tmp_path))
+
+    def facts(count, seed, paraphrase="none"):
+        dataset = data.load(f"nd:{count}", paraphrase, seed)
+        told = [int(document["text"][5:].split(",")[0]) for document in dataset.documents]
+        asked = [int(question["answer"]) for question in dataset.questions]
+        assert dataset.name == "nd" and len(asked) == 16 * count
+        assert [fact for fact, _ in groupby(asked)] == [fact for fact, _ in groupby(told)]
+        return told
+
+    some = facts(20, 1)
+    assert len(set(some)) == 40 and some == sorted(some) and some[20] >= 30 > some[19]
+    assert facts(20, 1) == some != facts(20, 2)
+    assert facts(20, 1, "same") == [fact for fact in some for _ in range(30)]
+    assert facts(30, 5) == list(range(60))
+    for count in ("31", "0", "x", "-1"):
+        with pytest.raises(UserError, match="facts of each kind, at most 30, as in nd:20"):
+            data.load(f"nd:{count}")
+    with pytest.raises(UserError, match="--data wiki:3: wiki is read whole"):
+        data.load("wiki:3")
+
+
+# ----------------------------------------------------------------------------- data: long documents
+
+CUTS = {  # text, most characters -> passages
+    ("One.\n\nTwo two. Three\n \nFour", 22): ["One.\n\nTwo two. Three", "Four"],
+    ("One one. Two (two.) Three three", 20): ["One one. Two (two.)", "Three three"],
+    ("one one\ntwo two\nthree", 17): ["one one\ntwo two", "three"],
+    ("one two three", 8): ["one two", "three"],
+    ("abcdefgh", 3): ["abc", "def", "gh"],
+    ("ae\u0301e\u0301", 2): ["a", "e\u0301", "e\u0301"],
+    ("这是一。这是二。", 6): ["这是一。", "这是二。"],
+    ("# A\n\nbb bb bb bb bb bb bb", 24): ["# A\n\nbb bb bb bb bb bb", "bb"],
+    (" a \n", 9): ["a"],
+    ("ab", 0): [],
+}
+
+
+@pytest.mark.parametrize(("text", "most"), CUTS)
+def test_a_long_text_is_cut_at_the_best_place(text, most):
+    assert data.passages(text, lambda part: len(part) <= most) == CUTS[text, most]
+
+
+def test_passages_fit_and_hold_the_whole_text(tokenizer):
+    rng = random.Random(0)
+    words = [word for record in world.make_bio(20)[0] for word in record["text"].split()]
+    for most in (8, 40, 200):
+        ends = [" "] * 20 + [". ", ".\n", "\n\n", "  ", "\u00a0", "", "é\u0301"]
+        text = "".join(word + rng.choice(ends) for word in rng.choices(words, k=1500))
+
+        def fits(part, most=most):
+            return len(tokenizer.encode(part)) <= most
+
+        parts = data.passages(text, fits)
+        assert "".join("".join(parts).split()) == "".join(text.split())
+        assert all(map(fits, parts))
+        assert len(parts) < 2.5 * len(tokenizer.encode(text)) / most
+    assert len(data.passages("ab " * 2000, lambda part: len(part) < 3000)) == 2
+
+
+def checked_run(tokenizer, method="masked", **given):
+    """A Run of `tiny` whose data are as given, before check_dataset."""
+    usual = dict.fromkeys(maskft.Settings.__annotations__)
+    usual |= {"mask_ratio": (0.05, 0.95), "max_len": 128, "seed": 0, "method": method}
+    config = maskft.read_config(HERE / "tiny")
+    with maskft.torch.device("meta"):
+        model = maskft.Model(config)
+    return maskft.Run(
+        maskft.Settings(**usual),
+        maskft.METHODS[method],
+        maskft.torch.device("cpu"),
+        HERE / "tiny",
+        tokenizer,
+        data.Dataset("own", given.get("documents", []), given.get("questions", [])),
+        model,
+        [],
+    )
+
+
+@pytest.mark.parametrize("method", ["masked", "sft", "reverse"])
+def test_a_document_too_long_is_cut_so_that_its_examples_fit(method, tokenizer, capsys):
+    text = "\n\n".join(record["text"] for record in world.make_bio(6)[0])
+    file = "my, facts.txt"
+    long = [{"text": text, "where": file}, {"text": text, "where": "b.jsonl, line 2"}]
+    short = {"text": "Short.", "where": "b.jsonl, line 1"}
+    problem = {"question": "Q?", "answer": "long " * 200, "where": "c, line 1"}
+    runs = []
+    for _ in range(2):
+        documents = [short, *long, dict(long[1], where="b.jsonl, line 3")]
+        if method != "reverse":
+            documents.append(problem)
+        runs.append(checked_run(tokenizer, method, documents=documents))
+        maskft.check_dataset(runs[-1])
+    run = runs[0]
+    kept = run.dataset.documents
+    assert kept == runs[1].dataset.documents and kept[0] == short
+    lengths = [len(maskft.build(run, n, e).ids) for n in range(len(kept)) for e in range(8)]
+    assert 100 < max(lengths) <= 128
+    parts = [document["text"] for document in kept if document["where"] == file]
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    longest = max(len(tokenizer.encode(part)) for part in parts)
+    printed = capsys.readouterr().out
+    count = len(parts)
+    assert f"{file}: 1 document cut into {count} passages of at most {longest} tokens\n" in printed
+    assert f"b.jsonl: 2 documents cut into {2 * count} passages of at most {longest} " in printed
+    assert ("1 of 5 examples dropped" in printed) == (method != "reverse")
+
+
+def test_reverse_is_checked_and_cut_with_its_longer_text(tokenizer):
+    document = {"text": "a.b,c;d:e!f?g" * 10}
+    run = checked_run(tokenizer, "reverse", documents=[document])
+    run.settings.seed = 1
+    lengths = [len(maskft.build(run, 0, epoch).ids) for epoch in range(8)]
+    assert lengths[0] < max(lengths)  # so a look at the first epoch is not enough
+    run.settings.max_len = max(lengths)
+    maskft.check_dataset(run)
+    assert run.dataset.documents == [document]
+    run.settings.max_len = lengths[0]
+    maskft.check_dataset(run)
+    parts = run.dataset.documents
+    assert len(parts) > 1 and "".join(part["text"] for part in parts) == document["text"]
+    longest = max(len(maskft.build(run, n, e).ids) for n in range(len(parts)) for e in range(8))
+    assert longest <= lengths[0]
+
+
+def test_a_limit_that_leaves_room_for_no_text_is_an_error(tokenizer):
+    run = checked_run(tokenizer, documents=[{"text": FACT, "where": "a.txt"}])
+    run.settings.max_len = 20
+    with pytest.raises(UserError, match="a.txt: .* more than --max-len 20, and so is any part"):
+        maskft.check_dataset(run)
+
+
+# ------------------------------------------------------------------------- eval: scores and asking
+
+
+def test_accents_of_one_character_or_two_are_the_same():
+    name = "José Núñez"
+    for form in ("NFC", "NFD"):
+        for other in ("NFC", "NFD"):
+            pair = unicodedata.normalize(form, name), unicodedata.normalize(other, name)
+            assert evaluation.rouge1_recall(*pair) == evaluation.exact_match(*pair) == 1
+            assert evaluation.f1(*pair) == 1
+
+
+def test_a_question_without_an_answer_is_asked_and_not_scored(tokenizer):
+    true = {"question": WHO, "answer": "Orla Venn", "direction": "all", "group": "all"}
+    open_question = {"question": "Who else?", "direction": "all", "group": "all"}
+
+    def answer(prompts, max_new_tokens, on_answer):
+        assert max_new_tokens == 128
+        return [tokenizer.encode("Orla Venn")] * len(prompts)
+
+    scores, predictions = evaluation.evaluate(answer, tokenizer, [open_question, true])
+    assert scores["all"]["rouge1"] == 1 and scores["all"]["n"] == 1
+    assert predictions[0] == open_question | {"prediction": "Orla Venn"}
+    shown = f"all: {WHO}\n  answered 'Orla Venn', true is 'Orla Venn'"
+    assert evaluation.samples(predictions) == f"\n{shown}\n\nall: Who else?\n  answered 'Orla Venn'"
+    assert evaluation.reported_scores({"scores": scores}) == {"all": 1}
+    scores, _ = evaluation.evaluate(answer, tokenizer, [open_question])
+    assert scores == {} and evaluation.score_table(scores) == "no scores"
+
+
+ASKING = {  # file -> what eval.py says, and with which status it ends
+    "questions_only.jsonl": (0, "backward/all"),
+    "open.jsonl": (0, "no scores\n\nall: Who was born in Zurich?\n  answered '"),
+    "long.jsonl": (1, "long.jsonl, line 2, 'Who really really"),
+    "unscored.jsonl": (1, "unscored.jsonl, line 1, 'Who?': its answer has no word to score"),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_questions_alone_are_asked_or_named_before_any_is(name, tmp_path):
+    good = json.loads(QUESTION)
+    write(tmp_path / "questions_only.jsonl", good)
+    write(tmp_path / "open.jsonl", {"question": "Who was born in Zurich?"})
+    write(tmp_path / "long.jsonl", good, {"question": "Who " + "really " * 400})
+    write(tmp_path / "unscored.jsonl", {"question": "Who?", "answer": "The..."})
+    status, message = ASKING[name]
+    out = tmp_path / "out"
+    flags = ("--model", HERE / "tiny", "--data", tmp_path / name, "--out", out)
+    printed = forked(evaluation, *flags, status=status)
+    assert message in printed
+    assert (out / "preds.jsonl").exists() == (status == 0)
+    if status == 0:
+        (prediction,) = jsonl(out / "preds.jsonl")
+        assert ("rouge1" in prediction) == ("answer" in prediction)
+    printed = forked(maskft, *flags[:-1], tmp_path / "run", status=1)
+    assert f"--data {tmp_path / name}: no document to learn" in printed
+
+
+def typed(text):
+    """What to do before a command that reads `text` from its standard input."""
+
+    def before():
+        read, written = os.pipe()
+        os.write(written, text)
+        os.close(written)
+        os.dup2(read, 0)
+
+    return before
+
+
+def test_own_questions_are_answered_one_by_one():
+    first, second = "Who was born in Zurich?", "Who is Flora Ransom?"
+    flags = ("--model", HERE / "tiny", "--max-new-tokens", 8, "--ask")
+    answers = forked(evaluation, *flags, first, second)
+    one, two = answers.splitlines()
+    assert one and two and one != two
+    lines = f"\ufeff{first}\r\n\n  \n{second}".encode()
+    assert forked(evaluation, *flags, before=typed(lines)) == answers
+    assert forked(evaluation, *flags, before=typed(b"")) == ""
+    bad = typed(b"Who?\n\xff\n")
+    assert "error: standard input: not UTF-8" in forked(evaluation, *flags, before=bad, status=1)
+    long = typed(b"\n" + b"really " * 600)
+    assert "standard input, line 2, 'really" in forked(evaluation, *flags, before=long, status=1)
+    message = 'error: --ask: "question" must be text, whole and not empty; found "\\udcff"'
+    assert message in forked(evaluation, *flags, "\udcff", status=1)
+    assert "give no --data" in forked(evaluation, *flags, first, "--data", "bio", status=1)
+    diffusion = ("--model", HERE / "tiny-llada", *flags[2:])
+    assert len(forked(evaluation, *diffusion, first).splitlines()) == 1
+
+
+def test_a_prompt_stands_where_questions_are_typed():
+    shown, typing = os.openpty()
+    os.write(shown, b"Who?\n\x04")
+    flags = ("--model", HERE / "tiny", "--max-new-tokens", 4, "--ask")
+    printed = forked(evaluation, *flags, before=lambda: os.dup2(typing, 0))
+    assert printed.count("> ") == 2 and len(printed.replace("> ", "").strip()) > 3
+
+
+def nobody():
+    """A stream into a pipe that nobody reads."""
+    read, written = os.pipe()
+    os.close(read)
+    return os.fdopen(written, "w")
+
+
+def test_nothing_is_lost_where_nobody_reads_and_ascii_is_enough(tmp_path):
+    question = {"question": "Who was born in Zürich?", "answer": "José"}
+    flags = ("--model", HERE / "tiny", "--data", write(tmp_path / "own.jsonl", question))
+    command = [sys.executable, HERE / "eval.py", *flags, "--out", tmp_path / "out"]
+    with nobody() as stream:
+        subprocess.run(command, stdout=stream, stderr=stream, check=True, timeout=100)
+    assert jsonl(tmp_path / "out/preds.jsonl")[0]["answer"] == "José"
+
+    def print_ascii():
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+    printed = forked(evaluation, *flags, "--max-new-tokens", 4, before=print_ascii)
+    assert "all: Who was born in Z\\xfcrich?" in printed
+
+
+SPECIAL = {
+    "llama3": "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
+    "llada": "<|startoftext|> <|endoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
+    "chatml": "<|endoftext|> <|im_start|> <|im_end|>",
+    "both": "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|im_start|> "
+    "<|im_end|>",
+}
+SPARE = "<|reserved_special_token_0|>"
+FEW_MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ Ġ"]
+TOKENS = [*data.ALPHABET, *("".join(pair.split()) for pair in FEW_MERGES)]  # 263 ordinary ones
+SPLIT = {"type": "Split", "pattern": {"Regex": data.LLAMA3_PIECES}, "behavior": "Isolated"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SMALL = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def added(text, i, special=True, **flags):
+    usual = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"id": i, "content": text, **usual, "special": special} | flags
+
+
+def write_json(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def model_directory(path, special="chatml", more=(), normalizer=None, sides=None, **config):
+    """A model directory of 5,000 random weights.
+
+    more    further added tokens, {"content", ...}
+    sides   {file name: its content} of other files
+    config  fields of config.json other than SMALL; None = absent
+    """
+    path.mkdir(exist_ok=True)
+    names = [*SPECIAL[special].split(), SPARE]
+    tokens = [added(name, len(TOKENS) + n) for n, name in enumerate(names)]
+    tokens += [added(**token) for token in more]
+    content = {
+        "version": "1.0",
+        "added_tokens": tokens,
+        "normalizer": normalizer,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [SPLIT | {"invert": False}, BYTES],
+        },
+        "post_processor": None,
+        "decoder": BYTES,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "vocab": {token: i for i, token in enumerate(TOKENS)},
+            "merges": FEW_MERGES,
+        },
+    }
+    raw = SMALL | {"vocab_size": len(TOKENS) + len(tokens)} | config
+    raw = {name: value for name, value in raw.items() if value is not None}
+    torch.manual_seed(0)
+    rows = len(TOKENS) + len(tokens)
+    model = maskft.Model(maskft.parse_config(SMALL | {"vocab_size": rows}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    maskft.save(model, path)
+    files = {"tokenizer.json": content, "config.json": raw} | (sides or {})
+    for name, text in files.items():
+        write_json(path / name, text)
+    return path
+
+
+def change_weights(path, change):
+    """Rewrite model.safetensors with what `change` makes of its tensors, in place."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused_model(path, load=data.load_tokenizer):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def logits(path, ids=tuple(range(40, 60))):
+    return maskft.load(path)(torch.tensor([ids]))
+
+
+def transformers_logits(path, ids=tuple(range(40, 60))):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model(torch.tensor([ids])).logits
+
+
+# ------------------------------------------------------------------------------------ chat format
+
+TURN = (
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}"
+)
+HEADER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+CHATML_TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+EVERY = "{% for message in messages %}"
+IF_ASKED = "{% endfor %}{% if add_generation_prompt %}"
+CHATML_TEMPLATE = f"{EVERY}{CHATML_TURN}{IF_ASKED}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}"
+# the structure of the published templates; what tools take in them is left out
+REAL = {
+    "Llama 3": (
+        "llama3",
+        "{% set loop_messages = messages %}{% for message in loop_messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+        "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+        "{% set content = bos_token + content %}{% endif %}{{ content }}"
+        f"{IF_ASKED}{HEADER}{{% endif %}}",
+    ),
+    "Llama 3.1": (
+        "llama3",
+        "{{- bos_token }}\n{%- if custom_tools is defined %}\n{%- endif %}\n"
+        "{%- if not date_string is defined %}\n"
+        "    {%- if strftime_now is defined %}\n        "
+        '{%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+        '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n'
+        "{%- endif %}\n{%- if messages[0]['role'] == 'system' %}\n"
+        "    {%- set system_message = messages[0]['content']|trim %}\n"
+        "    {%- set messages = messages[1:] %}\n{%- else %}\n"
+        '    {%- set system_message = "" %}\n{%- endif %}\n'
+        '{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}\n'
+        '{{- "Cutting Knowledge Date: December 2023\\n" }}\n'
+        '{{- "Today Date: " + date_string + "\\n\\n" }}\n'
+        '{{- system_message }}\n{{- "<|eot_id|>" }}\n'
+        "{%- for message in messages %}\n    {%- if not ('tool_calls' in message) %}\n"
+        "        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+        "+ message['content'] | trim + '<|eot_id|>' }}\n    {%- else %}\n"
+        '        {{- raise_exception("no tools") }}\n    {%- endif %}\n{%- endfor %}\n'
+        "{%- if add_generation_prompt %}\n"
+        "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n",
+    ),
+    "Qwen2.5": (
+        "chatml",
+        "{%- if tools %}\n    {{- tools | tojson }}\n{%- else %}\n"
+        "    {%- if messages[0]['role'] == 'system' %}\n"
+        "        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+        "    {%- else %}\n        {{- '<|im_start|>system\\nYou are Qwen, created by "
+        "Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n"
+        "{%- endif %}\n"
+        '{%- for message in messages %}\n    {%- if (message.role == "user") or (message.role == '
+        '"system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) '
+        "%}\n        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + "
+        "'\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n",
+    ),
+    "Qwen3": (
+        "chatml",
+        "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}\n"
+        "{%- for message in messages[::-1] %}\n"
+        "    {%- set index = (messages|length - 1) - loop.index0 %}\n"
+        '    {%- if ns.multi_step_tool and message.role == "user" and message.content is string '
+        "and not(message.content.startswith('<tool_response>')) %}\n"
+        "        {%- set ns.multi_step_tool = false %}\n"
+        "        {%- set ns.last_query_index = index %}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- for message in messages %}\n    {%- set content = message.content %}\n"
+        '    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}\n'
+        "        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}\n"
+        "    {%- elif message.role == \"assistant\" %}\n        {%- set reasoning_content = '' %}\n"
+        "        {%- if loop.index0 > ns.last_query_index %}\n"
+        "            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + "
+        "reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}\n"
+        "        {%- else %}\n            {{- '<|im_start|>' + message.role + '\\n' + content }}\n"
+        "        {%- endif %}\n        {{- '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n"
+        "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+        "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}",
+    ),
+    "SmolLM2": (
+        "chatml",
+        f"{EVERY}{{% if loop.first and messages[0]['role'] != 'system' %}}{{{{ '"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n' }}"
+        f"{{% endif %}}{CHATML_TURN}{IF_ASKED}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}",
+    ),
+    "LLaDA": (
+        "llada",
+        f"{{{{ bos_token }}}}{EVERY}{TURN}{IF_ASKED}{HEADER}{{% endif %}}",
+    ),
+    "several named": (
+        "chatml",
+        [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML_TEMPLATE}],
+    ),
+    "answers marked": (
+        "chatml",
+        CHATML_TEMPLATE.replace(
+            CHATML_TURN, "{%- generation -%}" + CHATML_TURN + "{% endgeneration %}"
+        ),
+    ),
+    "loop controls": (
+        "chatml",
+        CHATML_TEMPLATE.replace(EVERY, EVERY + "{% if not message %}{% continue %}{% endif %}"),
+    ),
+}
+CHAT = [
+    {"role": "system", "content": ""},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "12"},
+    {"role": "system", "content": "Say it."},
+    {"role": "user", "content": "hello\nworld "},
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_directory_s_own_template_decides_and_the_saved_one_is_that_of_training(name, tmp_path):
+    expected, template = REAL[name]
+    bos = SPECIAL[expected].split()[0]
+    config = {"bos_token": bos, "chat_template": template}
+    path = model_directory(tmp_path / "in", expected, sides={"tokenizer_config.json": config})
+    tokenizer = data.load_tokenizer(path)
+    assert tokenizer.template == expected and not tokenizer.notes
+    out = tmp_path / "out"
+    out.mkdir()
+    data.copy_tokenizer(tokenizer, path, out)
+    written = data.read_json(out / "tokenizer_config.json")
+    assert written["chat_template"] == (out / "chat_template.jinja").read_text()
+    assert data.load_tokenizer(out).template == expected
+    shown = tokenizer.decode(tokenizer.chat(CHAT), special=True)
+    assert "hello\nworld " in shown and shown.count("system") == 1  # an empty one is none
+    library = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+    theirs = library.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert theirs == tokenizer.chat(CHAT)
+
+
+THINKS = CHATML_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
+REFUSED_TEMPLATES = [
+    ("chatml", {"chat_template": THINKS}, r"assistant\n<think>\n'"),
+    ("chatml", {"chat_template": CHATML_TEMPLATE.replace("\n' }}", "' }}")}, "the nearest"),
+    (
+        "both",
+        {"chat_template": "{{ bos_token }}" + CHATML_TEMPLATE, "bos_token": "<|begin_of_text|>"},
+        "where chatml",
+    ),
+    ("both", {"chat_template": ""}, "where llama3"),
+    ("chatml", {"chat_template": "{% for message in messages %}"}, "TemplateSyntaxError"),
+    ("chatml", {"chat_template": "{{ raise_exception('only tools') }}"}, "only tools"),
+    ("chatml", {"chat_template": "{{ eos_token + '' }}"}, "'eos_token' is undefined"),
+    ("chatml", {"chat_template": "{{ messages.__class__.__mro__ }}"}, "unsafe"),
+    ("chatml", {"chat_template": "{{ messages[7]['role'] }}"}, "its chat template fails"),
+    (
+        "chatml",
+        {"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"},
+        "its chat template",
+    ),
+    (
+        "chatml",
+        {"chat_template": "{% for a in range(9999) %}" * 9 + "{% endfor %}" * 9},
+        "not come to an end",
+    ),
+    (
+        "chatml",
+        {"chat_template": [{"name": "tools", "template": CHATML_TEMPLATE}]},
+        '"default" must be text',
+    ),
+    ("chatml", {"chat_template": [7]}, "found 7 where"),
+    ("chatml", {"chat_template": 7}, '"chat_template" must be text, found 7'),
+    ("chatml", {"eos_token": ["<|im_end|>"]}, r'"eos_token" must be text, found a list'),
+]
+
+
+@pytest.mark.parametrize("special, config, message", REFUSED_TEMPLATES)
+def test_a_template_that_is_not_ours_or_broken_is_refused(special, config, message, tmp_path):
+    path = model_directory(tmp_path, special, sides={"tokenizer_config.json": config})
+    printed = refused_model(path)
+    assert message in printed and printed.startswith(f"{path}/tokenizer_config.json: ")
+    # a template in a file of its own goes first
+    write_json(path / "chat_template.jinja", REAL["SmolLM2"][1])
+    if "eos_token" not in config:
+        assert data.load_tokenizer(path).template == "chatml"
+
+
+def test_what_is_guessed_and_a_base_model_are_told(tmp_path):
+    config = {"eos_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE}
+    path = model_directory(tmp_path / "in", sides={"tokenizer_config.json": config})
+    tokenizer = data.load_tokenizer(path)
+    (note,) = tokenizer.notes
+    assert note.startswith(f"{path}: a base model") and "<|im_end|>" in note
+    eot = tokenizer.special["<|im_end|>"]
+    eos = tokenizer.special["<|endoftext|>"]
+    (tmp_path / "out").mkdir()
+    data.copy_tokenizer(tokenizer, path, tmp_path / "out")
+    generation = data.read_json(tmp_path / "out" / "generation_config.json")
+    assert generation["eos_token_id"] == [eot, eos]
+    (path / "tokenizer_config.json").unlink()
+    assert data.load_tokenizer(path).notes == [
+        f"{path}: no chat template; its special tokens are those of chatml"
+    ]
+
+
+# -------------------------------------------------------------------------- tokens and their ids
+
+
+def test_a_token_beyond_the_embeddings_is_named_and_padding_there_replaced(tmp_path):
+    rows = len(TOKENS) + 4
+    mask = {"text": "<|mask|>", "i": rows}
+    path = model_directory(tmp_path, more=[mask], vocab_size=rows)
+    message = refused_model(path)
+    for part in ("'<|mask|>'", str(rows), f"resize_token_embeddings({rows + 1})"):
+        assert part in message
+    write_json(path / "tokenizer_config.json", {"pad_token": "<|mask|>", "eos_token": "<|im_end|>"})
+    write_json(path / "config.json", SMALL | {"vocab_size": rows, "pad_token_id": rows})
+    tokenizer = data.load_tokenizer(path)
+    assert tokenizer.pad_id == tokenizer.eot_id
+    assert tokenizer.mask_id == tokenizer.special[SPARE]  # not the padding that is no more
+    target = tmp_path / "out"
+    target.mkdir()
+    data.write_chat_files(tokenizer, path, target)
+    assert data.read_json(target / "tokenizer_config.json")["pad_token"] == "<|im_end|>"
+    write_json(path / "tokenizer_config.json", {"pad_token": "<|mask|>", "eos_token": "<|mask|>"})
+    assert "'<|mask|>'" in refused_model(path)  # an end of text there is no idle one
+    ordinary = {token: i for token, i in tokenizer.special.items() if token != SPARE}
+    with pytest.raises(UserError, match="resize_token_embeddings"):
+        assert dataclasses.replace(tokenizer, special=ordinary).mask_id
+
+
+NFC = {"type": "NFC"}
+LATE = [
+    {"text": "Skarholm", "i": len(TOKENS) + 4, "special": False, "normalized": True},
+    {"text": "holm12", "i": len(TOKENS) + 5, "special": False},
+    {"text": "<|late|>", "i": len(TOKENS) + 6, "normalized": True},
+]
+SAMPLES = [
+    "Skarholm Skarholm12 hello e\u0301é <|im_end|>",
+    "aSkarholm<|late|>holm12holm12<|laSkarholm",
+    "\u1100\u1161 <|late|> \u0958\u0344\u212b Skar\u0301holm",
+]
+
+
+@pytest.mark.parametrize(
+    "normalizer, more",
+    [
+        (None, LATE),
+        ({"type": "Sequence", "normalizers": []}, LATE),
+        ({"type": "Sequence", "normalizers": [NFC]}, LATE[1:2]),
+        ({"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [NFC]}]}, ()),
+    ],
+)
+def test_normalized_words_and_sequences_give_the_reference_s_ids(normalizer, more, tmp_path):
+    more = [token | {"i": len(TOKENS) + 4 + n} for n, token in enumerate(more)]
+    path = model_directory(tmp_path, more=more, normalizer=normalizer)
+    ours = data.load_tokenizer(path)
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for text in SAMPLES:
+        assert ours.encode(text) == library.encode(text).ids
+    file = path / "tokenizer.json"
+    write_json(file, file.read_text().replace("NFC", "NFKC"))
+    if "NFC" in json.dumps(normalizer):
+        assert "NFKC" in refused_model(path)
+
+
+def test_of_a_sequence_every_normalizer_is_looked_at_and_every_id_compared(tmp_path):
+    lower = {"type": "Sequence", "normalizers": [NFC, {"type": "Lowercase"}]}
+    assert "Lowercase" in refused_model(model_directory(tmp_path, normalizer=lower))
+    assert "'Skarholm' with normalized" in refused_model(
+        model_directory(tmp_path, more=LATE[:1], normalizer=NFC)
+    )
+    gap = [LATE[0] | {"i": len(TOKENS) + 9}]
+    message = refused_model(model_directory(tmp_path, more=gap, vocab_size=999))
+    assert "'Skarholm' the id 272" in message and "would give it 267" in message
+
+
+# ------------------------------------------------------------------------------ config and weights
+
+OLD_LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_READ = [
+    {"rope_parameters": DEFAULT, "rope_scaling": LINEAR},
+    {"rope_parameters": LINEAR | {"rope_theta": 777.0}, "rope_theta": 9.0},
+    {"rope_parameters": DEFAULT | {"rope_theta": 5e5}, "rope_scaling": {}},
+    {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": OLD_LLAMA3},
+    {"rope_scaling": OLD_LLAMA3, "original_max_position_embeddings": 16},
+]
+
+
+@pytest.mark.parametrize("fields", ROPE_READ)
+def test_rope_fields_old_and_new_are_read_as_transformers_reads_them(fields, tmp_path):
+    path = model_directory(tmp_path, **copy.deepcopy(fields))
+    ours = logits(path)
+    torch.testing.assert_close(ours, transformers_logits(path), atol=1e-4, rtol=1e-4)
+    plain = logits(model_directory(tmp_path, rope_theta=DEFAULT["rope_theta"]))
+    assert (ours - plain).abs().max() > 1e-3
+
+
+EVIDENT = [
+    ({"rms_norm_eps": "1e-05"}, {"rms_norm_eps": 1e-5}),
+    ({"vocab_size": "267", "hidden_size": 16.0}, {}),
+    ({"tie_word_embeddings": "true", "attention_bias": None}, {}),
+    ({"dtype": "auto"}, {}),
+    ({"torch_dtype": "torch.float32"}, {}),
+    ({"rope_theta": "10000", "rope_scaling": None, "pad_token_id": "263", "eos_token_id": -1}, {}),
+]
+
+
+@pytest.mark.parametrize("odd, plain", EVIDENT)
+def test_an_evident_value_is_taken_and_saved_as_what_it_is(odd, plain, tmp_path):
+    expected = logits(model_directory(tmp_path / "plain", **plain))
+    path = model_directory(tmp_path / "odd", **odd)
+    data.load_tokenizer(path)
+    assert torch.equal(logits(path), expected)
+    maskft.save(maskft.load(path), tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    torch.testing.assert_close(
+        transformers_logits(tmp_path / "saved"), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+WRONG = [
+    ({"rms_norm_eps": 0}, '"rms_norm_eps" must be a number from 1e-12'),
+    ({"rms_norm_eps": -1e-5}, "found -1e-05"),
+    ({"rms_norm_eps": "small"}, 'found "small"'),
+    ({"rope_theta": 0}, '"rope_theta" must be'),
+    ({"rope_theta": 1e400}, '"rope_theta" must be'),
+    ({"rope_scaling": LINEAR | {"factor": 0}}, '"factor" must be a number from 1e-12'),
+    ({"rope_scaling": LINEAR | {"factor": [4]}}, "found a list"),
+    (
+        {"rope_scaling": {"type": "linear"}},
+        '"factor" must be a number from 1e-12 to 1e+12, found nothing',
+    ),
+    ({"rope_scaling": [4]}, '"rope_scaling" must be an object'),
+    ({"rope_scaling": OLD_LLAMA3 | {"high_freq_factor": 1}}, '"low_freq_factor" must be below'),
+    ({"rope_scaling": OLD_LLAMA3 | {"rope_type": "yarn"}}, "'yarn' is not one of"),
+    ({"rope_scaling": LINEAR, "rope_parameters": OLD_LLAMA3}, 'disagree about "rope_type"'),
+    ({"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 8.0}}, "4.0 and 8.0"),
+    (
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 5e5}},
+        'disagree about "rope_theta"',
+    ),
+    ({"hidden_size": -16}, '"hidden_size" must be a whole number from 1'),
+    ({"hidden_size": True}, "found true"),
+    ({"num_hidden_layers": None}, "found nothing"),
+    ({"model_type": ["llama"]}, '"model_type" must be text'),
+    ({"dtype": "int8"}, '"dtype" must be one of float32'),
+    ({"tie_word_embeddings": "yes"}, '"tie_word_embeddings" must be true or false'),
+]
+
+
+@pytest.mark.parametrize("fields, message", WRONG)
+def test_a_wrong_field_is_named_with_what_was_found(fields, message, tmp_path):
+    path = model_directory(tmp_path, **copy.deepcopy(fields))
+    printed = refused_model(path, maskft.load)
+    assert printed.startswith(f"{path}/config.json: ") and message in printed
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
+    path = model_directory(tmp_path / "in")
+    expected = logits(path)
+
+    def same(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def other(tensors):
+        tensors["lm_head.weight"][-1] += 1
+
+    change_weights(path, same)
+    model = maskft.load(path)
+    assert model.config.tied and torch.equal(logits(path), expected)
+    change_weights(path, other)
+    model = maskft.load(path)
+    assert not model.config.tied and model.config.raw["tie_word_embeddings"] is False
+    ours = logits(path)
+    assert (ours - expected).abs().max() > 1e-2
+    torch.testing.assert_close(ours, transformers_logits(path), atol=1e-4, rtol=1e-4)
+    maskft.save(model, tmp_path / "out")
+    assert torch.equal(logits(tmp_path / "out"), ours)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_are_no_numbers_are_named_and_logits_never_scored(value, tmp_path):
+    path = model_directory(tmp_path)
+    model = maskft.load(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 5] = value
+
+    change_weights(path, spoil)
+    message = refused_model(path, maskft.load)
+    assert message.startswith(f"{path}/model.safetensors: {name} holds NaN")
+    with torch.no_grad():
+        model.norm.weight.fill_(value)
+        model.embed.weight *= 1e6
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        maskft.generate(model, [[1, 2]], 4)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    path = model_directory(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(path, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
+    assert f"{name} holds numbers of type I32" in refused_model(path, maskft.load)
+
+
+# -------------------------------------------------------------------------------------- mutations
+
+ODD = [
+    None,
+    "",
+    "x",
+    "1e-05",
+    "2",
+    -1,
+    0,
+    1,
+    2,
+    7.5,
+    float("inf"),
+    float("nan"),
+    1e30,
+    True,
+    "true",
+]
+ODD += [[], {}, [1], ["x"], {"a": 1}, 10**30, "\ud800", "<|im_end|>", [[[]]], 12, 300, "Sequence"]
+WHOLE = [b"", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"[1]", b"\xff{}", b'"x"']
+
+
+def places(value, place=()):
+    """The keys on the way to everything in a JSON value, but for the ordinary tokens."""
+    yield place
+    if isinstance(value, dict) and place != ("model", "vocab"):
+        for key in value:
+            yield from places(value[key], (*place, key))
+    if isinstance(value, list):
+        for n, one in enumerate(value):
+            yield from places(one, (*place, n))
+
+
+def mutate_json(rng, text):
+    """JSON with one thing in it deleted, replaced, doubled, exchanged or cut short."""
+    content = json.loads(text)
+    *way, key = rng.choice([place for place in places(content) if place])
+    parent = content
+    for step in way:
+        parent = parent[step]
+    match rng.choice(["delete", "replace", "replace", "replace", "exchange", "cut"]):
+        case "delete":
+            del parent[key]
+        case "replace":
+            parent[key] = rng.choice(ODD)
+        case "exchange":
+            other = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+            parent[key], parent[other] = parent[other], parent[key]
+        case "cut" if isinstance(parent[key], str):
+            parent[key] = parent[key][: rng.randint(0, len(parent[key]))]
+    return json.dumps(content)
+
+
+def mutate_tensors(rng, content):
+    """A safetensors file with other bytes, a part missing, or something else in its header."""
+    size = int.from_bytes(content[:8], "little")
+    header, numbers = content[8 : 8 + size], content[8 + size :]
+    kind = rng.choice(["byte", "number", "cut", "header"])
+    if kind == "header":
+        header = mutate_json(rng, header).encode(errors="replace")
+        return len(header).to_bytes(8, "little") + header + numbers
+    if kind == "cut":
+        return content[: rng.randrange(len(content))]
+    spot = rng.randrange(len(content)) if kind == "byte" else rng.randrange(8 + size, len(content))
+    return content[:spot] + bytes([rng.randrange(256)]) + content[spot + 1 :]
+
+
+def mutate(rng, path):
+    """Change one of the files of a model directory; its name."""
+    file = path / rng.choice(sorted(file.name for file in path.iterdir()))
+    content = file.read_bytes()
+    if file.suffix == ".safetensors":
+        file.write_bytes(mutate_tensors(rng, content))
+    elif file.suffix == ".jinja":
+        spot = rng.randrange(len(content))
+        file.write_bytes(content[:spot] + content[spot + rng.randint(1, 9) :])
+    elif rng.random() < 0.1:
+        file.write_bytes(rng.choice([*WHOLE, content[: rng.randrange(len(content))]]))
+    else:
+        write_json(file, mutate_json(rng, content))
+    return file.name
+
+
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory):
+    """A model directory with one of every file there may be."""
+    eot = len(TOKENS) + 2
+    sides = {
+        "tokenizer_config.json": {
+            "bos_token": None,
+            "eos_token": {"content": "<|im_end|>", "lstrip": False},
+            "pad_token": "<|endoftext|>",
+            "chat_template": [{"name": "default", "template": REAL["SmolLM2"][1]}],
+        },
+        "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": {"content": SPARE}},
+        "generation_config.json": {"eos_token_id": [eot, eot - 2], "do_sample": True},
+    }
+    ids = {"eos_token_id": [eot], "pad_token_id": eot - 2, "torch_dtype": "float32"}
+    rope = {"original_max_position_embeddings": 64, **OLD_LLAMA3}
+    path = tmp_path_factory.mktemp("many") / "model"
+    model_directory(path, sides=sides, normalizer=NFC, rope_scaling=rope, rope_theta=9e3, **ids)
+    tensors = sorted(load_file(path / "model.safetensors").items())
+    (path / "model.safetensors").unlink()
+    weight_map = {}
+    for n, some in enumerate((tensors[:9], tensors[9:])):
+        save_file(dict(some), path / f"part{n}.safetensors", metadata={"format": "pt"})
+        weight_map |= {name: f"part{n}.safetensors" for name, _ in some}
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return path
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mutated_model_directory_works_or_is_one_line_that_names_the_file(
+    seed, many_files, tmp_path
+):
+    rng = random.Random(seed)
+    worked = 0
+    for n in range(100):
+        path = tmp_path / str(n)
+        shutil.copytree(many_files, path)
+        if seed == 3:  # the template has a file of its own
+            write_json(path / "chat_template.jinja", REAL["Qwen2.5"][1])
+        name = mutate(rng, path)
+        with contextlib.suppress(UserError):
+            try:
+                tokenizer = data.load_tokenizer(path)
+                ids = tokenizer.chat([{"role": "user", "content": "hello"}])
+                assert maskft.load(path)(torch.tensor([ids])).isfinite().all()
+                worked += 1
+            except UserError as error:
+                first, *more = str(error).split("\n")
+                named = name in first or f"{path}: " in first or "logits" in first
+                assert named and (not more or "It renders" in first), (name, str(error))
+                raise
+        shutil.rmtree(path)
+    assert 10 < worked < 60
+
+
+# ------------------------------------------------------------------------------------- models out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of four steps on the built-in model, from a directory of its own."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    source = tmp_path / "base"
+    shutil.copytree(HERE / "tiny", source)
+    (source / "tokenizer_config.json").unlink()
+    umask = os.umask(0o022)
+    flags = ("--model", source, "--data", "bio:4", "--epochs", 4, "--eval-at", 4)
+    forked(maskft, *flags, "--method", "masked", "--out", tmp_path / "out")
+    os.umask(umask)
+    return tmp_path / "out"
+
+
+def test_a_run_s_directory_is_complete_and_readable_by_all(run):
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in run.iterdir()}
+    assert modes == {0o644}
+    names = {file.name for file in run.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    }
+    card = (run / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert "pipeline_tag: text-generation" in head and "# license:" in head
+    shown = [f"base model: {run.parent / 'base'}", "data: bio:4, 4 documents", "method: masked"]
+    shown += ["epochs 4", "lr 0.0006", "seed 0", "forward", f'--model {run} --ask "..."']
+    scores = data.read_json(run / "results.json")["last"]["scores"]
+    low, high = scores["backward"]["interval"]["rouge1"]
+    shown += [f"rouge1 {scores['backward']['rouge1']:.3f} [{low:.2f}-{high:.2f}]"]
+    assert [part for part in shown if part not in text] == []
+
+
+def test_transformers_chats_with_a_run_s_directory_in_our_ids_and_answers(run):
+    transformers = pytest.importorskip("transformers")
+    library = transformers.AutoTokenizer.from_pretrained(run)
+    model = transformers.AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = data.load_tokenizer(run)
+    assert not tokenizer.notes
+    predictions = jsonl(run / "preds.jsonl")[:12]
+    for prediction in predictions:
+        chat = [{"role": "user", "content": prediction["question"]}]
+        batch = library.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = batch["input_ids"]
+        assert ids[0].tolist() == tokenizer.chat(chat)
+        answer = model.generate(**batch, max_new_tokens=128)[0, ids.shape[1] :]
+        text = library.decode(answer, skip_special_tokens=True).strip()
+        assert answer[-1] == tokenizer.eot_id and text == prediction["prediction"]
+    assert len({prediction["prediction"] for prediction in predictions}) > 4
+
+
+def test_a_tokenizer_that_vanished_is_an_error(tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(HERE / "tiny", source)
+    flags = ("--model", source, "--data", "bio:2", "--epochs", 1, "--eval-at", 1)
+    flags = (*flags, "--method", "masked", "--out", tmp_path / "out")
+
+    def before_training(real=maskft.open_run):
+        def open_run(*given):
+            (source / "tokenizer.json").unlink()
+            return real(*given)
+
+        maskft.open_run = open_run
+
+    def after_training(real=maskft.train):
+        def train(run):
+            real(run)
+            (run.out / "tokenizer.json").unlink()
+            return True
+
+        maskft.train = train
+
+    printed = forked(maskft, *flags, status=1, before=after_training)
+    assert f"{tmp_path / 'out'}: no tokenizer.json" in printed
+    shutil.rmtree(tmp_path / "out")
+    printed = forked(maskft, *flags, status=1, before=before_training)
+    assert f"{source}: no tokenizer.json" in printed
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llada"])
+def test_the_built_in_directories_have_the_files_of_a_run_s(name, tmp_path):
+    source = HERE / name
+    tokenizer = data.load_tokenizer(source)
+    assert tokenizer.template == "chatml" and not tokenizer.notes
+    data.write_chat_files(tokenizer, source, tmp_path)
+    for file in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (source / file).read_text() == (tmp_path / file).read_text()
+
+
+def test_a_diffusion_run_gets_the_same_files(tmp_path):
+    flags = ("--model", "tiny-llada", "--data", "bio:2", "--epochs", 1, "--eval-at", 1)
+    forked(llada, *flags, "--out", tmp_path / "out")
+    tokenizer = data.load_tokenizer(tmp_path / "out")
+    assert tokenizer.template == "chatml" and not tokenizer.notes
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "method: llada" in card and "apply_chat_template" not in card
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+@torch.no_grad()
+def plain_loop(model, prompts, length):
+    """Greedy answers from whole forwards, a prompt at a time."""
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(length):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        answers.append(ids[len(prompt) :])
+    return answers
+
+
+def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop():
+    """In any batch; no row is computed without need, none beyond the budget is held."""
+    model = random_model(tie_word_embeddings=True)
+    rng = random.Random(0)
+    lengths = [rng.choice([1, 2, 3, 9, 20]) for _ in range(18)] + [90, 1]
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in lengths]
+    plain = plain_loop(model, prompts, 16)
+    forwards = []
+    beside = set()  # budgets with which prompts were computed while other rows went on
+    real = maskft.KVCache.place
+
+    def place(cache, first, past, *more):
+        forwards.append((cache.rows, cache.size, first, past))
+        assert first + len(past) <= cache.rows
+        real(cache, first, past, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maskft.KVCache, "place", place)
+        for stops in ([], rng.sample(range(300), 15), [row[0] for row in plain]):
+            expected = [cut(row, stops) for row in plain]
+            needed = sum(min(16, len(row) + 1) for row in expected)
+            for tokens in (1, 200, 400, 9216):
+                forwards.clear()
+                found = maskft.generate(model, prompts, 16, stops, batch_tokens=tokens)
+                assert found == expected
+                assert sum(len(past) for *_, past in forwards) == needed
+                for rows, size, first, past in forwards:
+                    assert rows == 1 or rows * size <= tokens
+                    beside |= {tokens} if first and not any(past) else set()
+    assert beside == {200, 400}
+    ended = []
+    assert maskft.generate(model, prompts, 16, on_answer=ended.append) == plain
+    assert sum(ended) == len(prompts)
+    assert maskft.generate(model, [], 16) == []
+
+
+REFUSED_SAMPLING = [
+    ({"max_new_tokens": 254}, "257 tokens are more than the model takes, 256"),
+    ({"max_new_tokens": 0}, "max_new_tokens is at least 1.*found 0, 0.0, 1.0"),
+    ({"temperature": -1.0}, "found 128, -1.0, 1.0"),
+    ({"temperature": 1.0, "top_p": 0.0}, "found 128, 1.0, 0.0"),
+    ({"temperature": 1.0, "top_p": 1.5}, "found 128, 1.0, 1.5"),
+]
+
+
+@pytest.mark.parametrize("given, message", REFUSED_SAMPLING)
+def test_what_cannot_be_generated_is_refused_before_anything(given, message):
+    model = random_model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    with pytest.raises(UserError, match=message):
+        maskft.generate(model, [[5], [6, 7, 8]], **given)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
+def test_draws_have_the_distribution_of_the_softmax(temperature, top_p):
+    """The first token, and the second behind the usual first one: chi-squared of 4,000 draws."""
+    model = random_model(vocab_size=12)
+    prompts = [[3, 4]] * 4000
+    how = {"temperature": temperature, "top_p": top_p}
+    state = torch.get_rng_state()
+    answers = [
+        maskft.generate(model, prompts, 2, **how, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = answers
+    assert first == again != other
+    tokens = [answer[0] for answer in first]
+    usual = max(range(12), key=tokens.count)
+    behind = [answer[1] for answer in first if answer[0] == usual]
+    assert len(behind) > 300
+    for prompt, drawn in (([3, 4], tokens), ([3, 4, usual], behind)):
+        with torch.no_grad():
+            expected = (model(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1).tolist()
+        ranked = sorted(range(12), key=lambda token: -expected[token])
+        kept = next(n for n in range(1, 13) if sum(expected[i] for i in ranked[:n]) > top_p - 1e-6)
+        assert set(drawn) <= set(ranked[:kept]) and (kept < 12) == (top_p < 1)
+        total = sum(expected[i] for i in ranked[:kept])
+        counts = [(drawn.count(i), len(drawn) * expected[i] / total) for i in ranked[:kept]]
+        counts = [(found, mean) for found, mean in counts if mean > 5]
+        squared = sum((found - mean) ** 2 / mean for found, mean in counts)
+        assert squared < len(counts) + 4 * math.sqrt(2 * len(counts))
+
+
+def test_a_diffusion_model_answers_in_batches_of_the_same_budget(monkeypatch):
+    model = tiny_llada()
+    prompts = [[1] * 20, [2] * 9, [3] * 8, [4, 5], [6]]
+    whole = llada.sample(model, prompts, 8, 8, 4, stop_ids=(EOT,))
+    batches = []
+    real = llada.sample
+
+    def sample(model, prompts, *given, **more):
+        batches.append([len(prompt) for prompt in prompts])
+        return real(model, prompts, *given, **more)
+
+    monkeypatch.setattr(llada, "sample", sample)
+    monkeypatch.setattr(maskft, "ANSWER_BATCH_TOKENS", 36)
+    asked = type("Tokenizer", (), {"stop_ids": (EOT,)})
+    done = []
+    assert llada.answer(model, asked, prompts, 8, on_answer=done.append) == whole
+    assert batches == [[20], [9, 8], [2, 1]] and done == [1, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------- a step
+
+
+class Record(TorchDispatchMode):
+    """Names of operators that wait for a GPU, or whose shape only its values tell."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname in self.WAITING:
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["masked", "llada"])
+def test_a_step_waits_for_nothing(method, group, tokenizer, monkeypatch):
+    """Labels are found once a micro-batch, where they are: on the CPU. Then no number is read."""
+    documents, _ = world.make_bio(6)
+    monkeypatch.setattr(maskft, "METHODS", maskft.METHODS | llada.METHODS)
+    mask = [0.05, 0.95]
+    run = run_of(tokenizer, documents, method=method, micro_batch_tokens=120, mask_ratio=mask)
+    with torch.device("meta"):
+        run.model = maskft.Model(maskft.read_config(maskft.find_model("tiny")))
+    run.model.config.causal = method == "masked"
+    maskft.shard(run.model, run.device, torch.float32)
+    maskft.load_weights(run.model, run.directory, run.device)
+    run.optimizer = maskft.make_optimizer(run.model, 1e-3)
+    examples = [maskft.build(run, number, epoch=0) for number in range(6)]
+    parts = len(maskft.micro_batches(examples, 120, 0, 1))
+    recorder = Record()
+    real = run.optimizer.step
+    monkeypatch.setattr(run.optimizer, "step", lambda: (recorder.names.append("step"), real()))
+    with recorder:
+        loss_and_norm = maskft.update(run, examples, 1e-3)
+    assert parts > 1 and recorder.names == ["nonzero"] * parts + ["step"]
+    assert (loss_and_norm > 0).all()
+
+
+def test_labels_stay_on_the_cpu(monkeypatch):
+    """On `meta`, which has no values to find anything by; copies to it do not wait."""
+    monkeypatch.setattr(maskft.RMSNorm, "forward", torch.nn.RMSNorm.forward)  # no autocast there
+    with torch.device("meta"):
+        model = maskft.Model(maskft.parse_config(llama()))
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if function._opname == "_to_copy" and args[0].device.type == "cpu":
+                copies.append(kwargs.get("non_blocking"))
+            return function(*args, **kwargs)
+
+    labels = torch.tensor([[IGNORE, 5, IGNORE, 7]])
+    with Copies():
+        ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+        loss = model(ids, labels=labels, weights=torch.ones(1))
+    loss.backward()
+    assert loss.shape == () and copies == [True] * 4
+
+
+def test_a_batch_without_padding_needs_no_mask(group):
+    """Of a diffusion model, which otherwise gets one; the loss is the same."""
+    pair = [Example([5, MASK, 7], [IGNORE, 6, IGNORE], 1.0, 1.0)] * 2
+    longer = Example([5, MASK], [IGNORE, 6], 1.0, 1.0)
+    model = tiny_llada()
+    batch = data.collate(pair, EOS)
+    assert batch["key_mask"] is None and data.collate([], EOS)["key_mask"] is None
+    assert data.collate([*pair, longer], EOS)["key_mask"].sum() == 8
+    masked = model(**batch | {"key_mask": torch.ones(2, 3, dtype=torch.bool)})
+    assert model(**batch).item() == pytest.approx(masked.item(), rel=1e-5)
+
+
+def test_each_document_is_encoded_once(monkeypatch):
+    tokenizer = data.load_tokenizer(HERE / "tiny")
+    run = run_of(tokenizer, world.make_bio(4)[0], mask_ratio=[0.1, 0.9])
+    first = [maskft.build(run, number, epoch=0) for number in range(4)]
+    text = run.dataset.documents[0]["text"]
+    tokenizer.encode(text).append(0)  # what a caller does to its ids is its own affair
+    assert tokenizer.encode(text)[-1] != 0
+    monkeypatch.setattr(data.Tokenizer, "_encode_plain", lambda *_: pytest.fail("encoded anew"))
+    assert [maskft.build(run, number, epoch=0) for number in range(4)] == first
+    later = [maskft.build(run, number, epoch=1) for number in range(4)]
+    assert all(a.ids != b.ids and a.labels == b.labels for a, b in zip(first, later, strict=True))
+
+
+ALLOCATOR = [  # what the user set -> what start_processes leaves
+    ({}, "expandable_segments:True"),
+    ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+]
+
+
+@pytest.mark.parametrize("given, expected", ALLOCATOR)
+def test_attention_and_allocator_on_a_gpu(given, expected, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    maskft.start_processes()
+    maskft.dist.destroy_process_group()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+# ------------------------------------------------------------------------------------------ offload
+
+
+def test_offload_changes_no_number(tmp_path):
+    """Losses, answers and weights, also of a run that was stopped and went on."""
+
+    def stop_at_once():
+        maskft.listen_for_stop = lambda: [1]
+
+    usual, moved, resumed = (tmp_path / name for name in ("usual", "moved", "resumed"))
+    forked(maskft, *SHORT, "--out", usual)
+    forked(maskft, *SHORT, "--offload", "--out", moved)
+    forked(maskft, *SHORT, "--offload", "--out", resumed, before=stop_at_once)
+    assert len(losses(resumed)) == 1
+    forked(maskft, "--resume", resumed)
+    for run in (moved, resumed):
+        assert losses(run) == losses(usual)
+        assert data.read_json(run / "results.json")["arguments"]["offload"] is True
+        for file in ("model.safetensors", "preds.jsonl"):
+            assert (run / file).read_bytes() == (usual / file).read_bytes()
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_offload_is_the_policy_of_every_unit_and_answers_have_whole_weights(offload, group):
+    with torch.device("meta"):
+        model = maskft.Model(maskft.parse_config(llama()))
+    maskft.shard(model, torch.device("cpu"), torch.float32, offload)
+    model.to_empty(device="cpu")
+    for unit in (model, *model.blocks):
+        policy = unit._get_fsdp_state()._fsdp_param_group.offload_policy
+        assert isinstance(policy, CPUOffloadPolicy) == offload
+        assert not getattr(policy, "pin_memory", False)  # there is no GPU to copy to
+    with maskft.gathered(model):
+        # what all_gather made, so on the GPU: `generate` goes by the first one's device
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------ eight GPUs, without one
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 2,  # of 32
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 5e5,
+}
+LLADA_8B = {
+    "d_model": 4096,
+    "n_layers": 2,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "max_sequence_length": 4096,
+}
+
+
+class Fake(TorchDispatchMode):
+    """Finds as many labels as there are, and records collectives: their shapes and dtypes."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.counts = []
+        self.collectives = []
+        real = data.collate
+
+        def collate(examples, pad_id):
+            self.counts.append(sum(i != IGNORE for e in examples for i in e.labels))
+            return real(examples, pad_id)
+
+        monkeypatch.setattr(data, "collate", collate)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname == "nonzero":
+            return torch.zeros(self.counts.pop(), 2, dtype=torch.int64)
+        if function.namespace == "c10d":
+            shapes = [(*t.shape, t.dtype) for t in args if isinstance(t, torch.Tensor)]
+            self.collectives.append((function._opname, *shapes))
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fake_group(rank, monkeypatch):
+    """The device of one of 8 ranks, whose collectives do nothing."""
+    start = partial(maskft.dist.init_process_group, "fake", store=FakeStore(), world_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(maskft.dist, "init_process_group", lambda *_, **__: start(rank=rank))
+        device = maskft.start_processes()
+    try:
+        yield device
+    finally:
+        maskft.dist.destroy_process_group()
+
+
+def collectives_of_a_step(method, directory, device, monkeypatch):
+    """What a step of a run makes its ranks do together, on fake tensors.
+
+    Reading a number of one fails, as it would wait on a GPU."""
+    flags = ["--model", str(directory), "--data", "bio", "--dtype", "bfloat16"]
+    methods = {method: (maskft.METHODS | llada.METHODS)[method]}
+    args = maskft.arguments("", methods).parse_args(flags)
+    (given,) = maskft.given_settings(args, methods, (None, None), device)
+    run = maskft.prepare(given, methods[method], device, stop=[])
+    settings = run.settings
+    assert (settings.batch_size, settings.dtype, run.steps) == (64, "bfloat16", 5000)
+    maskft.shard(run.model, device, torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), Fake(monkeypatch) as fake:
+        run.model.to_empty(device=device)
+        run.optimizer = maskft.make_optimizer(run.model, settings.lr)
+        loss_and_norm = maskft.update(run, maskft.examples_of_step(run, 0), settings.lr)
+    held = sum(parameter.to_local().numel() for parameter in run.model.parameters())
+    assert maskft.parameter_count(run.model) / held == pytest.approx(8, rel=1e-4)
+    assert loss_and_norm.shape == (2,) and loss_and_norm.dtype == torch.float32
+    return fake.collectives
+
+
+@pytest.mark.parametrize("method", ["masked", "llada"])
+def test_a_step_of_8b_on_a_group_of_eight(method, tmp_path, monkeypatch):
+    """The first rank and the last meet in the same collectives, weights in bf16, sums in fp32."""
+    source = {"masked": "tiny", "llada": "tiny-llada"}[method]
+    for file in (HERE / source).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    raw = data.read_json(HERE / source / "config.json")
+    raw |= LLADA_8B if method == "llada" else LLAMA_8B
+    raw |= {"tie_word_embeddings": False, "weight_tying": False}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = []
+    for rank in (0, 7):
+        with fake_group(rank, monkeypatch) as device:
+            found.append(collectives_of_a_step(method, tmp_path, device, monkeypatch))
+    first, last = found
+    assert first == last
+    kinds = {"_allgather_base_": torch.bfloat16, "_reduce_scatter_base_": torch.float32}
+    assert {name for name, *_ in first} >= kinds.keys()
+    for name, *tensors in first:
+        if name in kinds:
+            assert {tensor[-1] for tensor in tensors} == {kinds[name]}
+            assert max(size for size, _ in tensors) == 8 * min(size for size, _ in tensors)
+
+
+# ------------------------------------------------------------------------------------ end to end
+
+
+def test_a_folder_of_one_s_own_trains_answers_and_is_reported(tmp_path):
+    folder = tmp_path / "own"
+    fill(folder / "a.txt", "Ada Holm bakes in Lund. " * 60)
+    fill(folder / "b.md", "# Bo\n\nBo sings.\n")
+    fill(folder / "c.csv", "question,answer\nWho bakes in Lund?,Ada Holm\nWho sings?,\n")
+    fill(folder / "d.jsonl", "\ufeff" + DOCUMENT)
+    fill(folder / "e.png", b"\x89PNG")
+    run = tmp_path / "run"
+    flags = ("--model", HERE / "tiny", "--data", folder, "--method", "masked", "--out", run)
+    printed = forked(maskft, *flags, "--epochs", 1, "--eval-at", 1)
+    assert f"{folder}: not read: e.png" in printed
+    assert f"{folder / 'a.txt'}: 1 document cut into " in printed
+    assert "\nmasked  epoch 1" in printed and "own, 1 questions:" in printed
+    assert "all: Who sings?\n  answered '" in printed
+    assert [p.get("answer") for p in jsonl(run / "preds.jsonl")] == ["Ada Holm", None]
+    assert forked(evaluation, "--model", run, "--ask", "Who sings?").strip()
+    out = tmp_path / "report"
+    for directories in ([run], [run, out]):  # the second time, out is a report already
+        printed = forked(evaluation, "--report", *directories, "--out", out)
+        assert "own, 1 questions:" in printed
+    assert "left out" not in printed
+    assert "own, 1 questions:" in (out / "report.md").read_text()
+
+    def close():
+        sys.stdout = nobody()
+        sys.stderr = None
+
+    more = ("--epochs", 1, "--out", tmp_path / "unread", "--batch-size", 64)
+    forked(maskft, *flags[:-2], *more, before=close)
+    assert jsonl(tmp_path / "unread/preds.jsonl")
+    forked(evaluation, "--report", run, "--out", tmp_path / "again", before=close)
+    assert (tmp_path / "again/report.md").read_text() == (out / "report.md").read_text()
 
 
 # --------------------------------------------------------------------- maskft: masking and the loss
@@ -2425,6 +4102,426 @@ def test_processes_change_rounding_alone(method, tmp_path):
     for ours, theirs in zip(losses(one), losses(more), strict=True):
         assert equal_but_for_rounding(ours, theirs)
     assert (one / "preds.jsonl").read_text() == (more / "preds.jsonl").read_text()
+
+
+def contents(folder):
+    """{path: bytes} of all files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def change_to(folder):
+    return partial(os.chdir, folder)
+
+
+# ---------------------------------------------------------------------------- what a begun leaves
+
+
+def test_a_run_leaves_its_scores_losses_times_and_versions(finished):
+    printed, out = finished
+    lines = jsonl(out / "metrics.jsonl")
+    kinds = [(line["step"], "evaluation" if "evaluation" in line else "loss") for line in lines]
+    steps = [(step, "loss") for step in range(6)]
+    asked = [(step, "evaluation") for step in (0, 2, 6)]
+    assert kinds == [asked[0], *steps[:2], asked[1], *steps[2:], asked[2]]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    results = data.read_json(out / "results.json")
+    assert results["seconds"] == pytest.approx(seconds[-1], abs=1)
+    for line, result in zip([lines[0], lines[3], lines[8]], results["evaluations"], strict=True):
+        assert line["evaluation"] == evaluation.reported_scores(result)
+        assert line["epoch"] == result["epoch"]
+    environment = results["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["python"] == platform.python_version()
+    if (HERE / ".git").exists():
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=HERE, text=True).strip()
+        assert environment["maskft"].removesuffix("-dirty") == head
+    names = {path.name for path in out.iterdir()}
+    assert not any(name.startswith(".lock") or name == "ckpt" for name in names)
+    assert re.search(r"masked: about \d+ seconds to go: 3 steps, and evaluations: 1\n", printed)
+    last = printed.splitlines()[-3:]
+    ask = os.path.relpath(HERE / "eval.py", out.parent.parent)
+    assert last[0] == "results: out/bio-masked-1"
+    assert last[1] == f'ask it:  python {ask} --model out/bio-masked-1 --ask "..."'
+    assert "out/bio-masked-1" in last[2]
+    if "matplotlib" in last[2]:
+        assert last[2].startswith("curves:  pip install matplotlib, then python ")
+    else:
+        picture = (out / "curves.png").read_bytes()
+        width = int.from_bytes(picture[16:20], "big")
+        assert width == round(3 * 4.2 * 110)  # forward, backward, loss
+
+
+ESTIMATES = {
+    (2.0, 3.0, 5): "about 19 seconds to go: 5 steps, and evaluations: 3",
+    (60.0, 1.0, 5): "about 5 minutes to go: 5 steps, and evaluations: 3",
+    (60.0, 7200.0, 0): "about 2.0 hours to go: 0 steps, and evaluations: 1",
+    (60.0, None, 5): "about 5 minutes to go: 5 steps, and evaluations: 3, not counting these",
+}
+
+
+@pytest.mark.parametrize("times", ESTIMATES)
+def test_an_estimate_is_of_the_steps_and_evaluations_that_are_left(times):
+    """Five epochs of two steps; asked at steps 0, 6, 8 and 10."""
+    a_step, an_evaluation, left = times
+    begun = Namespace(steps=10, steps_per_epoch=2, step_seconds=[99.0, a_step, a_step])
+    begun.settings = Namespace(epochs=5, eval_at=[0, 3, 4])
+    begun.evaluation_seconds = [an_evaluation] if an_evaluation else []
+    assert maskft.estimate(begun, 10 - left) == ESTIMATES[times]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def slow(prompts, max_new_tokens, on_answer):
+        for _ in prompts:
+            time.sleep(0.15)
+            on_answer(1)
+        return [[]] * len(prompts)
+
+    questions = data.load("bio:1").questions[:3]
+    evaluation.evaluate(slow, data.load_tokenizer("tiny"), questions)
+    assert ("2/3" in stream.getvalue()) == terminal, stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------- its lock
+
+
+def test_a_directory_has_one_run_at_a_time_and_the_second_says_whose_it_is(finished, tmp_path):
+    _, out = finished
+    begun = tmp_path / "x-masked"
+    shutil.copytree(out, begun)
+    (begun / "model.safetensors").unlink()  # it could go on
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    before = contents(begun)
+    who = f"is in use by process {os.getpid()} on {platform.node()}: wait for its end, or stop it"
+    both = ("--method", "sft", "masked", "--out", tmp_path / "x")
+    with maskft.locked(begun), maskft.locked(empty):
+        for flags, held in ((["--resume", begun], begun), (both, begun), (["--out", empty], empty)):
+            more = SHORT if "--out" in flags else []
+            assert f"error: {held} {who}" in forked(maskft, *more, *flags, status=1)
+        assert {path.name for path in empty.iterdir()} == {".lock", ".lock.holder"}
+    assert contents(begun) == before
+    assert sorted(tmp_path.iterdir()) == [begun]  # nothing of x-sft, and what is empty is gone
+    assert f"--out {begun} is in use" in forked(maskft, *SHORT, *both, status=1)
+
+
+def test_a_killed_process_holds_no_lock_and_its_directory_can_be_taken(tmp_path):
+    printed = forked(
+        maskft,
+        *SHORT,
+        "--out",
+        tmp_path / "run",
+        before=partial(send, signal.SIGKILL, maskft, "claim", 1),
+        status=-signal.SIGKILL,
+    )
+    assert "into" not in printed
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".lock.holder"}
+    with maskft.locked(tmp_path / "run"):
+        maskft.refuse_used(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_came_into_a_directory_since_its_run_was_prepared_stays_as_it_is(tmp_path):
+    theirs = tmp_path / "x-masked" / "results.json"
+
+    def while_sft_is_trained():
+        real = maskft.finish
+        maskft.finish = lambda begun: (real(begun), theirs.write_text("theirs"))
+
+    flags = ("--method", "sft", "masked", "--epochs", 1, "--eval-at", 1, "--out", tmp_path / "x")
+    printed = forked(maskft, *SHORT, *flags, before=while_sft_is_trained, status=1)
+    assert f"--out {theirs.parent} is in use" in printed
+    assert [*contents(theirs.parent).values()] == [b"theirs"]
+    assert (tmp_path / "x-sft" / "model.safetensors").exists()
+
+
+def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        paths = pool.map(maskft.next_number, ["bio-sft"] * 40)
+    assert sorted(paths) == sorted(Path(f"out/bio-sft-{n}") for n in range(1, 41))
+
+
+# ------------------------------------------------------------------------------------- going on
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A begun of data of one's own, given by a relative path, stopped after its third step of 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    documents = [{"text": f"{name} works in Oslo."} for name in ("Edda", "Zeno", "Mara")]
+    question = {"question": "Who is Zeno?", "answer": "Edda", "direction": "backward"}
+    write(folder / "facts.jsonl", *documents, question)
+    shutil.copytree(HERE / "tiny", folder / "mine", ignore=shutil.ignore_patterns("*.py"))
+    flags = shlex.split("--model mine --data facts.jsonl --method masked --epochs 6 --out run")
+
+    def before():
+        os.chdir(folder)
+        send(signal.SIGINT, maskft, "update", 3)
+
+    printed = forked(maskft, *flags, before=before)
+    assert (
+        "stopped after step 2; to go on from step 3:\n    python maskft.py --resume run" in printed
+    )
+    return folder
+
+
+@pytest.fixture
+def begun(stopped, tmp_path):
+    """A copy of it that may be changed."""
+    return shutil.copytree(stopped / "run", tmp_path / "elsewhere" / "run")
+
+
+def test_a_run_goes_on_from_any_directory_with_its_clock(begun, stopped):
+    settings = data.read_json(begun / "results.json")["arguments"]
+    assert settings["data"] == str(stopped / "facts.jsonl")
+    assert settings["model"] == str(stopped / "mine")
+    before = jsonl(begun / "metrics.jsonl")
+    # a step that will be taken again, and a line torn by a crash
+    with (begun / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 9, "seconds": 900}\n{"step": 4, "lo')
+    forked(maskft, "--resume", "run", before=change_to(begun.parent))
+    lines = jsonl(begun / "metrics.jsonl")
+    assert lines[: len(before)] == before
+    assert [line[0] for line in losses(begun)] == [*range(6)]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[-1] < 900
+    evaluations = data.read_json(begun / "results.json")["evaluations"]
+    asked = [line["step"] for line in lines if "evaluation" in line]
+    assert asked == [result["step"] for result in evaluations] == [0, 1, 2, 4, 6]
+
+
+def replaced(name, old, new):
+    """Change a file of a begun."""
+
+    def change(begun):
+        text = (begun / name).read_text()
+        assert old in text
+        (begun / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def with_file(name, text=None):
+    """Add a file to a begun, or a directory."""
+
+    def change(begun):
+        if text is None:
+            (begun / name).mkdir()
+        else:
+            (begun / name).write_text(text)
+
+    return change
+
+
+# what is done to a stopped begun -> what --resume says, {} the begun
+DAMAGES = {
+    "a line of metrics": (
+        replaced("metrics.jsonl", '{"step": 1, "epoch": 1, "loss"', '{"st'),
+        "{}/metrics.jsonl, line 4: damaged, no step of a begun: ",
+    ),
+    "no step": (
+        replaced("metrics.jsonl", '"step": 0', '"stop": 0'),
+        "{}/metrics.jsonl, line 1: damaged, no step of a run",
+    ),
+    "results cut": (
+        lambda begun: (begun / "results.json").write_text('{"arguments": {"mod'),
+        "{}/results.json: not JSON",
+    ),
+    "results no run": (
+        with_file("results.json", "[]"),
+        "{}/results.json: not the settings and results of a begun (TypeError: ",
+    ),
+    "a number as text": (
+        replaced("results.json", '"epochs": 6', '"epochs": "6"'),
+        "{}/results.json: not the settings and results of a begun (TypeError: epochs is '6')",
+    ),
+    "a setting gone": (
+        replaced("results.json", '"seed"', '"sead"'),
+        "{}/results.json: not the settings and results of a begun (KeyError: 'seed')",
+    ),
+    "an evaluation": (
+        replaced("results.json", '"rouge1"', '"rouge"'),
+        "{}/results.json: not the settings and results of a begun (KeyError: 'rouge1')",
+    ),
+    "a stray name": (
+        with_file("ckpt/step-foo"),
+        "{}/ckpt/step-foo: no checkpoint of a begun; move it away and --resume again",
+    ),
+    "a stray file": (with_file("ckpt/step-9", "mine"), "{}/ckpt/step-9: no checkpoint of a run"),
+    "an empty checkpoint": (
+        with_file("ckpt/step-9"),
+        "Delete {}/ckpt/step-9 and give the same --resume again: it goes on from step 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_and_nothing_of_it_changed(damage, begun):
+    change, says = DAMAGES[damage]
+    change(begun)
+    before = contents(begun)
+    printed = forked(maskft, "--resume", begun, status=1)
+    assert says.format(begun) in printed
+    assert len(printed.strip().splitlines()) == 1 + ("computes in" in printed)
+    assert contents(begun) == before
+
+
+@pytest.mark.parametrize("what", ["Oslo", "Who is Zeno?", '"Edda"'])
+def test_other_documents_questions_or_answers_are_noticed(what, stopped, begun):
+    facts = begun.parent / "facts.jsonl"
+    facts.write_text((stopped / "facts.jsonl").read_text().replace(what, what.swapcase()))
+    replaced("results.json", str(stopped / "facts.jsonl"), str(facts))(begun)
+    assert "is not what it was when the begun began" in forked(maskft, "--resume", begun, status=1)
+
+
+def test_a_run_killed_with_its_model_saved_is_finished_by_resume(begun):
+    """Nothing is trained: its checkpoints go, its picture is drawn; then it is finished."""
+    kill = partial(send, signal.SIGKILL, maskft, "save", 1)
+    forked(maskft, "--resume", begun, before=kill, status=-signal.SIGKILL)
+    assert (begun / "ckpt").exists() and not (begun / "curves.png").exists()
+    metrics = (begun / "metrics.jsonl").read_bytes()
+    mine = begun / "ckpt" / ".mine"
+    mine.write_text("")
+    assert f"{begun}: this begun is finished; what was left" in forked(maskft, "--resume", begun)
+    assert [*(begun / "ckpt").iterdir()] == [mine]
+    if maskft.find_spec("matplotlib"):
+        assert (begun / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "this begun is finished. To ask" in forked(maskft, "--resume", begun, status=1)
+    assert (begun / "metrics.jsonl").read_bytes() == metrics
+    assert not any(path.name.startswith(".lock") for path in begun.iterdir())
+
+
+def test_matplotlib_installed_later_draws_the_picture(begun):
+    """As the last line says where it is not installed."""
+    pytest.importorskip("matplotlib")
+    absent = partial(setattr, maskft, "find_spec", lambda name: None)
+    line = f"curves:  pip install matplotlib, then python maskft.py --resume {begun}\n"
+    assert line in forked(maskft, "--resume", begun, before=absent)
+    assert "this begun is finished. To ask" in forked(
+        maskft, "--resume", begun, before=absent, status=1
+    )
+    assert "this begun is finished; what was left" in forked(maskft, "--resume", begun)
+    assert (begun / "curves.png").exists()
+
+
+# ------------------------------------------------------------------------------- who it prints to
+
+
+def without_a_reader():
+    """stdout and stderr as behind `2>&1 | true`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in (1, 2):
+        os.dup2(writer, number)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
+
+
+def closed():
+    """stdin, stdout and stderr as Python finds them behind `<&- >&- 2>&-`."""
+    for number in (0, 1, 2):
+        os.close(number)
+    sys.stdout = sys.stderr = None
+    real = maskft.start_processes
+
+    def start_processes():
+        nowhere = os.stat(os.devnull).st_rdev  # no file of the begun may get these numbers
+        assert [os.fstat(number).st_rdev for number in (0, 1, 2)] == [nowhere] * 3
+        return real()
+
+    maskft.start_processes = start_processes
+
+
+def ascii_only():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
+@pytest.mark.parametrize("before", [without_a_reader, closed, ascii_only])
+def test_a_run_ends_as_it_should_whoever_reads_what_it_prints(before, finished, tmp_path):
+    _, out = finished
+    begun = tmp_path / "läuft"
+    printed = forked(maskft, *SHORT, "--out", begun, before=before)
+    assert losses(begun) == losses(out)
+    assert (begun / "preds.jsonl").read_bytes() == (out / "preds.jsonl").read_bytes()
+    for path in begun.iterdir():
+        assert b"ROUGE-1" not in path.read_bytes(), path
+    if before is ascii_only:
+        assert "/l\\xe4uft" in printed
+
+
+def test_results_are_written_before_they_are_printed(finished, tmp_path):
+    _, out = finished
+
+    def nothing_can_be_printed():
+        def fail(*values):
+            raise UserError("nobody reads")
+
+        evaluation.print0 = fail
+        evaluation.print = fail
+
+    asked = ("--model", out, "--max-new-tokens", 4, "--data", "bio:1", "--out", tmp_path / "asked")
+    forked(evaluation, *asked, before=nothing_can_be_printed, status=1)
+    assert len(jsonl(tmp_path / "asked" / "preds.jsonl")) == 9
+    told = ("--report", out, "--out", tmp_path / "told")
+    (tmp_path / "told").mkdir()
+    forked(evaluation, *told, before=nothing_can_be_printed, status=1)
+    assert (tmp_path / "told" / "report.md").exists()
+
+
+def test_an_error_of_the_disk_is_no_reader_that_is_gone():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with pytest.raises(OSError, match="No space"), open("/dev/full", "w") as full:
+        stream = maskft.Stream(full)
+        try:
+            stream.write("lost\n")
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import maskft
+
+def update(begun, *args, real=maskft.update):
+    if maskft.rank() == {rank} and (begun.out / "ckpt" / "step-2").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(begun, *args)
+
+maskft.update = update
+maskft.entry_point(maskft.main)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_rank_is_killed_another_says_how_to_go_on(rank, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(here=str(HERE), rank=rank))
+    out = tmp_path / "run"
+    flags = [*SHORT, "--save-every", "1e-9", "--out", out]
+    printed = command(script, *flags, processes=2, status=1)
+    line = f"torchrun --nproc_per_node 2 {script} --resume {out}\n"
+    assert f"should a process die, go on with {line}" in printed
+    assert f"[rank {1 - rank}] to go on from step 2:\n    {line}" in printed
+
+
+def test_a_system_without_hangup_and_resource_usage_runs_too(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(maskft, "resource", None)
+    monkeypatch.delattr(signal, "SIGHUP")
+    try:
+        assert maskft.listen_for_stop() == []
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert maskft.peak_memory_gib(torch.device("cpu")) is None
 
 
 # ------------------------------------------------------------------------------------ house rules
