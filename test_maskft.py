@@ -1,4 +1,4 @@
-"""Tests: `python -m pytest -q`, on a CPU, with nothing downloaded, in about two minutes.
+"""Tests: `python -m pytest -q`, on a CPU, with nothing downloaded, in a few minutes.
 
 Those that compare with transformers, tokenizers or rouge are skipped where these are not installed.
 """
