@@ -222,22 +222,21 @@ def csv_records(text, path):
     first_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=first_line.count)
     rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    columns = None
     line = 1  # where a row begins: its cells may have several
     try:
+        columns = [name.strip().lower() for name in next(rows, [])]
+        if "text" not in columns and "question" not in columns:
+            return
+        line = rows.line_num + 1
         for cells in rows:
             where = f"{path}, line {line}"
             line = rows.line_num + 1
-            if columns is None:
-                columns = [name.strip().lower() for name in cells]
-                if not {"text", "question"} & set(columns):
-                    return
-            elif len(cells) > len(columns):
+            if len(cells) > len(columns):
                 raise UserError(
                     f"{where}: {len(cells)} cells in {len(columns)} columns: put quotes around "
                     f"a cell with a {delimiter!r} in it"
                 )
-            elif any(cells):
+            if any(cells):
                 yield where, dict(zip(columns, cells, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}, line {line}: not CSV ({error})") from None
@@ -630,8 +629,7 @@ def check_ids(tokenizer, rows, padding, path):
             f"m = AutoModelForCausalLM.from_pretrained({str(path)!r}); "
             f"m.resize_token_embeddings({max(beyond) + 1}); m.save_pretrained({str(path)!r})"
         )
-    for token in [token for token, i in tokenizer.special.items() if i >= rows]:
-        del tokenizer.special[token]
+    tokenizer.special = {token: i for token, i in tokenizer.special.items() if i < rows}
 
 
 def shown_token(tokenizer, i):
@@ -847,24 +845,28 @@ def read_patterns(pre_tokenizer):
     if not steps:
         refuse("a pre-tokenizer without steps")
     patterns = []
-    for step in steps:
-        last = step is steps[-1]
+    for step in steps[:-1]:
         match step:
-            case {"type": "Digits", "individual_digits": True} if not last:
+            case {"type": "Digits", "individual_digits": True}:
                 patterns.append(r"\p{N}")
-            case {"type": "Digits", "individual_digits": False} if not last:
+            case {"type": "Digits", "individual_digits": False}:
                 patterns.append(r"\p{N}+")
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}} if (
-                not last
-            ):
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
                 patterns.append(check_pattern(pattern))
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False} if last:
-                pass  # bytes alone
-            case {"type": "ByteLevel", "add_prefix_space": False} if last:
-                patterns.append(GPT2_PIECES)
-            case _:  # what does not end in ByteLevel, too
-                refuse(f"the pre-tokenizer {json.dumps(step)[:200]}")
+            case _:
+                refuse_step(step)
+    match steps[-1]:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+            pass  # bytes alone
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            patterns.append(GPT2_PIECES)
+        case step:
+            refuse_step(step)
     return patterns
+
+
+def refuse_step(step):
+    refuse(f"the pre-tokenizer {json.dumps(step)[:200]}")
 
 
 def check_pattern(pattern):
@@ -1250,22 +1252,23 @@ def read_files(name, path, paraphrase):
     files, left = dataset_files(path, paraphrase)
     dataset = Dataset(name, [], [])
     if left:
+        names = [str(file.relative_to(path)) for file in left[:9]]
         more = f" and {len(left) - 9} more" if len(left) > 9 else ""
-        names = ", ".join(str(file.relative_to(path)) for file in left[:9])
-        dataset.notes.append(f"{path}: not read: {names}{more}")
-    seen = {}  # content or name -> its file
+        dataset.notes.append(f"{path}: not read: {', '.join(names)}{more}")
+    seen = {}  # content, or name without .gz -> its file
     for file in files:
         documents, questions = read_file(file, paraphrase)
         if not documents and not questions:
             dataset.notes.append(f"{file}: no document and no question in it")
             continue
         content = digest(documents), digest(questions)
+        name = unpacked(file)
         if content in seen:
             dataset.notes.append(f"{file}: the same as {seen[content]}; read once")
             continue
-        if unpacked(file) in seen:
-            dataset.notes.append(f"{file}: not the same as {seen[unpacked(file)]}; read both")
-        seen |= {content: file, unpacked(file): file}
+        if name in seen:
+            dataset.notes.append(f"{file}: not the same as {seen[name]}; read both")
+        seen |= {content: file, name: file}
         dataset.documents += documents
         dataset.questions += questions
     undirected = [q for q in dataset.questions if q["direction"] in ("N2D", "D2N")]
