@@ -1063,17 +1063,14 @@ def generate(
             most = room[waiting[-1]]
             cache = KVCache(model.config.layers, max(1, batch_tokens // most), most)
         first = len(going)
-        several = min(len(waiting), max(1, cache.rows // 8))  # together they cost less
-        if cache.rows - first >= several:
-            # much shorter ones wait, until there can be more and shorter rows
-            while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
-                going.append(waiting.pop())
+        take_rows(cache, going, waiting, room)
         if first == len(going):
             first = 0  # no prompt is new: all rows go on
         # 2. the next token of these rows
         numbers = going[first:]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
-        past = [len(prompts[i]) + len(answers[i][:-1]) if answers[i] else 0 for i in numbers]
+        seen = [len(prompts[i]) + len(answers[i]) for i in numbers]
+        past = [n - len(new) for n, new in zip(seen, ids, strict=True)]
         logits = last_logits(model, cache, first, past, ids)  # (B, V)
         chosen = choose(logits, temperature, top_p, generator).tolist()
         for i, token in zip(numbers, chosen, strict=True):
@@ -1096,6 +1093,16 @@ def check_sampling(max_new_tokens, temperature, top_p):
             "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
             f"found {max_new_tokens}, {temperature}, {top_p}"
         )
+
+
+def take_rows(cache, going, waiting, room):
+    """Give free rows to waiting prompts; several at a time, as together they cost less."""
+    free = cache.rows - len(going)
+    if free < min(len(waiting), cache.rows // 8):
+        return
+    # much shorter ones wait, until there can be more and shorter rows
+    while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
+        going.append(waiting.pop())
 
 
 def last_logits(model, cache, first, past, ids):
