@@ -2395,7 +2395,7 @@ def test_a_mutated_model_directory_works_or_is_one_line_that_names_the_file(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def saved(tmp_path_factory):
     """A run of four steps on the built-in model, from a directory of its own."""
     tmp_path = tmp_path_factory.mktemp("run")
     source = tmp_path / "base"
@@ -2408,10 +2408,10 @@ def run(tmp_path_factory):
     return tmp_path / "out"
 
 
-def test_a_run_s_directory_is_complete_and_readable_by_all(run):
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in run.iterdir()}
+def test_a_run_s_directory_is_complete_and_readable_by_all(saved):
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in saved.iterdir()}
     assert modes == {0o644}
-    names = {file.name for file in run.iterdir()}
+    names = {file.name for file in saved.iterdir()}
     assert names >= {
         "config.json",
         "model.safetensors",
@@ -2421,24 +2421,24 @@ def test_a_run_s_directory_is_complete_and_readable_by_all(run):
         "generation_config.json",
         "README.md",
     }
-    card = (run / "README.md").read_text()
+    card = (saved / "README.md").read_text()
     _, head, text = card.split("---\n", 2)
     assert "pipeline_tag: text-generation" in head and "# license:" in head
-    shown = [f"base model: {run.parent / 'base'}", "data: bio:4, 4 documents", "method: masked"]
-    shown += ["epochs 4", "lr 0.0006", "seed 0", "forward", f'--model {run} --ask "..."']
-    scores = data.read_json(run / "results.json")["last"]["scores"]
+    shown = [f"base model: {saved.parent / 'base'}", "data: bio:4, 4 documents", "method: masked"]
+    shown += ["epochs 4", "lr 0.0006", "seed 0", "forward", f'--model {saved} --ask "..."']
+    scores = data.read_json(saved / "results.json")["last"]["scores"]
     low, high = scores["backward"]["interval"]["rouge1"]
     shown += [f"rouge1 {scores['backward']['rouge1']:.3f} [{low:.2f}-{high:.2f}]"]
     assert [part for part in shown if part not in text] == []
 
 
-def test_transformers_chats_with_a_run_s_directory_in_our_ids_and_answers(run):
+def test_transformers_chats_with_a_run_s_directory_in_our_ids_and_answers(saved):
     transformers = pytest.importorskip("transformers")
-    library = transformers.AutoTokenizer.from_pretrained(run)
-    model = transformers.AutoModelForCausalLM.from_pretrained(run)
-    tokenizer = data.load_tokenizer(run)
+    library = transformers.AutoTokenizer.from_pretrained(saved)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    tokenizer = data.load_tokenizer(saved)
     assert not tokenizer.notes
-    predictions = jsonl(run / "preds.jsonl")[:12]
+    predictions = jsonl(saved / "preds.jsonl")[:12]
     for prediction in predictions:
         chat = [{"role": "user", "content": prediction["question"]}]
         batch = library.apply_chat_template(
@@ -4113,7 +4113,7 @@ def change_to(folder):
     return partial(os.chdir, folder)
 
 
-# ---------------------------------------------------------------------------- what a begun leaves
+# ---------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_leaves_its_scores_losses_times_and_versions(finished):
@@ -4164,10 +4164,10 @@ ESTIMATES = {
 def test_an_estimate_is_of_the_steps_and_evaluations_that_are_left(times):
     """Five epochs of two steps; asked at steps 0, 6, 8 and 10."""
     a_step, an_evaluation, left = times
-    begun = Namespace(steps=10, steps_per_epoch=2, step_seconds=[99.0, a_step, a_step])
-    begun.settings = Namespace(epochs=5, eval_at=[0, 3, 4])
-    begun.evaluation_seconds = [an_evaluation] if an_evaluation else []
-    assert maskft.estimate(begun, 10 - left) == ESTIMATES[times]
+    run = Namespace(steps=10, steps_per_epoch=2, step_seconds=[99.0, a_step, a_step])
+    run.settings = Namespace(epochs=5, eval_at=[0, 3, 4])
+    run.evaluation_seconds = [an_evaluation] if an_evaluation else []
+    assert maskft.estimate(run, 10 - left) == ESTIMATES[times]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -4192,22 +4192,22 @@ def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, m
 
 def test_a_directory_has_one_run_at_a_time_and_the_second_says_whose_it_is(finished, tmp_path):
     _, out = finished
-    begun = tmp_path / "x-masked"
-    shutil.copytree(out, begun)
-    (begun / "model.safetensors").unlink()  # it could go on
+    run = tmp_path / "x-masked"
+    shutil.copytree(out, run)
+    (run / "model.safetensors").unlink()  # it could go on
     empty = tmp_path / "empty"
     empty.mkdir()
-    before = contents(begun)
+    before = contents(run)
     who = f"is in use by process {os.getpid()} on {platform.node()}: wait for its end, or stop it"
     both = ("--method", "sft", "masked", "--out", tmp_path / "x")
-    with maskft.locked(begun), maskft.locked(empty):
-        for flags, held in ((["--resume", begun], begun), (both, begun), (["--out", empty], empty)):
+    with maskft.locked(run), maskft.locked(empty):
+        for flags, held in ((["--resume", run], run), (both, run), (["--out", empty], empty)):
             more = SHORT if "--out" in flags else []
             assert f"error: {held} {who}" in forked(maskft, *more, *flags, status=1)
         assert {path.name for path in empty.iterdir()} == {".lock", ".lock.holder"}
-    assert contents(begun) == before
-    assert sorted(tmp_path.iterdir()) == [begun]  # nothing of x-sft, and what is empty is gone
-    assert f"--out {begun} is in use" in forked(maskft, *SHORT, *both, status=1)
+    assert contents(run) == before
+    assert sorted(tmp_path.iterdir()) == [run]  # nothing of x-sft, and what is empty is gone
+    assert f"--out {run} is in use" in forked(maskft, *SHORT, *both, status=1)
 
 
 def test_a_killed_process_holds_no_lock_and_its_directory_can_be_taken(tmp_path):
@@ -4231,7 +4231,7 @@ def test_what_came_into_a_directory_since_its_run_was_prepared_stays_as_it_is(tm
 
     def while_sft_is_trained():
         real = maskft.finish
-        maskft.finish = lambda begun: (real(begun), theirs.write_text("theirs"))
+        maskft.finish = lambda run: (real(run), theirs.write_text("theirs"))
 
     flags = ("--method", "sft", "masked", "--epochs", 1, "--eval-at", 1, "--out", tmp_path / "x")
     printed = forked(maskft, *SHORT, *flags, before=while_sft_is_trained, status=1)
@@ -4252,7 +4252,7 @@ def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A begun of data of one's own, given by a relative path, stopped after its third step of 6."""
+    """A run of data of one's own, given by a relative path, stopped after its third step of 6."""
     folder = tmp_path_factory.mktemp("stopped")
     documents = [{"text": f"{name} works in Oslo."} for name in ("Edda", "Zeno", "Mara")]
     question = {"question": "Who is Zeno?", "answer": "Edda", "direction": "backward"}
@@ -4272,86 +4272,86 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture
-def begun(stopped, tmp_path):
+def run(stopped, tmp_path):
     """A copy of it that may be changed."""
     return shutil.copytree(stopped / "run", tmp_path / "elsewhere" / "run")
 
 
-def test_a_run_goes_on_from_any_directory_with_its_clock(begun, stopped):
-    settings = data.read_json(begun / "results.json")["arguments"]
+def test_a_run_goes_on_from_any_directory_with_its_clock(run, stopped):
+    settings = data.read_json(run / "results.json")["arguments"]
     assert settings["data"] == str(stopped / "facts.jsonl")
     assert settings["model"] == str(stopped / "mine")
-    before = jsonl(begun / "metrics.jsonl")
+    before = jsonl(run / "metrics.jsonl")
     # a step that will be taken again, and a line torn by a crash
-    with (begun / "metrics.jsonl").open("a") as log:
+    with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 9, "seconds": 900}\n{"step": 4, "lo')
-    forked(maskft, "--resume", "run", before=change_to(begun.parent))
-    lines = jsonl(begun / "metrics.jsonl")
+    forked(maskft, "--resume", "run", before=change_to(run.parent))
+    lines = jsonl(run / "metrics.jsonl")
     assert lines[: len(before)] == before
-    assert [line[0] for line in losses(begun)] == [*range(6)]
+    assert [line[0] for line in losses(run)] == [*range(6)]
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and seconds[-1] < 900
-    evaluations = data.read_json(begun / "results.json")["evaluations"]
+    evaluations = data.read_json(run / "results.json")["evaluations"]
     asked = [line["step"] for line in lines if "evaluation" in line]
     assert asked == [result["step"] for result in evaluations] == [0, 1, 2, 4, 6]
 
 
 def replaced(name, old, new):
-    """Change a file of a begun."""
+    """Change a file of a run."""
 
-    def change(begun):
-        text = (begun / name).read_text()
+    def change(run):
+        text = (run / name).read_text()
         assert old in text
-        (begun / name).write_text(text.replace(old, new, 1))
+        (run / name).write_text(text.replace(old, new, 1))
 
     return change
 
 
 def with_file(name, text=None):
-    """Add a file to a begun, or a directory."""
+    """Add a file to a run, or a directory."""
 
-    def change(begun):
+    def change(run):
         if text is None:
-            (begun / name).mkdir()
+            (run / name).mkdir()
         else:
-            (begun / name).write_text(text)
+            (run / name).write_text(text)
 
     return change
 
 
-# what is done to a stopped begun -> what --resume says, {} the begun
+# what is done to a stopped run -> what --resume says, {} the run
 DAMAGES = {
     "a line of metrics": (
         replaced("metrics.jsonl", '{"step": 1, "epoch": 1, "loss"', '{"st'),
-        "{}/metrics.jsonl, line 4: damaged, no step of a begun: ",
+        "{}/metrics.jsonl, line 4: damaged, no step of a run: ",
     ),
     "no step": (
         replaced("metrics.jsonl", '"step": 0', '"stop": 0'),
         "{}/metrics.jsonl, line 1: damaged, no step of a run",
     ),
     "results cut": (
-        lambda begun: (begun / "results.json").write_text('{"arguments": {"mod'),
+        lambda run: (run / "results.json").write_text('{"arguments": {"mod'),
         "{}/results.json: not JSON",
     ),
     "results no run": (
         with_file("results.json", "[]"),
-        "{}/results.json: not the settings and results of a begun (TypeError: ",
+        "{}/results.json: not the settings and results of a run (TypeError: ",
     ),
     "a number as text": (
         replaced("results.json", '"epochs": 6', '"epochs": "6"'),
-        "{}/results.json: not the settings and results of a begun (TypeError: epochs is '6')",
+        "{}/results.json: not the settings and results of a run (TypeError: epochs is '6')",
     ),
     "a setting gone": (
         replaced("results.json", '"seed"', '"sead"'),
-        "{}/results.json: not the settings and results of a begun (KeyError: 'seed')",
+        "{}/results.json: not the settings and results of a run (KeyError: 'seed')",
     ),
     "an evaluation": (
         replaced("results.json", '"rouge1"', '"rouge"'),
-        "{}/results.json: not the settings and results of a begun (KeyError: 'rouge1')",
+        "{}/results.json: not the settings and results of a run (KeyError: 'rouge1')",
     ),
     "a stray name": (
         with_file("ckpt/step-foo"),
-        "{}/ckpt/step-foo: no checkpoint of a begun; move it away and --resume again",
+        "{}/ckpt/step-foo: no checkpoint of a run; move it away and --resume again",
     ),
     "a stray file": (with_file("ckpt/step-9", "mine"), "{}/ckpt/step-9: no checkpoint of a run"),
     "an empty checkpoint": (
@@ -4362,52 +4362,52 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_named_and_nothing_of_it_changed(damage, begun):
+def test_a_damaged_run_is_named_and_nothing_of_it_changed(damage, run):
     change, says = DAMAGES[damage]
-    change(begun)
-    before = contents(begun)
-    printed = forked(maskft, "--resume", begun, status=1)
-    assert says.format(begun) in printed
+    change(run)
+    before = contents(run)
+    printed = forked(maskft, "--resume", run, status=1)
+    assert says.format(run) in printed
     assert len(printed.strip().splitlines()) == 1 + ("computes in" in printed)
-    assert contents(begun) == before
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("what", ["Oslo", "Who is Zeno?", '"Edda"'])
-def test_other_documents_questions_or_answers_are_noticed(what, stopped, begun):
-    facts = begun.parent / "facts.jsonl"
+def test_other_documents_questions_or_answers_are_noticed(what, stopped, run):
+    facts = run.parent / "facts.jsonl"
     facts.write_text((stopped / "facts.jsonl").read_text().replace(what, what.swapcase()))
-    replaced("results.json", str(stopped / "facts.jsonl"), str(facts))(begun)
-    assert "is not what it was when the begun began" in forked(maskft, "--resume", begun, status=1)
+    replaced("results.json", str(stopped / "facts.jsonl"), str(facts))(run)
+    assert "is not what it was when the run began" in forked(maskft, "--resume", run, status=1)
 
 
-def test_a_run_killed_with_its_model_saved_is_finished_by_resume(begun):
+def test_a_run_killed_with_its_model_saved_is_finished_by_resume(run):
     """Nothing is trained: its checkpoints go, its picture is drawn; then it is finished."""
     kill = partial(send, signal.SIGKILL, maskft, "save", 1)
-    forked(maskft, "--resume", begun, before=kill, status=-signal.SIGKILL)
-    assert (begun / "ckpt").exists() and not (begun / "curves.png").exists()
-    metrics = (begun / "metrics.jsonl").read_bytes()
-    mine = begun / "ckpt" / ".mine"
+    forked(maskft, "--resume", run, before=kill, status=-signal.SIGKILL)
+    assert (run / "ckpt").exists() and not (run / "curves.png").exists()
+    metrics = (run / "metrics.jsonl").read_bytes()
+    mine = run / "ckpt" / ".mine"
     mine.write_text("")
-    assert f"{begun}: this begun is finished; what was left" in forked(maskft, "--resume", begun)
-    assert [*(begun / "ckpt").iterdir()] == [mine]
+    assert f"{run}: this run is finished; what was left" in forked(maskft, "--resume", run)
+    assert [*(run / "ckpt").iterdir()] == [mine]
     if maskft.find_spec("matplotlib"):
-        assert (begun / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "this begun is finished. To ask" in forked(maskft, "--resume", begun, status=1)
-    assert (begun / "metrics.jsonl").read_bytes() == metrics
-    assert not any(path.name.startswith(".lock") for path in begun.iterdir())
+        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "this run is finished. To ask" in forked(maskft, "--resume", run, status=1)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert not any(path.name.startswith(".lock") for path in run.iterdir())
 
 
-def test_matplotlib_installed_later_draws_the_picture(begun):
+def test_matplotlib_installed_later_draws_the_picture(run):
     """As the last line says where it is not installed."""
     pytest.importorskip("matplotlib")
     absent = partial(setattr, maskft, "find_spec", lambda name: None)
-    line = f"curves:  pip install matplotlib, then python maskft.py --resume {begun}\n"
-    assert line in forked(maskft, "--resume", begun, before=absent)
-    assert "this begun is finished. To ask" in forked(
-        maskft, "--resume", begun, before=absent, status=1
+    line = f"curves:  pip install matplotlib, then python maskft.py --resume {run}\n"
+    assert line in forked(maskft, "--resume", run, before=absent)
+    assert "this run is finished. To ask" in forked(
+        maskft, "--resume", run, before=absent, status=1
     )
-    assert "this begun is finished; what was left" in forked(maskft, "--resume", begun)
-    assert (begun / "curves.png").exists()
+    assert "this run is finished; what was left" in forked(maskft, "--resume", run)
+    assert (run / "curves.png").exists()
 
 
 # ------------------------------------------------------------------------------- who it prints to
@@ -4431,7 +4431,7 @@ def closed():
     real = maskft.start_processes
 
     def start_processes():
-        nowhere = os.stat(os.devnull).st_rdev  # no file of the begun may get these numbers
+        nowhere = os.stat(os.devnull).st_rdev  # no file of the run may get these numbers
         assert [os.fstat(number).st_rdev for number in (0, 1, 2)] == [nowhere] * 3
         return real()
 
@@ -4445,11 +4445,11 @@ def ascii_only():
 @pytest.mark.parametrize("before", [without_a_reader, closed, ascii_only])
 def test_a_run_ends_as_it_should_whoever_reads_what_it_prints(before, finished, tmp_path):
     _, out = finished
-    begun = tmp_path / "läuft"
-    printed = forked(maskft, *SHORT, "--out", begun, before=before)
-    assert losses(begun) == losses(out)
-    assert (begun / "preds.jsonl").read_bytes() == (out / "preds.jsonl").read_bytes()
-    for path in begun.iterdir():
+    run = tmp_path / "läuft"
+    printed = forked(maskft, *SHORT, "--out", run, before=before)
+    assert losses(run) == losses(out)
+    assert (run / "preds.jsonl").read_bytes() == (out / "preds.jsonl").read_bytes()
+    for path in run.iterdir():
         assert b"ROUGE-1" not in path.read_bytes(), path
     if before is ascii_only:
         assert "/l\\xe4uft" in printed
@@ -4490,10 +4490,10 @@ import os, signal, sys
 sys.path.insert(0, {here!r})
 import maskft
 
-def update(begun, *args, real=maskft.update):
-    if maskft.rank() == {rank} and (begun.out / "ckpt" / "step-2").exists():
+def update(run, *args, real=maskft.update):
+    if maskft.rank() == {rank} and (run.out / "ckpt" / "step-2").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(begun, *args)
+    return real(run, *args)
 
 maskft.update = update
 maskft.entry_point(maskft.main)
