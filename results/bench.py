@@ -465,7 +465,7 @@ the discovery of penicillin
 
 def uneven_prompts():
     """Questions whose answers are a few tokens, and as many whose answers are a paragraph."""
-    texts = FACTS.splitlines()
+    texts = [f"{question} Answer in one word." for question in FACTS.splitlines()]
     texts += [f"Write a paragraph about {topic}." for topic in TOPICS.splitlines()]
     return [{"question": t, "answer": t, "direction": "forward", "group": "all"} for t in texts]
 
