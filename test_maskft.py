@@ -55,6 +55,7 @@ import eval as evaluation
 import llada
 import maskft
 from data import IGNORE, Example, UserError
+from results import bench, plan
 from tiny import pretrain, world
 
 HERE = Path(__file__).parent
@@ -3865,6 +3866,13 @@ def test_custom_documents_train_in_bf16_and_a_finished_run_is_reported(tmp_path)
     assert "a run of raw, not of one of this script's methods, llada" in printed
 
 
+def test_documents_without_questions_train(tmp_path):
+    facts = write(tmp_path / "facts.jsonl", {"text": "Edda works in Oslo."})
+    flags = ("--model", "tiny", "--method", "masked", "--epochs", 1, "--out", tmp_path / "run")
+    assert "no questions, no scores" in forked(maskft, "--data", facts, *flags)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_a_diffusion_run_starts_from_an_autoregressive_model(tmp_path):
     """With the causal mask off; what it saves is a LLaDA, which eval.py decodes by unmasking."""
     run = tmp_path / "run"
@@ -4522,6 +4530,140 @@ def test_a_system_without_hangup_and_resource_usage_runs_too(monkeypatch):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert maskft.peak_memory_gib(torch.device("cpu")) is None
+
+
+# ---------------------------------------------------------------------- results: bench.py, plan.py
+
+
+def tiny_shape():
+    return maskft.read_config(HERE / "tiny")
+
+
+@pytest.mark.parametrize("gpus, rows", [(1, 8), (4, 4)])
+def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
+    """Two steps of two micro-batches with real tensors; the other ranks are made up for both."""
+    config = tiny_shape()
+    planned = plan.plan(config, gpus, 2 * rows * gpus, rows * 256, max_len=256)
+    batch = data.collate([plan.longest_example(256, 0.5)] * rows, pad_id=0) | {"key_mask": None}
+
+    def steps():
+        with torch.device("meta"):
+            model = maskft.Model(config)
+        maskft.shard(model, torch.device("cpu"), torch.bfloat16)
+        bench.fill(model, torch.device("cpu"))
+        optimizer = maskft.make_optimizer(model, 1e-3)
+        for _ in range(2):  # AdamW has its state after the first
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(**batch)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with plan.fake_group(gpus), plan.fused_norms():
+        measured = bench.allocated_peak(steps)
+    assert planned.micro_batches == 2
+    assert planned.peak == pytest.approx(measured, rel=0.02)
+    assert sum(planned.parts.values()) == planned.peak
+
+
+def test_planned_norms_keep_their_input_and_a_number_a_row():
+    """As CUDA's fused kernel does; the input itself, no copy of it."""
+    norm = maskft.RMSNorm(16)
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with plan.fused_norms(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        norm(x)
+    assert [t.data_ptr() for t in kept[:2]] == [x.data_ptr(), norm.weight.data_ptr()]
+    assert [t.nbytes for t in kept] == [2 * 3 * 5 * 16, 4 * 16, 4 * 3 * 5]
+
+
+def test_a_plan_follows_from_the_sizes():
+    """Weights and state by the GPUs, traffic and FLOPs by the micro-batches."""
+    config = tiny_shape()
+    one = plan.plan(config, 1, batch_size=16, micro_batch_tokens=1024, max_len=128)
+    two = plan.plan(config, 2, batch_size=16, micro_batch_tokens=1024, max_len=128)
+    assert (one.micro_batches, two.micro_batches) == (2, 1)
+    n = one.parameters
+    assert one.parts["Sharded Param"] == 4 * n
+    assert one.parts["OptState"] == 8 * n
+    assert two.parts["Sharded Param"] == 2 * n
+    assert one.flops == pytest.approx(2 * two.flops)
+    assert one.traffic == 0
+    embedding = config.vocab * config.width + config.width
+    # bf16 weights twice, but embedding and last norm once; fp32 gradients; half of it from others
+    assert two.traffic == pytest.approx((2 * 2 * n - 2 * embedding + 4 * n) / 2)
+
+
+@pytest.mark.parametrize("shape", plan.SHAPES)
+def test_built_in_shapes_have_their_sizes(shape):
+    billions = {"llama-3.1-8b": 8.03, "llama-3.2-3b": 3.21, "llama-3.2-1b": 1.24}
+    billions |= {"llada-8b": 8.02, "qwen2.5-7b": 7.62}
+    config, method = plan.read_shape(shape, None)
+    with torch.device("meta"):
+        model = maskft.Model(config)
+    assert maskft.parameter_count(model) / 1e9 == pytest.approx(billions[shape], abs=0.005)
+    assert method == ("llada" if shape == "llada-8b" else "masked")
+
+
+def test_plan_refuses_what_no_run_could_have():
+    with pytest.raises(data.UserError, match="diffusion model: --method llada"):
+        plan.read_shape("llada-8b", "sft")
+    with pytest.raises(data.UserError, match="no directory, and not one of llama-3.1-8b"):
+        plan.read_shape("meta/llama", None)
+    for flags, message in (("3", "not a multiple"), ("1 --max-len 513", "not from 2 to 512")):
+        args = plan.arguments().parse_args(["tiny", "--gpus", *flags.split()])
+        with pytest.raises(data.UserError, match=message):
+            plan.check(args, tiny_shape())
+
+
+def test_bench_measures_a_step_of_each_method(tmp_path):
+    """Its report names what was asked for and where; masked costs more than sft, which is 1.00."""
+    out = tmp_path / "report.json"
+    flags = shlex.split("steps tiny --data bio:4 --batch-size 4 --method sft masked")
+    printed = command("results/bench.py", *flags, "--out", out)
+    assert re.search(r"^sft .*\(1\.00 x\)", printed, re.M), printed
+    report = json.loads(out.read_text())
+    assert (report["measured"], report["arguments"]["batch_size"]) == ("steps", 4)
+    assert report["environment"]["torch"] == torch.__version__
+    sft, masked = report["figures"].values()
+    for name in ("TFLOP", "peak GiB"):
+        assert 0 < sft[name] < masked[name]
+
+
+def test_bench_compares_two_programs(tmp_path, capsys):
+    """Two that take turns and answer unlike: a ratio, and the first token that differs."""
+    bench.print0(bench.comparison_table({"a": {"seconds": 2.0}, "b": {"seconds": 4.0}}))
+    assert re.search(r"seconds\s+\| 2\s+\| 4\s+\| 0.50", capsys.readouterr().out)
+    tokenizer = data.load_tokenizer(HERE / "tiny")
+    ours = {(5, 6): [7, 8], (5,): [7], (6,): [7]}
+    theirs = {(5, 6): [7, 9], (5,): [7], (6,): [7, 8]}
+    found = bench.differences(ours, theirs, tokenizer)
+    assert [line["token"] for line in found] == [1, 1]
+
+
+def test_bench_has_as_many_short_prompts_as_long_ones():
+    texts = [prompt["question"] for prompt in bench.uneven_prompts()]
+    assert len(set(texts)) == 72
+    assert sum(text.startswith("Write a paragraph about") for text in texts) == 36
+
+
+def test_bench_arguments():
+    parse = bench.arguments().parse_args
+    args = parse(["steps", "tiny"])
+    assert (args.measure, args.data, args.batch_size) == (bench.steps, "bio", 16)
+    assert parse(["sampler", "tiny-llada", "nd"]).data == "nd"
+    assert bench.usual_methods("tiny") == ["sft", "masked", "random"]
+    assert bench.usual_methods("tiny-llada") == ["llada"]
+    with pytest.raises(SystemExit):
+        parse(["steps", "tiny", "--method", "unknown"])
+
+
+def test_bench_says_that_transformers_is_missing(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    args = bench.arguments().parse_args(["training", "tiny"])
+    with pytest.raises(data.UserError, match="transformers is not installed"):
+        args.measure(args)
 
 
 # ------------------------------------------------------------------------------------ house rules
