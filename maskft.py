@@ -2352,20 +2352,20 @@ def entry_point(body):
         pass  # or a file of the run takes the number of a closed stdout, and what is printed
     sys.stdout = Stream(sys.stdout)
     sys.stderr = Stream(sys.stderr)
+    message = None
     try:
         body()
-    except (
-        UserError,
-        OSError,
-    ) as error:  # OSError: a full disk, a directory that may not be written
-        if rank():
-            time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
         where = f"[rank {rank()}] " if rank() else ""
-        sys.exit(f"{where}error: {error}")
+        message = f"{where}error: {error}"
     except KeyboardInterrupt:
-        sys.exit("interrupted")
-    if dist.is_initialized():
+        message = "interrupted"
+    if message and rank():
+        time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+    # else a thread of the group's may abort at exit; with an error, other ranks may not come along
+    if dist.is_initialized() and (message is None or world_size() == 1):
         dist.destroy_process_group()
+    sys.exit(message)
 
 
 def main():
