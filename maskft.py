@@ -221,7 +221,7 @@ class Method:
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
-    small_lr: float = 6e-4  # below 1 B, measured on SmolLM2-135M
+    small_lr: float = 6e-4  # below 1 B: tried on SmolLM2-135M, not tuned
     tiny_lr: float = 6e-4  # of the built-in models
     tiny_steps: int = 300  # their length of training
 
@@ -705,7 +705,8 @@ class Model(nn.Module):
                   positions count real tokens only, and padding is never attended to
         labels    (B, T) int64, each in the place of its own token, IGNORE = no loss. A causal model
                   predicts a label one position earlier, a diffusion model in place. Labels and
-                  weights may stay on the CPU: to find the labels on a GPU is to wait for it.
+                  weights may stay on the CPU: to find the labels on a GPU is to wait for it. (FSDP2
+                  moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
         pick      (B, T) bool: logits only there
         cache     a KVCache that was told where the ids stand; their padding is on the right
@@ -1182,7 +1183,7 @@ def on_rank_0(body):
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
     value, error = outcome
-    if error:
+    if error is not None:
         raise UserError(error)
     return value
 
@@ -1259,7 +1260,7 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run):
     """Fill model and optimizer from the newest checkpoint; the step to go on with, or 0."""
-    saved = checkpoints(run.out)
+    saved = on_rank_0(partial(checkpoints, run.out))  # one sight for all: file systems may lag
     if not saved:
         return 0
     newest = saved[-1]
@@ -1669,7 +1670,7 @@ def examples_of_step(run, step):
 
 def update(run, examples, lr):
     """A step of the optimizer on a global batch: this rank's part of the loss, and the gradient's
-    norm before clipping, (2,) fp32 on the device. Nothing here waits for a GPU.
+    norm before clipping, (2,) fp32 on the device.
 
     Every rank builds the whole global batch, so the loss denominator is known without asking.
     """
@@ -1813,7 +1814,7 @@ def decide(given, method, model, documents):
         batch_size = 20
         lr = method.tiny_lr
         steps = method.tiny_steps
-    elif parameters < SMALL:  # measured on SmolLM2-135M
+    elif parameters < SMALL:  # tried on SmolLM2-135M, not tuned
         batch_size = 10
         lr = method.small_lr
         steps = min(SMALL_EPOCHS * math.ceil(documents / 10), paper_steps)
@@ -2032,11 +2033,6 @@ def native_dtype(device):
 
 def check_decided(settings):
     """UserError for decided settings that do not fit together."""
-    if settings.batch_size % world_size():
-        raise UserError(
-            f"a batch of {settings.batch_size} is not divisible by the {world_size()} processes: "
-            "give --batch-size a multiple"
-        )
     for epoch in settings.eval_at:
         if not 0 <= epoch <= settings.epochs:
             raise UserError(
@@ -2177,6 +2173,7 @@ def open_run(run, results):
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr)
     if results:
+        check_shared(run.out)
         run.start = load_checkpoint(run)
         done = [e for e in results["evaluations"] if e["step"] < run.start]
         run.results = results | {"evaluations": done}
@@ -2192,6 +2189,18 @@ def open_run(run, results):
     if rank() == 0:
         data.copy_tokenizer(run.tokenizer, run.directory, run.out)
         evaluation.write_results(run.out, run.results, [])
+    check_shared(run.out)
+
+
+def check_shared(out):
+    """UserError unless every rank sees the run's directory: all of them write checkpoints."""
+    dist.barrier()
+    (seen,) = sum_over_ranks((out / "results.json").exists())
+    if seen < world_size():
+        raise UserError(
+            f"{out} is not the same directory for all processes: put it on a file system that all "
+            "nodes share, or give its absolute path with --out"
+        )
 
 
 def from_anywhere(settings):

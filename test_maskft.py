@@ -4096,7 +4096,7 @@ def test_processes_change_rounding_alone(method, tmp_path):
         {"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 4, 2, 1, 5, 3, 1)
     ]
     facts = write(tmp_path / "facts.jsonl", *documents, *data.load("bio:3").questions)
-    flags = shlex.split("--model tiny --batch-size 4 --epochs 10 --eval-at 10 --lr 1e-4 --data")
+    flags = shlex.split("--model tiny --batch-size 5 --epochs 10 --eval-at 10 --lr 1e-4 --data")
     flags.append(facts)
     script = llada
     if method != "llada":
@@ -4196,6 +4196,16 @@ def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, m
 
 
 # ------------------------------------------------------------------------------------- its lock
+
+
+def test_a_directory_that_another_rank_does_not_see_is_an_error(finished, monkeypatch):
+    _, out = finished
+    monkeypatch.setattr(maskft.dist, "barrier", lambda: None)
+    monkeypatch.setattr(maskft, "world_size", lambda: 2)
+    monkeypatch.setattr(maskft, "sum_over_ranks", lambda seen: [2.0 * seen])
+    maskft.check_shared(out)
+    with pytest.raises(UserError, match="not the same directory for all processes"):
+        maskft.check_shared(out / "nowhere")
 
 
 def test_a_directory_has_one_run_at_a_time_and_the_second_says_whose_it_is(finished, tmp_path):
