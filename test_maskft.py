@@ -4180,6 +4180,7 @@ def test_an_estimate_is_of_the_steps_and_evaluations_that_are_left(times):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, monkeypatch):
+    maskft.huggingface_hub.utils.enable_progress_bars()  # a rank that is not 0 turns them off
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
