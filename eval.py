@@ -299,7 +299,6 @@ COLORS = {
     "random": "C7",
     "masked": "C1",
     "llada": "C4",
-    "pretrain": "C6",
 }
 # settings that a row's name tells only where rows differ in them
 OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")

@@ -127,7 +127,15 @@ def masked_answers(model, prompts, max_new_tokens):
     """
     mask_id = model.config.raw["mask_token_id"]
     rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
-    return maskft.pad_left(rows, mask_id, next(model.parameters()).device)
+    return pad_left(rows, mask_id, next(model.parameters()).device)
+
+
+def pad_left(rows, value, device):
+    """Lists of ids -> ids (B, T) int64 and key_mask (B, T) bool, the rows' ends in one column."""
+    width = max(map(len, rows))
+    ids = [[value] * (width - len(row)) + row for row in rows]
+    key_mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(key_mask, device=device)
 
 
 def masks_between(ids, model, start, end):

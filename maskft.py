@@ -1126,14 +1126,6 @@ def choose(logits, temperature, top_p, generator):
     return ids.gather(1, kept.multinomial(1, generator=generator))[:, 0]
 
 
-def pad_left(rows, value, device):
-    """Lists of ids -> ids (B, T) int64 and key_mask (B, T) bool, the rows' ends in one column."""
-    width = max(map(len, rows))
-    ids = [[value] * (width - len(row)) + row for row in rows]
-    key_mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(key_mask, device=device)
-
-
 def until_stop(ids, stop_ids):
     """The ids before the first stop id."""
     return list(takewhile(lambda token: token not in stop_ids, ids))

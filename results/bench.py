@@ -205,7 +205,7 @@ def released_answer(model, tokenizer, prompts, max_new_tokens, block=4):
     """The answers of the released loop, cut where llada.answer cuts them."""
     room = [tokenizer.mask_id] * max_new_tokens
     rows = [prompt + room for prompt in prompts]
-    ids, key_mask = maskft.pad_left(rows, 0, next(model.parameters()).device)
+    ids, key_mask = llada.pad_left(rows, 0, next(model.parameters()).device)
     width = ids.shape[1] - max_new_tokens
     answers = released_sample(model, ids, key_mask, width, block)
     return [maskft.until_stop(answer, tokenizer.stop_ids) for answer in answers]
@@ -503,7 +503,7 @@ def their_model(directory):
 @torch.no_grad()
 def their_answer(model, tokenizer, prompts, max_new_tokens):
     """The greedy answers of transformers' generate; lists of ids, cut as ours."""
-    ids, key_mask = maskft.pad_left(prompts, tokenizer.pad_id, "cpu")
+    ids, key_mask = llada.pad_left(prompts, tokenizer.pad_id, "cpu")
     whole = model.generate(
         ids,
         attention_mask=key_mask.long(),
