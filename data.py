@@ -495,6 +495,11 @@ class Tokenizer:
             ids += self._encode_frame(header.format(role="assistant"))
         return ids
 
+    def user_header(self):
+        """The ids of a chat up to the first word of a user."""
+        start, header, _ = TEMPLATES[self.template]
+        return self._encode_frame(start) + self._encode_frame(header.format(role="user"))
+
     def _encode_frame(self, text):
         """Ids of a template's own text: the one place where special tokens are read as such."""
         ids = []

@@ -272,13 +272,17 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         text = tokenizer.decode(ids).strip()
         scores = score(text, questions[i]) if "answer" in questions[i] else {}
         answered[i] = {**questions[i], "prediction": text, **scores}
-    parts = [answered] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(parts, answered)
-    for part in parts:
-        answered |= part
+    answered = merged(answered)
     predictions = [answered[i] for i in range(len(questions))]
     return average(predictions), predictions
+
+
+def merged(mine):
+    """The dicts of all ranks as one, on every rank."""
+    parts = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -301,15 +305,16 @@ COLORS = {
     "llada": "C4",
 }
 # settings that a row's name tells only where rows differ in them
-OTHERS = ("model", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")
+OTHERS = ("model", "rehearse", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")
 SETTINGS = ("data", "paraphrase", "method", "mask_ratio", *OTHERS)
 # a line of a report, about the runs that differ in their seed alone: their settings, a name such as
-# "masked 0.5", the seeds, and of each reported score what `over_seeds` gives
-Row = namedtuple("Row", [*SETTINGS, "name", "seeds", "scores"])
+# "masked 0.5", the seeds, of each reported score what `over_seeds` gives, and the curve of drift
+Row = namedtuple("Row", [*SETTINGS, "name", "seeds", "scores", "drift"])
 USUAL_RATIO = [0.05, 0.95]
 LEGEND = """\
 Numbers are ROUGE-1 recall (math: share solved). A number behind a method is its mask ratio.
 Before is before training, best is a run's best evaluation, last the one after training.
+Drift: what the model would have said before, in nats a token how much less likely it is now.
 In brackets: of one run the 95 % interval, of several the range over their seeds."""
 INTERVAL = "{:.3f} [{:.2f}-{:.2f}]"  # mean, low, high
 
@@ -372,6 +377,10 @@ def summary(setting, runs):
         scores={
             name: over_seeds(evaluations, name) for name in reported_scores(evaluations[0][-1])
         },
+        drift=[
+            [same_time[0]["step"], *mean_and_range([asked["drift"] for asked in same_time])]
+            for same_time in zip(*evaluations, strict=False)
+        ],
     )
 
 
@@ -422,7 +431,7 @@ def over_seeds(runs, name):
         values = [group[metric] for group in groups]
         if len(groups) == 1:
             return [*values, *groups[0]["interval"][metric]]
-        return [sum(values) / len(values), min(values), max(values)]
+        return mean_and_range(values)
 
     curve = [[same_time[0]["step"], *spread(same_time)] for same_time in zip(*runs, strict=False)]
     first_step, *first = curve[0]
@@ -433,6 +442,10 @@ def over_seeds(runs, name):
         "last": curve[-1][1:],
         "curve": curve,
     }
+
+
+def mean_and_range(values):
+    return [sum(values) / len(values), min(values), max(values)]
 
 
 def table(rows):
@@ -456,7 +469,7 @@ def table_title(row):
 
 def table_header(row):
     columns = [f"{name} {which}" for name in row.scores for which in ("best", "last")]
-    return ["method", "paraphrase", "seeds", "before", *columns]
+    return ["method", "paraphrase", "seeds", "before", *columns, "drift"]
 
 
 def table_line(row):
@@ -465,7 +478,9 @@ def table_line(row):
     before = [f"{result['before'][0]:.3f}" if result["before"] else "-" for result in results]
     after = [INTERVAL.format(*result[which]) for result in results for which in ("best", "last")]
     numbers = [number.replace("0.", ".") for number in (" / ".join(before), *after)]
-    return [row.name, row.paraphrase, ",".join(map(str, row.seeds)), *numbers]
+    _, drift, *ends = row.drift[-1]
+    kept = INTERVAL.format(drift, *ends) if len(row.seeds) > 1 else f"{drift:.3f}"
+    return [row.name, row.paraphrase, ",".join(map(str, row.seeds)), *numbers, kept]
 
 
 def markdown(lines):
@@ -478,7 +493,7 @@ def markdown(lines):
 def draw_panels(rows, path, draw, losses=None):
     """A picture with a panel for each score of these rows, drawn by `draw(axes, rows, name)`.
 
-    And one for the loss where `losses` is given, (step, loss) pairs. Needs matplotlib.
+    And one for loss and drift where `losses` is given, (step, loss) pairs. Needs matplotlib.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
@@ -494,8 +509,11 @@ def draw_panels(rows, path, draw, losses=None):
     if names:
         panels[0].set_ylabel("share solved" if names[0].startswith("math") else "ROUGE-1 recall")
     if losses:
-        panels[-1].plot(*np.transpose(losses), label=rows[0].name, color=COLORS.get(rows[0].name))
-        panels[-1].set(title="loss", xlabel="step")
+        color = COLORS.get(rows[0].method)
+        steps, drift, *_ = np.transpose(rows[0].drift)
+        panels[-1].plot(*np.transpose(losses), label=rows[0].name, color=color)
+        panels[-1].plot(steps, drift, "k.--")
+        panels[-1].set(title="loss (dashed: drift)", xlabel="step")
     handles, labels = panels[0].get_legend_handles_labels()  # every panel has the same
     columns = min(len(labels), 6)
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)

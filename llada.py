@@ -38,6 +38,11 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
     return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
 
 
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """A chat that the model wrote before it learned anything new: its answer is masked."""
+    return diffuse(prompt, answer, tokenizer.mask_id, mask_ratio, rng)
+
+
 def diffuse(prompt, target, mask_id, mask_ratio, rng):
     """The Example whose loss is one draw of the bound on -log p(target | prompt) / len(target)."""
     # 1. One ratio per sequence: the bound is an expectation over ratios, and a batch then covers
@@ -269,11 +274,31 @@ def answer(
     return answers
 
 
+def random_answer(model, tokenizer, prompts, max_new_tokens, generator):
+    """Answers of one batch, drawn at temperature 1."""
+    return sample(
+        model,
+        prompts,
+        max_new_tokens,
+        steps=max_new_tokens,
+        temperature=1.0,
+        stop_ids=tokenizer.stop_ids,
+        generator=generator,
+    )
+
+
 # --------------------------------------------------------------------------------------------- main
 
 METHODS = {
     "llada": maskft.Method(
-        diffusion_example, causal=False, answer=answer, lr=1e-5, tiny_lr=4e-4, tiny_steps=350
+        diffusion_example,
+        causal=False,
+        answer=answer,
+        draw=random_answer,
+        chat=chat_example,
+        lr=1e-5,
+        tiny_lr=4e-4,
+        tiny_steps=350,
     )
 }
 

@@ -198,6 +198,11 @@ def text_of(record):
     return record["text"]
 
 
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
+    return supervise(prompt, answer)
+
+
 def supervise(prompt, target):
     """An Example with loss on each token of `target` and none on `prompt`."""
     labels = [IGNORE] * len(prompt) + target
@@ -218,6 +223,10 @@ class Method:
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
     # model, tokenizer, prompts, max_new_tokens, on_answer -> answers; None = greedy
     answer: Callable | None = None
+    # the same with a generator in place of on_answer, at random; None = by temperature and top-p
+    draw: Callable | None = None
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
+    chat: Callable = chat_example
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
@@ -1136,6 +1145,11 @@ def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None)
     return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, on_answer=on_answer)
 
 
+def random_answer(model, tokenizer, prompts, max_new_tokens, generator):
+    """Answers of an autoregressive model drawn at temperature 1 from all but the least likely."""
+    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, 1.0, 0.95, generator)
+
+
 # -------------------------------------------------------------------------------------------- FSDP2
 
 
@@ -1490,6 +1504,7 @@ class Settings:
     dtype: str
     eval_at: list
     save_every: float  # minutes
+    rehearse: float = 0.0  # the share of a step's examples that are chats of the model's own
     offload: bool = False  # weights, gradients and optimizer state in the host's memory
 
 
@@ -1510,6 +1525,7 @@ class Run:
     steps: int = 0
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
+    chats: list = field(default_factory=list)  # that the model wrote before it learned anything
     results: dict = field(default_factory=dict)  # what results.json gets
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
@@ -1600,6 +1616,7 @@ def train(run):
     """
     saved_at = time.monotonic()
     begin_log(run)
+    prepare_chats(run)
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
@@ -1657,7 +1674,8 @@ def examples_of_step(run, step):
     epoch, nth = divmod(step, run.steps_per_epoch)
     settings = run.settings
     order = batches(len(run.dataset.documents), settings.batch_size, settings.seed, epoch)
-    return [build(run, number, epoch) for number in order[nth]]
+    documents = [build(run, number, epoch) for number in order[nth]]
+    return documents + rehearsed(run, step, len(documents))
 
 
 def update(run, examples, lr):
@@ -1670,16 +1688,8 @@ def update(run, examples, lr):
         group["lr"] = lr
     denominator = max(1, sum(example.denominator for example in examples))
     total = torch.zeros((), device=run.device)
-    tokens = run.settings.micro_batch_tokens
-    for micro in micro_batches(examples, tokens, rank(), world_size()):
-        batch = data.collate(micro, run.tokenizer.pad_id)
-        if run.model.config.causal:
-            batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
-        for name in ("ids", "key_mask"):
-            if batch[name] is not None:
-                batch[name] = batch[name].to(run.device, non_blocking=True)
-        with run.autocast:
-            loss = run.model(**batch) / denominator
+    for loss in summed_losses(run, examples):
+        loss = loss / denominator
         # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the
         # split
         (loss * world_size()).backward()
@@ -1690,21 +1700,47 @@ def update(run, examples, lr):
     return torch.stack([total, norm.to(run.device)])  # with --offload gradients are not there
 
 
+def summed_losses(run, examples):
+    """The loss, summed over its tokens, of each of this rank's micro-batches in turn."""
+    tokens = run.settings.micro_batch_tokens
+    for micro in micro_batches(examples, tokens, rank(), world_size()):
+        batch = data.collate(micro, run.tokenizer.pad_id)
+        if run.model.config.causal:
+            batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
+        for name in ("ids", "key_mask"):
+            if batch[name] is not None:
+                batch[name] = batch[name].to(run.device, non_blocking=True)
+        with run.autocast:
+            loss = run.model(**batch)
+        yield loss
+
+
+@contextmanager
+def answering(run):
+    """Inside, the run's model answers: its parameters are whole, and no gradients are kept."""
+    with gathered(run.model), torch.no_grad(), run.autocast:
+        yield
+
+
 def evaluate_and_record(run, step, epoch):
-    """Answer the questions; write results.json and preds.jsonl, then print the scores."""
+    """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
+    then print the scores."""
     began = time.monotonic()
     answer = partial(run.method.answer or greedy_answer, run.model, run.tokenizer)
-    with gathered(run.model), torch.no_grad(), run.autocast:
+    with answering(run):
         scores, run.predictions = evaluation.evaluate(answer, run.tokenizer, run.dataset.questions)
+        drift = chat_loss(run) - run.results["chat_loss"]
     seconds = time.monotonic() - began
     run.evaluation_seconds.append(seconds)
-    run.results["evaluations"].append({"step": step, "epoch": epoch, "scores": scores})
+    asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
+    run.results["evaluations"].append(asked)
     run.results["seconds"] = round(time.monotonic() - run.clock, 3)
-    reported = evaluation.reported_scores({"scores": scores})
-    log(run, {"step": step, "epoch": epoch, "evaluation": reported})
+    reported = evaluation.reported_scores(asked)
+    log(run, {"step": step, "epoch": epoch, "evaluation": reported, "drift": drift})
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items()) or "no scores"
+    reported["drift"] = drift
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items())
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
 
 
@@ -1775,6 +1811,117 @@ def peak_memory_gib(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
 
 
+# ------------------------------------------------------- what it knew before: chats of its own
+
+# Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
+# answers it (Magpie, arXiv 2406.08464). What it answered is what it knew; to train on it beside new
+# documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
+GROUP = 16  # chats are written together
+HELD_OUT = 2 * GROUP  # of them drift is measured on, and nothing is learned from
+SEEN = 5  # times that a chat is rehearsed at most: one that is known by heart protects nothing else
+USER_TOKENS = 48  # of a user's turn at most; it need not be complete
+ANSWER_TOKENS = 64
+
+
+def prepare_chats(run):
+    """Have the model write the run's chats before it learns anything, or find them again."""
+    path = run.out / "rehearsal.jsonl"
+    if path.exists():
+        run.chats = on_rank_0(partial(read_chats, path))
+    elif run.start:
+        raise UserError(
+            f"{path}: not found. The model wrote it before it learned anything, and cannot again: "
+            "bring it back, or begin a new run"
+        )
+    else:
+        run.chats = write_chats(run)
+        if rank() == 0:
+            lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
+            data.write_text(path, "".join(lines))
+    if "chat_loss" not in run.results:
+        with answering(run):
+            run.results["chat_loss"] = chat_loss(run)
+
+
+def read_chats(path):
+    """The chats of a run, as `write_group` makes them."""
+    with data.reading(path, "not the chats of a run"):
+        return [json.loads(line) for line in data.read_text(path).splitlines()]
+
+
+def write_chats(run):
+    """As many chats as the run needs, the same on any number of ranks, which share the work."""
+    learned = run.steps * chats_of_step(run, run.settings.batch_size) / SEEN
+    groups = math.ceil((HELD_OUT + learned) / GROUP)
+    mine = range(groups)[rank() :: world_size()]
+    bar = progress_bar(len(mine) * GROUP, "the model writes chats", "chat", leave=False)
+    written = {}  # number of the group -> its chats
+    with answering(run):
+        for group in mine:
+            written[group] = write_group(run, group)
+            bar.update(GROUP)
+    bar.close()
+    written = evaluation.merged(written)
+    return [chat for group in range(groups) for chat in written[group]]
+
+
+def write_group(run, group):
+    """Some chats, random by (seed, group) alone: [{"user", "assistant", "prompt", "answer"}].
+
+    The first two are text, the others ids: all of the chat up to the answer; the answer, and the
+    end of turn if there was room for it.
+    """
+    seed = np.random.SeedSequence([run.settings.seed, group]).generate_state(1).item()
+    generator = torch.Generator(run.device).manual_seed(seed)
+    tokenizer = run.tokenizer
+    draw = partial(run.method.draw or random_answer, run.model, tokenizer)
+    answer = partial(run.method.answer or greedy_answer, run.model, tokenizer)
+    users = draw([tokenizer.user_header()] * GROUP, USER_TOKENS, generator)
+    prompts = [tokenizer.chat([{"role": "user", "content": user}]) for user in users]
+    chats = []
+    for user, prompt, ids in zip(users, prompts, answer(prompts, ANSWER_TOKENS), strict=True):
+        chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
+        ended = [tokenizer.eot_id] if len(ids) < ANSWER_TOKENS else []
+        chats.append(chat | {"prompt": prompt, "answer": ids + ended})
+    return chats
+
+
+def chats_of_step(run, documents):
+    """How many chats a step has beside so many documents: the share of it that was asked for."""
+    share = run.settings.rehearse
+    return round(documents * share / (1 - share))
+
+
+def rehearsed(run, step, documents):
+    """The Examples of the chats of a step. All have their turn, in random order, then all again."""
+    most = chats_of_step(run, run.settings.batch_size)
+    examples = []
+    for slot in range(step * most, step * most + chats_of_step(run, documents)):
+        turn, place = divmod(slot, len(run.chats) - HELD_OUT)
+        rng = np.random.default_rng([run.settings.seed, turn, 0, 1])
+        number = HELD_OUT + rng.permutation(len(run.chats) - HELD_OUT)[place]
+        examples.append(build_chat(run, number, turn + 1))
+    return examples
+
+
+def build_chat(run, number, turn):
+    """The Example of one chat; random by (seed, turn, chat) alone."""
+    rng = np.random.default_rng([run.settings.seed, turn, number, 2])
+    chat = run.chats[number]
+    ids = chat["prompt"], chat["answer"]
+    return run.method.chat(*ids, run.tokenizer, run.settings.mask_ratio, rng)
+
+
+def chat_loss(run):
+    """Mean negative log-likelihood of the held-out answers, in nats a token, over all ranks.
+
+    Of a diffusion model its bound, with the same masks every time.
+    """
+    examples = [build_chat(run, number, turn=0) for number in range(HELD_OUT)]
+    (total,) = sum_over_ranks(sum(summed_losses(run, examples)))
+    return total / sum(example.denominator for example in examples)
+
+
 # ----------------------------------------------------------------------------------- settings, main
 
 # Steps of the paper's settings: one and a half times what 95 % of the plateau takes, 3/k of the
@@ -1833,6 +1980,8 @@ def check_settings(settings, method):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
+    if not 0 <= settings.rehearse < 1:
+        raise UserError(f"--rehearse {settings.rehearse} is not a share, from 0 to below 1")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed} is below 0")
     if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
@@ -1856,6 +2005,8 @@ def arguments(description, methods):
     add("--paraphrase", choices=wordings, default="none", help="wordings (default: none)")
     ratio = "share of masked tokens, or lowest and highest (default: 0.05 0.95)"
     add("--mask-ratio", type=float, nargs="+", default=[0.05, 0.95], metavar="R", help=ratio)
+    chats = "share of each step that is chats the model wrote before: forgets less (default: 0)"
+    add("--rehearse", type=float, default=0.0, metavar="R", help=chats)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
     add("--batch-size", type=int, help="sequences a step, over all GPUs (default: 64)")
