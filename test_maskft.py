@@ -55,7 +55,7 @@ import eval as evaluation
 import llada
 import maskft
 from data import IGNORE, Example, UserError
-from results import bench, plan
+from results import bench, kept, plan
 from tiny import pretrain, world
 
 HERE = Path(__file__).parent
@@ -1084,7 +1084,7 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
 
     A score is a number, that of forward questions, or {direction: number}."""
     usual = {"data": "bio:9", "model": "tiny", "paraphrase": "none", "epochs": 2, "lr": 1e-3}
-    usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0]}
+    usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0], "rehearse": 0.0}
     usual |= {"method": method, "seed": seed, "mask_ratio": ratio}
     evaluations = []
     for n, score in enumerate(scores):
@@ -1093,7 +1093,8 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
             direction: {"rouge1": x, "n": 54, "interval": {"rouge1": [x - 0.01, x + 0.01]}}
             for direction, x in by_direction.items()
         }
-        evaluations.append({"step": 10 * n, "epoch": n, "scores": groups})
+        asked = {"step": 10 * n, "epoch": n, "scores": groups, "drift": n / 4 + seed / 10}
+        evaluations.append(asked)
     folder.mkdir()
     results = {"arguments": usual | arguments, "evaluations": evaluations}
     evaluation.write_results(folder, results, [])
@@ -1131,22 +1132,23 @@ def test_a_report_has_a_table_for_each_set_with_mean_and_spread(runs, tmp_path):
     text = (out / "report.md").read_text()
     assert text in printed and "bio:9, 54 forward questions:" in text
     backward, forward = text.split("\n\n")[2::2]
-    low = [".100", ".300 [.29-.31]", ".300 [.29-.31]"]
+    low = [".100", ".300 [.29-.31]", ".300 [.29-.31]", "0.500"]
     assert cells(backward) == [["sft", "none", "0", *low]]
     assert cells(forward) == [
-        ["sft, lr 0.01", "none", "0", ".100", ".200 [.19-.21]", ".100 [.09-.11]"],
+        ["sft, lr 0.01", "none", "0", ".100", ".200 [.19-.21]", ".100 [.09-.11]", "0.500"],
         ["sft, lr 0.03", "none", "0", *low],
-        ["sft", "same", "0", ".100", "1.000 [.99-1.01]", "1.000 [.99-1.01]"],
-        ["masked", "none", "0,1", ".000", ".900 [.90-.90]", ".700 [.60-.80]"],
-        ["mine", "none", "1", *low],
-        ["masked 0.5", "none", "0", ".100", ".500 [.49-.51]", ".500 [.49-.51]"],
-        ["mine 0.5", "none", "1", ".100", ".400 [.39-.41]", ".400 [.39-.41]"],
+        ["sft", "same", "0", ".100", "1.000 [.99-1.01]", "1.000 [.99-1.01]", "0.500"],
+        ["masked", "none", "0,1", ".000", ".900 [.90-.90]", ".700 [.60-.80]", "0.550 [0.50-0.60]"],
+        ["mine", "none", "1", *low[:-1], "0.600"],
+        ["masked 0.5", "none", "0", ".100", ".500 [.49-.51]", ".500 [.49-.51]", "0.500"],
+        ["mine 0.5", "none", "1", ".100", ".400 [.39-.41]", ".400 [.39-.41]", "0.600"],
     ]
     rows = data.read_json(out / "report.json")
     assert rows[1]["mask_ratio"] is None
     masked = rows[4]
     assert (masked["seeds"], masked["data"]) == ([0, 1], "bio:9")
     assert masked["mask_ratio"] == [0.05, 0.95]
+    assert masked["drift"][1] == [10, pytest.approx(0.3), 0.25, 0.35]
     assert masked["scores"]["forward"]["curve"][2] == [20, pytest.approx(0.7), 0.6, 0.8]
 
 
@@ -1558,6 +1560,7 @@ def checked_run(tokenizer, method="masked", **given):
     """A Run of `tiny` whose data are as given, before check_dataset."""
     usual = dict.fromkeys(maskft.Settings.__annotations__)
     usual |= {"mask_ratio": (0.05, 0.95), "max_len": 128, "seed": 0, "method": method}
+    usual["rehearse"] = 0.0
     config = maskft.read_config(HERE / "tiny")
     with maskft.torch.device("meta"):
         model = maskft.Model(config)
@@ -4121,6 +4124,124 @@ def change_to(folder):
     return partial(os.chdir, folder)
 
 
+# ------------------------------------------------------------------------------------ rehearsal
+
+
+def rehearsing(out, method="masked", processes=1, share=0.5):
+    """A short run whose chats are rehearsed; they are given few and long turns."""
+    script = "llada.py" if method == "llada" else "maskft.py"
+    flags = ["--data", "bio:6", "--batch-size", "4", "--epochs", "2", "--eval-at", "0"]
+    flags += ["--rehearse", share, "--out", out]
+    if method != "llada":
+        flags += ["--method", method]
+    command(script, *flags, processes=processes)
+    return out
+
+
+@pytest.mark.parametrize("method", ["masked", "llada"])
+def test_chats_losses_and_drift_are_the_same_on_two_processes(method, tmp_path):
+    one = rehearsing(tmp_path / "one", method)
+    two = rehearsing(tmp_path / "two", method, processes=2)
+    chats = jsonl(one / "rehearsal.jsonl")
+    assert chats == jsonl(two / "rehearsal.jsonl")
+    assert len({tuple(chat["prompt"]) for chat in chats}) > len(chats) / 2
+    for ours, theirs in zip(losses(one), losses(two), strict=True):
+        assert equal_but_for_rounding(ours, theirs)
+    before, after = (
+        [asked["drift"] for asked in data.read_json(out / "results.json")["evaluations"]]
+        for out in (one, two)
+    )
+    assert before == pytest.approx(after, rel=1e-4)
+    assert before[0] == 0 and abs(before[1]) > 1e-3
+
+
+def test_chats_are_the_model_s_own_words_and_a_run_without_rehearsal_learns_none(finished):
+    _, out = finished
+    tokenizer = data.load_tokenizer(out)
+    chats = jsonl(out / "rehearsal.jsonl")
+    assert len(chats) == maskft.HELD_OUT
+    model = maskft.load("tiny")
+    for chat in chats[:: maskft.GROUP]:
+        user = tokenizer.encode(chat["user"])
+        again = maskft.greedy_answer(model, tokenizer, [chat["prompt"]], maskft.ANSWER_TOKENS)[0]
+        assert tokenizer.decode(again) == chat["assistant"]
+        ended = [tokenizer.eot_id] if len(again) < maskft.ANSWER_TOKENS else []
+        assert chat["answer"] == again + ended
+        assert len(user) <= maskft.USER_TOKENS and chat["user"] in tokenizer.decode(chat["prompt"])
+    drift = [line["drift"] for line in jsonl(out / "metrics.jsonl") if "drift" in line]
+    results = data.read_json(out / "results.json")
+    assert drift == [asked["drift"] for asked in results["evaluations"]]
+    taught = maskft.load(out)
+    both = [
+        np.average(
+            [loss_of_chat(taught, chat) - loss_of_chat(model, chat) for chat in chats],
+            weights=[len(chat["answer"]) for chat in chats],
+        )
+    ]
+    assert drift[0] == 0 and drift[-1] == pytest.approx(both[0], rel=1e-3)
+
+
+def loss_of_chat(model, chat):
+    """Mean negative log-likelihood of an answer, written another way."""
+    ids = torch.tensor([chat["prompt"] + chat["answer"]])
+    with torch.no_grad():
+        logits = model(ids)[0, len(chat["prompt"]) - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
+
+
+def chatting(share, documents, steps=6):
+    """A Run with chats of the user's turn n and the answer 100 + n."""
+    count = maskft.HELD_OUT + 10
+    run = Namespace(
+        method=maskft.METHODS["masked"],
+        settings=Namespace(rehearse=share, batch_size=documents, seed=3, mask_ratio=None),
+        tokenizer=None,
+        steps=steps,
+        chats=[{"prompt": [n], "answer": [100 + n]} for n in range(count)],
+    )
+    return run, [maskft.rehearsed(run, step, documents) for step in range(steps)]
+
+
+@pytest.mark.parametrize("share, chats", {0: 0, 0.2: 2, 0.5: 8, 0.75: 24}.items())
+def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
+    run, steps = chatting(share, documents=8, steps=5)
+    assert [len(examples) for examples in steps] == [chats] * 5
+    learned = [example.ids[0] for examples in steps for example in examples]
+    assert not set(learned) & set(range(maskft.HELD_OUT))
+    times = [learned.count(n) for n in range(maskft.HELD_OUT, len(run.chats))]
+    assert max(times) - min(times) <= 1
+    assert len(maskft.rehearsed(run, 5, documents=4)) == chats // 2  # the last step of an epoch
+    if chats == 24:
+        assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
+
+
+def test_a_chat_is_learned_from_its_answer_alone(tokenizer):
+    prompt = tokenizer.chat([{"role": "user", "content": "Who?"}])
+    answer = tokenizer.encode("Ada") + [tokenizer.eot_id]
+    rng = np.random.default_rng(0)
+    example = maskft.METHODS["masked"].chat(prompt, answer, tokenizer, None, rng)
+    assert example.ids == prompt + answer
+    assert example.labels == [IGNORE] * len(prompt) + answer
+    example = llada.METHODS["llada"].chat(prompt, answer, tokenizer, (1, 1), rng)
+    assert example.ids == prompt + [tokenizer.mask_id] * len(answer)
+    assert example.labels == [IGNORE] * len(prompt) + answer
+
+
+def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
+    chats = run / "rehearsal.jsonl"
+    text = chats.read_text()
+    command_line = ["--resume", run]
+    chats.rename(run / "moved")
+    printed = forked(maskft, *command_line, status=1)
+    assert f"{chats}: not found. The model wrote it before" in printed
+    chats.write_text(text[:-9])
+    printed = forked(maskft, *command_line, status=1)
+    assert f"{chats}: not the chats of a run" in printed
+    chats.write_text(text)
+    forked(maskft, *command_line)
+    assert chats.read_text() == text
+
+
 # ---------------------------------------------------------------------------- what a run leaves
 
 
@@ -4668,6 +4789,30 @@ def test_bench_arguments():
     assert bench.usual_methods("tiny-llada") == ["llada"]
     with pytest.raises(SystemExit):
         parse(["steps", "tiny", "--method", "unknown"])
+
+
+def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch, capsys):
+    """Of the same weights nothing is lost; halfway to others something is."""
+    asked = [{"question": "Who works for Fablix?", "answer": "Ada"}, {"question": "Who?"}]
+    write(tmp_path / "ordinary.jsonl", *asked)
+    monkeypatch.setattr(kept, "__file__", str(tmp_path / "kept.py"))
+    other = maskft.load("tiny")
+    with torch.no_grad():
+        other.embed.weight += 0.3 * torch.randn(other.embed.weight.shape)
+    maskft.save(other, tmp_path / "other")
+    shutil.copytree(HERE / "tiny", tmp_path / "same")
+    runs = [str(tmp_path / name) for name in ("same", "other")]
+    given = Namespace(base="tiny", runs=runs, share=[0.5, 1.0], facts=False)
+    before, *same, half, all_of_it = kept.measure(given)
+    assert [line["nll"] for line in same] == pytest.approx([before["nll"]] * 2)
+    assert before["nll"] < half["nll"] < all_of_it["nll"]
+    assert "other  share 0.5  questions" in capsys.readouterr().out
+
+
+def test_ordinary_questions_are_150_and_different():
+    asked = jsonl(HERE / "results/ordinary.jsonl")
+    assert len({record["question"] for record in asked}) == 150
+    assert sum("answer" in record for record in asked) == 100
 
 
 def test_bench_says_that_transformers_is_missing(monkeypatch):

@@ -1,0 +1,115 @@
+"""What a model kept of what it knew before it was taught new facts: a table of results/README.md.
+
+    python results/kept.py HuggingFaceTB/SmolLM2-135M-Instruct out/nd-sft-1 out/nd-masked-1
+
+The first is the model as it was, the others are runs that began with it. Two things are asked, both
+in ordinary.jsonl: 100 questions that everybody can answer, of which SmolLM2-135M-Instruct gets all
+right, and 50 requests without an answer. To these the first model answers, and of every model it is
+measured how likely it finds those answers. --share moves the weights of the runs back to a share of
+the way that training took them (WiSE-FT, arXiv 2109.01903), and --facts asks what they were taught,
+too.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import eval as evaluation
+import maskft
+from data import UserError
+from eval import print0
+
+QUESTION_TOKENS = 48  # of an answer to one of the 100; they are short
+REQUEST_TOKENS = 64
+
+
+def loss_of_answers(model, tokenizer, prompts, answers):
+    """Mean negative log-likelihood of these answers, in nats a token."""
+    total = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        example = maskft.supervise(prompt, answer)
+        with torch.no_grad():
+            total += model(**data.collate([example], tokenizer.pad_id)).item()
+    return total / sum(map(len, answers))
+
+
+def scores_of(answer, tokenizer, questions, max_new_tokens=None):
+    """{"forward": recall, ...} of each direction of these questions and of each group."""
+    scores, _ = evaluation.evaluate(answer, tokenizer, questions, max_new_tokens)
+    return {name: group["rouge1"] for name, group in scores.items()}
+
+
+def move_back(model, old, new, share):
+    """Give a model the weights that are a share of the way from the old ones to the new."""
+    with torch.no_grad():
+        for parameter, before, after in zip(model.parameters(), old, new, strict=True):
+            parameter.copy_(before.lerp(after, share))
+
+
+def weights_of(name):
+    return [parameter.detach() for parameter in maskft.load(name).parameters()]
+
+
+def measure(args):
+    """A line of figures for the model as it was, and for each run at each share."""
+    model = maskft.load(args.base)
+    if not model.config.causal:
+        raise UserError(f"{args.base} is a masked diffusion model: here, answers are greedy")
+    tokenizer = data.load_tokenizer(maskft.find_model(args.base))
+    answer = partial(maskft.greedy_answer, model, tokenizer)
+    asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
+    questions = [question for question in asked if "answer" in question]
+    prompts = [evaluation.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
+    said = answer(prompts, max_new_tokens=REQUEST_TOKENS)
+    said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
+
+    def figures(name, share, facts):
+        line = {"model": name, "share": share}
+        line["questions"] = scores_of(answer, tokenizer, questions, QUESTION_TOKENS)
+        line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
+        line["facts"] = scores_of(answer, tokenizer, facts) if facts else {}
+        shown = [f"{key} {value:.3f}" for key, value in line["facts"].items() if "/" not in key]
+        all_right = line["questions"]["all"]
+        print0(f"{name}  share {share:g}  questions {all_right:.2f}  NLL {line['nll']:.3f}", *shown)
+        return line
+
+    old = weights_of(args.base)
+    lines = [figures(args.base, 0.0, [])]
+    for run in args.runs:
+        new = weights_of(run)
+        facts = facts_of(run) if args.facts else []
+        for share in args.share:
+            move_back(model, old, new, share)
+            lines.append(figures(run, share, facts))
+    return lines
+
+
+def facts_of(run):
+    """The questions that a run was trained for."""
+    given = data.read_json(Path(run) / "results.json")["arguments"]
+    return data.load(given["data"], given["paraphrase"], given["seed"]).questions
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("base", help="the model as it was: directory, built-in name or hub id")
+    add("runs", nargs="+", help="directories of runs that began with it")
+    add("--share", type=float, nargs="+", default=[1.0], help="of the way (default: 1)")
+    add("--facts", action="store_true", help="ask what the runs were taught, too")
+    add("--out", metavar="FILE", help="report.json to write")
+    args = parser.parse_args()
+    device = maskft.start_processes()
+    lines = measure(args)
+    if args.out:
+        data.write_json(args.out, {"environment": maskft.environment(device), "figures": lines})
+
+
+if __name__ == "__main__":
+    maskft.entry_point(main)
