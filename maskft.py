@@ -198,9 +198,9 @@ def text_of(record):
     return record["text"]
 
 
-def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+def chat_example(prompt, target, tokenizer, mask_ratio, rng):
     """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
-    return supervise(prompt, answer)
+    return supervise(prompt, target)
 
 
 def supervise(prompt, target):
@@ -225,7 +225,7 @@ class Method:
     answer: Callable | None = None
     # the same with a generator in place of on_answer, at random; None = by temperature and top-p
     draw: Callable | None = None
-    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
+    # prompt, target (ids), tokenizer, mask_ratio, numpy Generator -> Example
     chat: Callable = chat_example
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
@@ -952,14 +952,7 @@ def load_weights(model, directory, device):
     check_tensors(model, tensors, names, directory)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        local = parameter.detach()
-        start = 0
-        if isinstance(parameter, DTensor):
-            # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
-            local = local.to_local()
-            rows = parameter.shape[0]
-            mesh = parameter.device_mesh
-            start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
+        local, start = local_rows(parameter)
         if local.shape[0]:
             # into the shard in place
             local.copy_(read_rows(tensors, names[name], start, start + local.shape[0]))
@@ -969,6 +962,32 @@ def load_weights(model, directory, device):
                     f"{path}: {names[name]} holds NaN, infinite or absurdly large numbers (as "
                     f"{local.dtype}): download it again, or use another checkpoint"
                 )
+
+
+def local_rows(parameter):
+    """(what this rank holds of a parameter, the number of its first row)."""
+    local = parameter.detach()
+    if not isinstance(parameter, DTensor):
+        return local, 0
+    # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
+    rows = parameter.shape[0]
+    mesh = parameter.device_mesh
+    start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
+    return local.to_local(), start
+
+
+def average(model, directory, share):
+    """Bring a model's weights back to a share of the way that they went from those in a directory.
+
+    What training taught mostly stays, and what it spoiled comes back (WiSE-FT, arXiv 2109.01903).
+    """
+    tensors = open_tensors(directory)
+    family = data.read_json(directory / "config.json")["model_type"]
+    names = checkpoint_names(model, family)
+    for name, parameter in model.named_parameters():
+        local, start = local_rows(parameter)
+        old = read_rows(tensors, names[name], start, start + local.shape[0])
+        local.lerp_(old.to(local), 1 - share)
 
 
 def check_tensors(model, tensors, names, directory):
@@ -1505,6 +1524,7 @@ class Settings:
     eval_at: list
     save_every: float  # minutes
     rehearse: float = 0.0  # the share of a step's examples that are chats of the model's own
+    keep: float = 1.0  # the share of the way from the old weights to the new that is kept
     offload: bool = False  # weights, gradients and optimizer state in the host's memory
 
 
@@ -1656,6 +1676,8 @@ def train(run):
             print0(f"stopped after step {step}; {how_to_go_on(run)}")
             return False
     bar.close()
+    if run.settings.keep < 1:
+        average(run.model, run.directory, run.settings.keep)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
 
@@ -1814,7 +1836,7 @@ def peak_memory_gib(device):
 # ------------------------------------------------------- what it knew before: chats of its own
 
 # Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
-# answers it (Magpie, arXiv 2406.08464). What it answered is what it knew; to train on it beside new
+# answers it (Magpie, arXiv 2406.08464). That is what it knew, and to train on it beside new
 # documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
 GROUP = 16  # chats are written together
 HELD_OUT = 2 * GROUP  # of them drift is measured on, and nothing is learned from
@@ -1905,11 +1927,17 @@ def rehearsed(run, step, documents):
 
 
 def build_chat(run, number, turn):
-    """The Example of one chat; random by (seed, turn, chat) alone."""
+    """The Example of a chat; random by (seed, turn, chat) alone.
+
+    Turn 0 measures drift, on the answer. The others rehearse all of the chat, as the user's words
+    are the model's own too: beside answers alone, that keeps more of what it knew.
+    """
     rng = np.random.default_rng([run.settings.seed, turn, number, 2])
     chat = run.chats[number]
-    ids = chat["prompt"], chat["answer"]
-    return run.method.chat(*ids, run.tokenizer, run.settings.mask_ratio, rng)
+    ids = chat["prompt"] + chat["answer"]
+    start = len(run.tokenizer.user_header() if turn else chat["prompt"])
+    mask_ratio = run.settings.mask_ratio
+    return run.method.chat(ids[:start], ids[start:], run.tokenizer, mask_ratio, rng)
 
 
 def chat_loss(run):
@@ -1982,6 +2010,8 @@ def check_settings(settings, method):
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
     if not 0 <= settings.rehearse < 1:
         raise UserError(f"--rehearse {settings.rehearse} is not a share, from 0 to below 1")
+    if not 0 < settings.keep <= 1:
+        raise UserError(f"--keep {settings.keep} is not a share, above 0 and to 1")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed} is below 0")
     if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
@@ -2007,6 +2037,8 @@ def arguments(description, methods):
     add("--mask-ratio", type=float, nargs="+", default=[0.05, 0.95], metavar="R", help=ratio)
     chats = "share of each step that is chats the model wrote before: forgets less (default: 0)"
     add("--rehearse", type=float, default=0.0, metavar="R", help=chats)
+    way = "after training, go back to this share of the way from the old weights (default: 1)"
+    add("--keep", type=float, default=1.0, metavar="A", help=way)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
     add("--batch-size", type=int, help="sequences a step, over all GPUs (default: 64)")

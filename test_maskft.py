@@ -1084,7 +1084,8 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
 
     A score is a number, that of forward questions, or {direction: number}."""
     usual = {"data": "bio:9", "model": "tiny", "paraphrase": "none", "epochs": 2, "lr": 1e-3}
-    usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0], "rehearse": 0.0}
+    usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0]}
+    usual |= {"rehearse": 0.0, "keep": 1.0}
     usual |= {"method": method, "seed": seed, "mask_ratio": ratio}
     evaluations = []
     for n, score in enumerate(scores):
@@ -1560,7 +1561,7 @@ def checked_run(tokenizer, method="masked", **given):
     """A Run of `tiny` whose data are as given, before check_dataset."""
     usual = dict.fromkeys(maskft.Settings.__annotations__)
     usual |= {"mask_ratio": (0.05, 0.95), "max_len": 128, "seed": 0, "method": method}
-    usual["rehearse"] = 0.0
+    usual |= {"rehearse": 0.0, "keep": 1.0}
     config = maskft.read_config(HERE / "tiny")
     with maskft.torch.device("meta"):
         model = maskft.Model(config)
@@ -4195,9 +4196,9 @@ def chatting(share, documents, steps=6):
     run = Namespace(
         method=maskft.METHODS["masked"],
         settings=Namespace(rehearse=share, batch_size=documents, seed=3, mask_ratio=None),
-        tokenizer=None,
+        tokenizer=Namespace(user_header=lambda: [7]),
         steps=steps,
-        chats=[{"prompt": [n], "answer": [100 + n]} for n in range(count)],
+        chats=[{"prompt": [7, n], "answer": [100 + n]} for n in range(count)],
     )
     return run, [maskft.rehearsed(run, step, documents) for step in range(steps)]
 
@@ -4206,7 +4207,9 @@ def chatting(share, documents, steps=6):
 def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
     run, steps = chatting(share, documents=8, steps=5)
     assert [len(examples) for examples in steps] == [chats] * 5
-    learned = [example.ids[0] for examples in steps for example in examples]
+    learned = [example.ids[1] for examples in steps for example in examples]
+    for example in itertools.chain(*steps):  # all of a chat but its first header
+        assert example.labels == [IGNORE, *example.ids[1:]]
     assert not set(learned) & set(range(maskft.HELD_OUT))
     times = [learned.count(n) for n in range(maskft.HELD_OUT, len(run.chats))]
     assert max(times) - min(times) <= 1
@@ -4215,7 +4218,7 @@ def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
         assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
 
 
-def test_a_chat_is_learned_from_its_answer_alone(tokenizer):
+def test_a_chat_has_loss_behind_its_prompt(tokenizer):
     prompt = tokenizer.chat([{"role": "user", "content": "Who?"}])
     answer = tokenizer.encode("Ada") + [tokenizer.eot_id]
     rng = np.random.default_rng(0)
@@ -4225,6 +4228,20 @@ def test_a_chat_is_learned_from_its_answer_alone(tokenizer):
     example = llada.METHODS["llada"].chat(prompt, answer, tokenizer, (1, 1), rng)
     assert example.ids == prompt + [tokenizer.mask_id] * len(answer)
     assert example.labels == [IGNORE] * len(prompt) + answer
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_keep_saves_and_scores_weights_between_the_old_and_the_new(processes, tmp_path):
+    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "2", "--eval-at", "2"]
+    for keep in ("1", "0.25"):
+        out = tmp_path / keep
+        command("maskft.py", *flags, "--keep", keep, "--out", out, processes=processes)
+    old, new, kept = map(maskft.load, ("tiny", tmp_path / "1", tmp_path / "0.25"))
+    for before, after, between in zip(*(m.parameters() for m in (old, new, kept)), strict=True):
+        torch.testing.assert_close(between, before + 0.25 * (after - before))
+    assert not torch.equal(old.embed.weight, new.embed.weight)
+    whole, part = (data.read_json(tmp_path / keep / "results.json") for keep in ("1", "0.25"))
+    assert 0 < part["last"]["drift"] < whole["last"]["drift"]
 
 
 def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):

@@ -44,31 +44,21 @@ def scores_of(answer, tokenizer, questions, max_new_tokens=None):
     return {name: group["rouge1"] for name, group in scores.items()}
 
 
-def move_back(model, old, new, share):
-    """Give a model the weights that are a share of the way from the old ones to the new."""
-    with torch.no_grad():
-        for parameter, before, after in zip(model.parameters(), old, new, strict=True):
-            parameter.copy_(before.lerp(after, share))
-
-
-def weights_of(name):
-    return [parameter.detach() for parameter in maskft.load(name).parameters()]
-
-
 def measure(args):
     """A line of figures for the model as it was, and for each run at each share."""
-    model = maskft.load(args.base)
+    base = maskft.find_model(args.base)
+    model = maskft.load(base)
     if not model.config.causal:
         raise UserError(f"{args.base} is a masked diffusion model: here, answers are greedy")
-    tokenizer = data.load_tokenizer(maskft.find_model(args.base))
-    answer = partial(maskft.greedy_answer, model, tokenizer)
+    tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
     questions = [question for question in asked if "answer" in question]
     prompts = [evaluation.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
-    said = answer(prompts, max_new_tokens=REQUEST_TOKENS)
+    said = maskft.greedy_answer(model, tokenizer, prompts, REQUEST_TOKENS)
     said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
 
-    def figures(name, share, facts):
+    def figures(model, name, share, facts):
+        answer = partial(maskft.greedy_answer, model, tokenizer)
         line = {"model": name, "share": share}
         line["questions"] = scores_of(answer, tokenizer, questions, QUESTION_TOKENS)
         line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
@@ -78,14 +68,13 @@ def measure(args):
         print0(f"{name}  share {share:g}  questions {all_right:.2f}  NLL {line['nll']:.3f}", *shown)
         return line
 
-    old = weights_of(args.base)
-    lines = [figures(args.base, 0.0, [])]
+    lines = [figures(model, args.base, 0.0, [])]
     for run in args.runs:
-        new = weights_of(run)
         facts = facts_of(run) if args.facts else []
         for share in args.share:
-            move_back(model, old, new, share)
-            lines.append(figures(run, share, facts))
+            model = maskft.load(run)
+            maskft.average(model, base, share)
+            lines.append(figures(model, run, share, facts))
     return lines
 
 
