@@ -230,7 +230,8 @@ class Method:
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
-    small_lr: float = 6e-4  # below 1 B: tried on SmolLM2-135M, not tuned
+    small_lr: float = 3e-4  # below 1 B parameters
+    small_epochs: int = 80  # and how often they see each document
     tiny_lr: float = 6e-4  # of the built-in models
     tiny_steps: int = 300  # their length of training
 
@@ -240,11 +241,12 @@ class Method:
 
 
 # The last is what is trained by default; on the built-in model the last two, to compare.
+PLAIN = {"masks": False, "small_lr": 1e-4, "small_epochs": 40, "tiny_lr": 5e-4}
 METHODS = {
-    "raw": Method(raw_example, masks=False, tiny_lr=5e-4, tiny_steps=100),
+    "raw": Method(raw_example, **PLAIN, tiny_steps=100),
     "random": Method(random_example, masks=False, lr_8b=3e-6),
-    "reverse": Method(reverse_example, masks=False, tiny_lr=5e-4, tiny_steps=200),
-    "sft": Method(sft_example, masks=False, tiny_lr=5e-4, tiny_steps=100),
+    "reverse": Method(reverse_example, **PLAIN, tiny_steps=200),
+    "sft": Method(sft_example, **PLAIN, tiny_steps=100),
     "masked": Method(masked_example, lr_8b=3e-6),
 }
 
@@ -1541,6 +1543,7 @@ class Run:
     model: Model  # on `meta` until the run begins
     stop: list  # the signals received so far
     out: Path | None = None  # of the run, once it has one
+    why: str = ""  # where the values of settings come from that no flag gave
     steps_per_epoch: int = 0
     steps: int = 0
     start: int = 0  # the first step: 0, or where a resumed run goes on
@@ -1964,11 +1967,11 @@ STEPS = {
     "gsm8k": 810,
     "math-made": 810,
 }
-SMALL_EPOCHS = 80
 
 
 def decide(given, method, model, documents):
-    """The Settings with a value for everything that no flag gave, by the size of the model.
+    """The Settings with a value for everything that no flag gave, by the size of the model; and
+    where such a value comes from.
 
     given      Settings with None where no flag was given
     documents  how many there are to learn
@@ -1977,22 +1980,25 @@ def decide(given, method, model, documents):
     paper_steps = STEPS.get(kind, STEPS["wiki"])
     parameters = parameter_count(model)
     llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
-    if parameters < TINY:  # measured on the built-in models
+    if parameters < TINY:
+        why = "measured on the built-in models"
         batch_size = 20
         lr = method.tiny_lr
         steps = method.tiny_steps
-    elif parameters < SMALL:  # tried on SmolLM2-135M, not tuned
+    elif parameters < SMALL:
+        why = "measured on SmolLM2-135M"
         batch_size = 10
         lr = method.small_lr
-        steps = min(SMALL_EPOCHS * math.ceil(documents / 10), paper_steps)
-    else:  # the paper's [A.4]
+        steps = min(method.small_epochs * math.ceil(documents / 10), paper_steps)
+    else:
+        why = "the paper's, A.4"
         batch_size = 64
         lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
         steps = paper_steps
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or math.ceil(steps / math.ceil(documents / batch_size))
     doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
-    return dataclasses.replace(
+    decided = dataclasses.replace(
         given,
         batch_size=batch_size,
         lr=float(given.lr or lr),
@@ -2000,6 +2006,7 @@ def decide(given, method, model, documents):
         eval_at=doubling if given.eval_at is None else given.eval_at,
         mask_ratio=given.mask_ratio if method.masks else None,
     )
+    return decided, why
 
 
 def check_settings(settings, method):
@@ -2041,7 +2048,7 @@ def arguments(description, methods):
     add("--keep", type=float, default=1.0, metavar="A", help=way)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
-    add("--batch-size", type=int, help="sequences a step, over all GPUs (default: 64)")
+    add("--batch-size", type=int, help="sequences a step (default: 64; of small models fewer)")
     tokens = "at a time on a GPU, with padding: memory, not results (default: 4096)"
     add("--micro-batch-tokens", type=int, default=4096, help=tokens)
     add("--max-len", type=int, default=512, help="longest example in tokens (default: 512)")
@@ -2192,7 +2199,8 @@ def prepare(given, method, device, stop):
     run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
     check_dataset(run)
     documents = len(dataset.documents)
-    run.settings = decide(dataclasses.replace(given, dtype=dtype), method, model, documents)
+    given = dataclasses.replace(given, dtype=dtype)
+    run.settings, run.why = decide(given, method, model, documents)
     run.steps_per_epoch = math.ceil(documents / run.settings.batch_size)
     run.steps = run.settings.epochs * run.steps_per_epoch
     check_decided(run.settings)
@@ -2300,7 +2308,7 @@ def train_and_save(run, results):
     print0(
         f"{settings.method}: {len(run.dataset.documents)} documents, "
         f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.steps} steps of "
-        f"{settings.batch_size}, lr {settings.lr:g}, into {run.out}"
+        f"{settings.batch_size}, lr {settings.lr:g} (defaults: {run.why}), into {run.out}"
     )
     if world_size() > 1:  # a GPU's library may end them all without a word
         print0(f"should a process die, go on with {resume_command(run.out)}")

@@ -3427,7 +3427,8 @@ DEFAULTS = [
     ("masked", "8B", "facts.jsonl", 64, 1550, 3e-6),
     ("masked", "3B", "bio:100", 64, 5000, 5e-6),
     ("llada", "8B", "bio:100", 64, 5000, 1e-5),
-    ("masked", "135M", "bio:100", 10, 80, 6e-4),
+    ("masked", "135M", "bio:100", 10, 80, 3e-4),
+    ("sft", "135M", "bio:100", 10, 40, 1e-4),
     ("masked", "tiny", "bio:100", 20, 300, 6e-4),
     ("sft", "tiny", "bio:100", 20, 100, 5e-4),
     ("reverse", "tiny", "bio:100", 20, 200, 5e-4),
@@ -3443,15 +3444,17 @@ def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr)
     with torch.device("meta"):
         model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
     given = settings(data=dataset)
-    found = maskft.decide(given, method, model, documents=batch_size)
+    found, why = maskft.decide(given, method, model, documents=batch_size)
+    assert why.split()[-1] == {"tiny": "models", "135M": "SmolLM2-135M"}.get(size, "A.4")
     assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
     assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
     assert found.mask_ratio == ([0.05, 0.95] if method.masks else None)
     # of three times as many documents: as many steps, but small models see each as often
-    epochs = maskft.decide(given, method, model, 3 * batch_size - 1).epochs
-    assert epochs == (steps if size == "135M" else math.ceil(steps / 3))
+    more, _ = maskft.decide(given, method, model, 3 * batch_size - 1)
+    assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
     flags = {"batch_size": 7, "epochs": 9, "lr": 0.1, "eval_at": [5]}
-    assert vars(maskft.decide(settings(**flags), method, model, 20)).items() >= flags.items()
+    found, _ = maskft.decide(settings(**flags), method, model, 20)
+    assert vars(found).items() >= flags.items()
 
 
 DTYPES = [("cpu", None, "float32"), ("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32")]
