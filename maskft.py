@@ -1849,27 +1849,30 @@ ANSWER_TOKENS = 64
 
 
 def prepare_chats(run):
-    """Have the model write the run's chats before it learns anything, or find them again."""
+    """Have the model write the run's chats before it learns anything; a run that goes on has them.
+
+    What their answers cost now is written down too, for drift to be counted from.
+    """
     path = run.out / "rehearsal.jsonl"
-    if path.exists():
+    if run.start:
         run.chats = on_rank_0(partial(read_chats, path))
-    elif run.start:
-        raise UserError(
-            f"{path}: not found. The model wrote it before it learned anything, and cannot again: "
-            "bring it back, or begin a new run"
-        )
-    else:
-        run.chats = write_chats(run)
-        if rank() == 0:
-            lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
-            data.write_text(path, "".join(lines))
-    if "chat_loss" not in run.results:
-        with answering(run):
-            run.results["chat_loss"] = chat_loss(run)
+        return
+    run.chats = write_chats(run)
+    with answering(run):
+        run.results["chat_loss"] = chat_loss(run)
+    if rank() == 0:
+        lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
+        data.write_text(path, "".join(lines))
+        evaluation.write_results(run.out, run.results, [])
 
 
 def read_chats(path):
     """The chats of a run, as `write_group` makes them."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: not found. The model wrote it before it learned anything, and cannot again: "
+            "bring it back, or begin a new run"
+        )
     with data.reading(path, "not the chats of a run"):
         return [json.loads(line) for line in data.read_text(path).splitlines()]
 

@@ -4261,6 +4261,18 @@ def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
     chats.write_text(text)
     forked(maskft, *command_line)
     assert chats.read_text() == text
+    drift = data.read_json(run / "results.json")["last"]["drift"]
+    assert drift == pytest.approx(drift_of(run), rel=1e-3)
+
+
+def test_drift_is_counted_from_the_beginning_also_where_nothing_was_asked_then(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "4", "--eval-at", "4", "--out", out]
+    forked(maskft, *flags, before=lambda: send(signal.SIGINT, maskft, "update", 2))
+    assert data.read_json(out / "results.json")["evaluations"] == []
+    forked(maskft, "--resume", out)
+    drift = data.read_json(out / "results.json")["last"]["drift"]
+    assert drift == pytest.approx(drift_of(out), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------- what a run leaves
