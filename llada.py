@@ -38,9 +38,9 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
     return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
 
 
-def chat_example(prompt, target, tokenizer, mask_ratio, rng):
-    """A chat that the model wrote before it learned anything new, masked behind the prompt."""
-    return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """A chat that the model wrote before it learned anything new: its answer is masked."""
+    return diffuse(prompt, answer, tokenizer.mask_id, mask_ratio, rng)
 
 
 def diffuse(prompt, target, mask_id, mask_ratio, rng):

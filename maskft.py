@@ -198,9 +198,9 @@ def text_of(record):
     return record["text"]
 
 
-def chat_example(prompt, target, tokenizer, mask_ratio, rng):
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
     """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
-    return supervise(prompt, target)
+    return supervise(prompt, answer)
 
 
 def supervise(prompt, target):
@@ -225,7 +225,7 @@ class Method:
     answer: Callable | None = None
     # the same with a generator in place of on_answer, at random; None = by temperature and top-p
     draw: Callable | None = None
-    # prompt, target (ids), tokenizer, mask_ratio, numpy Generator -> Example
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
     chat: Callable = chat_example
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
@@ -1933,17 +1933,11 @@ def rehearsed(run, step, documents):
 
 
 def build_chat(run, number, turn):
-    """The Example of a chat; random by (seed, turn, chat) alone.
-
-    Turn 0 measures drift, on the answer. The others rehearse all of the chat, as the user's words
-    are the model's own too: beside answers alone, that keeps more of what it knew.
-    """
+    """The Example of a chat; random by (seed, turn, chat) alone. Turn 0 is that of `chat_loss`."""
     rng = np.random.default_rng([run.settings.seed, turn, number, 2])
     chat = run.chats[number]
-    ids = chat["prompt"] + chat["answer"]
-    start = len(run.tokenizer.user_header() if turn else chat["prompt"])
-    mask_ratio = run.settings.mask_ratio
-    return run.method.chat(ids[:start], ids[start:], run.tokenizer, mask_ratio, rng)
+    ids = chat["prompt"], chat["answer"]
+    return run.method.chat(*ids, run.tokenizer, run.settings.mask_ratio, rng)
 
 
 def chat_loss(run):

@@ -4200,7 +4200,7 @@ def chatting(share, documents, steps=6):
     run = Namespace(
         method=maskft.METHODS["masked"],
         settings=Namespace(rehearse=share, batch_size=documents, seed=3, mask_ratio=None),
-        tokenizer=Namespace(user_header=lambda: [7]),
+        tokenizer=None,
         steps=steps,
         chats=[{"prompt": [7, n], "answer": [100 + n]} for n in range(count)],
     )
@@ -4212,8 +4212,8 @@ def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
     run, steps = chatting(share, documents=8, steps=5)
     assert [len(examples) for examples in steps] == [chats] * 5
     learned = [example.ids[1] for examples in steps for example in examples]
-    for example in itertools.chain(*steps):  # all of a chat but its first header
-        assert example.labels == [IGNORE, *example.ids[1:]]
+    for example in itertools.chain(*steps):
+        assert example.labels == [IGNORE, IGNORE, example.ids[2]]
     assert not set(learned) & set(range(maskft.HELD_OUT))
     times = [learned.count(n) for n in range(maskft.HELD_OUT, len(run.chats))]
     assert max(times) - min(times) <= 1
