@@ -509,7 +509,7 @@ def draw_panels(rows, path, draw, losses=None):
     if names:
         panels[0].set_ylabel("share solved" if names[0].startswith("math") else "ROUGE-1 recall")
     if losses:
-        color = COLORS.get(rows[0].method)
+        color = COLORS.get(rows[0].name)
         steps, drift, *_ = np.transpose(rows[0].drift)
         panels[-1].plot(*np.transpose(losses), label=rows[0].name, color=color)
         panels[-1].plot(steps, drift, "k.--")

@@ -7,7 +7,7 @@
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), config, model, weights, generation,
-FSDP2 and checkpoints, the training loop, settings.
+FSDP2 and checkpoints, the training loop, what the model knew before, settings.
 
 Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the cache's
 length), D width, H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
@@ -225,8 +225,8 @@ class Method:
     answer: Callable | None = None
     # the same with a generator in place of on_answer, at random; None = by temperature and top-p
     draw: Callable | None = None
-    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
-    chat: Callable = chat_example
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
+    chat: Callable | None = None
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
     lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
@@ -236,12 +236,14 @@ class Method:
     tiny_steps: int = 300  # their length of training
 
     def __post_init__(self):
-        if not self.causal and self.answer is None:
-            raise ValueError("a method without the causal mask needs an `answer` of its own")
+        if not self.causal and None in (self.answer, self.draw, self.chat):
+            raise ValueError(
+                "a method without the causal mask needs an `answer`, `draw` and `chat` of its own"
+            )
 
 
-# The last is what is trained by default; on the built-in model the last two, to compare.
 PLAIN = {"masks": False, "small_lr": 1e-4, "small_epochs": 40, "tiny_lr": 5e-4}
+# The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
     "raw": Method(raw_example, **PLAIN, tiny_steps=100),
     "random": Method(random_example, masks=False, lr_8b=3e-6),
@@ -948,10 +950,7 @@ def load_weights(model, directory, device):
     Each rank reads only the rows it holds. UserError names a tensor that is missing, extra or of
     another shape, before there is any room.
     """
-    tensors = open_tensors(directory)
-    family = data.read_json(directory / "config.json")["model_type"]
-    names = checkpoint_names(model, family)
-    check_tensors(model, tensors, names, directory)
+    tensors, names = matching_tensors(model, directory)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
@@ -978,18 +977,26 @@ def local_rows(parameter):
     return local.to_local(), start
 
 
-def average(model, directory, share):
+def interpolate(model, directory, share):
     """Bring a model's weights back to a share of the way that they went from those in a directory.
 
     What training taught mostly stays, and what it spoiled comes back (WiSE-FT, arXiv 2109.01903).
     """
-    tensors = open_tensors(directory)
-    family = data.read_json(directory / "config.json")["model_type"]
-    names = checkpoint_names(model, family)
+    tensors, names = matching_tensors(model, directory)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
         old = read_rows(tensors, names[name], start, start + local.shape[0])
         local.lerp_(old.to(local), 1 - share)
+
+
+def matching_tensors(model, directory):
+    """What `open_tensors` gives, and {our parameter name: its name there}; UserError unless the
+    tensors are the model's."""
+    tensors = open_tensors(directory)
+    family = data.read_json(directory / "config.json")["model_type"]
+    names = checkpoint_names(model, family)
+    check_tensors(model, tensors, names, directory)
+    return tensors, names
 
 
 def check_tensors(model, tensors, names, directory):
@@ -1680,7 +1687,8 @@ def train(run):
             return False
     bar.close()
     if run.settings.keep < 1:
-        average(run.model, run.directory, run.settings.keep)
+        save_checkpoint(run, run.steps)  # a checkpoint holds what was trained, never a mixture
+        interpolate(run.model, run.directory, run.settings.keep)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
 
@@ -1841,11 +1849,11 @@ def peak_memory_gib(device):
 # Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
 # answers it (Magpie, arXiv 2406.08464). That is what it knew, and to train on it beside new
 # documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
-GROUP = 16  # chats are written together
-HELD_OUT = 2 * GROUP  # of them drift is measured on, and nothing is learned from
-SEEN = 5  # times that a chat is rehearsed at most: one that is known by heart protects nothing else
-USER_TOKENS = 48  # of a user's turn at most; it need not be complete
-ANSWER_TOKENS = 64
+CHAT_GROUP = 16  # are written together
+CHATS_HELD_OUT = 2 * CHAT_GROUP  # drift is measured on these, and nothing is learned from them
+CHAT_TIMES = 5  # that one is rehearsed, at most: what is known by heart protects nothing else
+CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
+CHAT_ANSWER_TOKENS = 64
 
 
 def prepare_chats(run):
@@ -1855,7 +1863,7 @@ def prepare_chats(run):
     """
     path = run.out / "rehearsal.jsonl"
     if run.start:
-        run.chats = on_rank_0(partial(read_chats, path))
+        run.chats = on_rank_0(partial(read_chats, path, chats_of_run(run)))
         return
     run.chats = write_chats(run)
     with answering(run):
@@ -1866,7 +1874,7 @@ def prepare_chats(run):
         evaluation.write_results(run.out, run.results, [])
 
 
-def read_chats(path):
+def read_chats(path, count):
     """The chats of a run, as `write_group` makes them."""
     if not path.exists():
         raise UserError(
@@ -1874,26 +1882,40 @@ def read_chats(path):
             "bring it back, or begin a new run"
         )
     with data.reading(path, "not the chats of a run"):
-        return [json.loads(line) for line in data.read_text(path).splitlines()]
+        chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
+        if sum(len(chat["prompt"]) > 0 < len(chat["answer"]) for chat in chats) != count:
+            raise UserError(f"not {count} chats")
+    return chats
+
+
+def chats_of_run(run):
+    """How many chats a run needs: those held out, and enough to rehearse, in whole groups."""
+    rehearsed = run.steps * chats_of_step(run, run.settings.batch_size)
+    return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_TIMES / CHAT_GROUP) * CHAT_GROUP
 
 
 def write_chats(run):
-    """As many chats as the run needs, the same on any number of ranks, which share the work."""
-    learned = run.steps * chats_of_step(run, run.settings.batch_size) / SEEN
-    groups = math.ceil((HELD_OUT + learned) / GROUP)
+    """The chats of a run, the same on any number of ranks, which share the work."""
+    groups = chats_of_run(run) // CHAT_GROUP
     mine = range(groups)[rank() :: world_size()]
-    bar = progress_bar(len(mine) * GROUP, "the model writes chats", "chat", leave=False)
+    if run.settings.rehearse:
+        print0(
+            f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats, to rehearse "
+            f"{chats_of_step(run, run.settings.batch_size)} in a step of documents"
+        )
+    bar = progress_bar(len(mine) * CHAT_GROUP, "chats", "chat", leave=False)
     written = {}  # number of the group -> its chats
     with answering(run):
         for group in mine:
-            written[group] = write_group(run, group)
-            bar.update(GROUP)
+            if run.stop:  # nothing is lost but these
+                raise UserError(f"stopped; {how_to_go_on(run)}")
+            written[group] = write_group(run, group, bar.update)
     bar.close()
     written = evaluation.merged(written)
     return [chat for group in range(groups) for chat in written[group]]
 
 
-def write_group(run, group):
+def write_group(run, group, on_answer):
     """Some chats, random by (seed, group) alone: [{"user", "assistant", "prompt", "answer"}].
 
     The first two are text, the others ids: all of the chat up to the answer; the answer, and the
@@ -1904,20 +1926,21 @@ def write_group(run, group):
     tokenizer = run.tokenizer
     draw = partial(run.method.draw or random_answer, run.model, tokenizer)
     answer = partial(run.method.answer or greedy_answer, run.model, tokenizer)
-    users = draw([tokenizer.user_header()] * GROUP, USER_TOKENS, generator)
+    users = draw([tokenizer.user_header()] * CHAT_GROUP, CHAT_USER_TOKENS, generator)
     prompts = [tokenizer.chat([{"role": "user", "content": user}]) for user in users]
+    answers = answer(prompts, max_new_tokens=CHAT_ANSWER_TOKENS, on_answer=on_answer)
     chats = []
-    for user, prompt, ids in zip(users, prompts, answer(prompts, ANSWER_TOKENS), strict=True):
+    for user, prompt, ids in zip(users, prompts, answers, strict=True):
         chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
-        ended = [tokenizer.eot_id] if len(ids) < ANSWER_TOKENS else []
+        ended = [tokenizer.eot_id] if len(ids) < CHAT_ANSWER_TOKENS else []
         chats.append(chat | {"prompt": prompt, "answer": ids + ended})
     return chats
 
 
 def chats_of_step(run, documents):
-    """How many chats a step has beside so many documents: the share of it that was asked for."""
+    """How many chats stand beside so many documents: nearest to the share, but one at least."""
     share = run.settings.rehearse
-    return round(documents * share / (1 - share))
+    return max(1, int(documents * share / (1 - share) + 0.5)) if share else 0
 
 
 def rehearsed(run, step, documents):
@@ -1925,27 +1948,33 @@ def rehearsed(run, step, documents):
     most = chats_of_step(run, run.settings.batch_size)
     examples = []
     for slot in range(step * most, step * most + chats_of_step(run, documents)):
-        turn, place = divmod(slot, len(run.chats) - HELD_OUT)
-        rng = np.random.default_rng([run.settings.seed, turn, 0, 1])
-        number = HELD_OUT + rng.permutation(len(run.chats) - HELD_OUT)[place]
-        examples.append(build_chat(run, number, turn + 1))
+        turn, place = divmod(slot, len(run.chats) - CHATS_HELD_OUT)
+        order = chat_order(run.settings.seed, turn, len(run.chats) - CHATS_HELD_OUT)
+        examples.append(build_chat(run, CHATS_HELD_OUT + order[place], turn + 1))
     return examples
+
+
+@lru_cache(2)  # asked for at every chat
+def chat_order(seed, turn, count):
+    return np.random.default_rng([seed, turn, 0, 1]).permutation(count).tolist()
 
 
 def build_chat(run, number, turn):
     """The Example of a chat; random by (seed, turn, chat) alone. Turn 0 is that of `chat_loss`."""
     rng = np.random.default_rng([run.settings.seed, turn, number, 2])
     chat = run.chats[number]
-    ids = chat["prompt"], chat["answer"]
-    return run.method.chat(*ids, run.tokenizer, run.settings.mask_ratio, rng)
+    example = run.method.chat or chat_example
+    # drift is counted alike whatever ratio is trained with
+    mask_ratio = run.settings.mask_ratio if turn else evaluation.USUAL_RATIO
+    return example(chat["prompt"], chat["answer"], run.tokenizer, mask_ratio, rng)
 
 
 def chat_loss(run):
     """Mean negative log-likelihood of the held-out answers, in nats a token, over all ranks.
 
-    Of a diffusion model its bound, with the same masks every time.
+    Of a diffusion model one draw of its bound, the mean over chats; the masks are always the same.
     """
-    examples = [build_chat(run, number, turn=0) for number in range(HELD_OUT)]
+    examples = [build_chat(run, number, turn=0) for number in range(CHATS_HELD_OUT)]
     (total,) = sum_over_ranks(sum(summed_losses(run, examples)))
     return total / sum(example.denominator for example in examples)
 
@@ -1968,7 +1997,7 @@ STEPS = {
 
 def decide(given, method, model, documents):
     """The Settings with a value for everything that no flag gave, by the size of the model; and
-    where such a value comes from.
+    where they come from.
 
     given      Settings with None where no flag was given
     documents  how many there are to learn
@@ -1978,20 +2007,22 @@ def decide(given, method, model, documents):
     parameters = parameter_count(model)
     llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
     if parameters < TINY:
-        why = "measured on the built-in models"
+        why = "defaults measured on the built-in models"
         batch_size = 20
         lr = method.tiny_lr
         steps = method.tiny_steps
     elif parameters < SMALL:
-        why = "measured on SmolLM2-135M"
+        why = "defaults measured on SmolLM2-135M"
         batch_size = 10
         lr = method.small_lr
         steps = min(method.small_epochs * math.ceil(documents / 10), paper_steps)
     else:
-        why = "the paper's, A.4"
+        why = "defaults after the paper's A.4"
         batch_size = 64
         lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
         steps = paper_steps
+    if given.batch_size and given.lr and given.epochs:
+        why = "as set"
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or math.ceil(steps / math.ceil(documents / batch_size))
     doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
@@ -2012,10 +2043,10 @@ def check_settings(settings, method):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
-    if not 0 <= settings.rehearse < 1:
-        raise UserError(f"--rehearse {settings.rehearse} is not a share, from 0 to below 1")
+    if not 0 <= settings.rehearse <= 0.9:
+        raise UserError(f"--rehearse {settings.rehearse} is not a share from 0 to 0.9")
     if not 0 < settings.keep <= 1:
-        raise UserError(f"--keep {settings.keep} is not a share, above 0 and to 1")
+        raise UserError(f"--keep {settings.keep} is not a share above 0, up to 1")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed} is below 0")
     if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
@@ -2305,7 +2336,7 @@ def train_and_save(run, results):
     print0(
         f"{settings.method}: {len(run.dataset.documents)} documents, "
         f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.steps} steps of "
-        f"{settings.batch_size}, lr {settings.lr:g} (defaults: {run.why}), into {run.out}"
+        f"{settings.batch_size}, lr {settings.lr:g} ({run.why}), into {run.out}"
     )
     if world_size() > 1:  # a GPU's library may end them all without a word
         print0(f"should a process die, go on with {resume_command(run.out)}")
@@ -2316,7 +2347,7 @@ def train_and_save(run, results):
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise UserError(cannot_write(run, cause)) from None
-    except (OSError, safetensors.SafetensorError) as error:  # of files, training only writes
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(cannot_write(run, error)) from None
     except torch.OutOfMemoryError:
         raise

@@ -3445,7 +3445,10 @@ def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr)
         model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
     given = settings(data=dataset)
     found, why = maskft.decide(given, method, model, documents=batch_size)
-    assert why.split()[-1] == {"tiny": "models", "135M": "SmolLM2-135M"}.get(size, "A.4")
+    assert why.startswith("defaults") and why.split()[-1] == {
+        "tiny": "models",
+        "135M": "SmolLM2-135M",
+    }.get(size, "A.4")
     assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
     assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
     assert found.mask_ratio == ([0.05, 0.95] if method.masks else None)
@@ -3453,8 +3456,8 @@ def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr)
     more, _ = maskft.decide(given, method, model, 3 * batch_size - 1)
     assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
     flags = {"batch_size": 7, "epochs": 9, "lr": 0.1, "eval_at": [5]}
-    found, _ = maskft.decide(settings(**flags), method, model, 20)
-    assert vars(found).items() >= flags.items()
+    found, why = maskft.decide(settings(**flags), method, model, 20)
+    assert vars(found).items() >= flags.items() and why == "as set"
 
 
 DTYPES = [("cpu", None, "float32"), ("cuda", (8, 0), "bfloat16"), ("cuda", (7, 5), "float32")]
@@ -3928,6 +3931,8 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(tmp_path):
 
 
 MISTAKES = {
+    "--rehearse 1": "--rehearse 1.0 is not a share from 0 to 0.9",
+    "--keep 0": "--keep 0.0 is not a share above 0, up to 1",
     "--model nowhere/at-all": "hub could not be reached",
     "--model ./nowhere": "no such directory",
     "--model my/models/x": "not a hub id",
@@ -4151,27 +4156,31 @@ def test_chats_losses_and_drift_are_the_same_on_two_processes(method, tmp_path):
     assert len({tuple(chat["prompt"]) for chat in chats}) > len(chats) / 2
     for ours, theirs in zip(losses(one), losses(two), strict=True):
         assert equal_but_for_rounding(ours, theirs)
-    before, after = (
+    ours, theirs = (
         [asked["drift"] for asked in data.read_json(out / "results.json")["evaluations"]]
         for out in (one, two)
     )
-    assert before == pytest.approx(after, rel=1e-4)
-    assert before[0] == 0 and abs(before[1]) > 1e-3
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[0] == 0 and abs(ours[1]) > 1e-3
 
 
 def test_chats_are_the_model_s_own_words_and_a_run_without_rehearsal_learns_none(finished):
     _, out = finished
     tokenizer = data.load_tokenizer(out)
     chats = jsonl(out / "rehearsal.jsonl")
-    assert len(chats) == maskft.HELD_OUT
+    assert len(chats) == maskft.CHATS_HELD_OUT
     model = maskft.load("tiny")
-    for chat in chats[:: maskft.GROUP]:
+    for chat in chats[:: maskft.CHAT_GROUP]:
         user = tokenizer.encode(chat["user"])
-        again = maskft.greedy_answer(model, tokenizer, [chat["prompt"]], maskft.ANSWER_TOKENS)[0]
+        again = maskft.greedy_answer(model, tokenizer, [chat["prompt"]], maskft.CHAT_ANSWER_TOKENS)[
+            0
+        ]
         assert tokenizer.decode(again) == chat["assistant"]
-        ended = [tokenizer.eot_id] if len(again) < maskft.ANSWER_TOKENS else []
+        ended = [tokenizer.eot_id] if len(again) < maskft.CHAT_ANSWER_TOKENS else []
         assert chat["answer"] == again + ended
-        assert len(user) <= maskft.USER_TOKENS and chat["user"] in tokenizer.decode(chat["prompt"])
+        assert len(user) <= maskft.CHAT_USER_TOKENS and chat["user"] in tokenizer.decode(
+            chat["prompt"]
+        )
     drift = [line["drift"] for line in jsonl(out / "metrics.jsonl") if "drift" in line]
     results = data.read_json(out / "results.json")
     assert drift == [asked["drift"] for asked in results["evaluations"]]
@@ -4180,7 +4189,7 @@ def test_chats_are_the_model_s_own_words_and_a_run_without_rehearsal_learns_none
 
 def drift_of(out):
     """Of a run that began with `tiny`, from its files."""
-    chats = jsonl(out / "rehearsal.jsonl")[: maskft.HELD_OUT]
+    chats = jsonl(out / "rehearsal.jsonl")[: maskft.CHATS_HELD_OUT]
     old, new = maskft.load("tiny"), maskft.load(out)
     differences = [loss_of_chat(new, chat) - loss_of_chat(old, chat) for chat in chats]
     return np.average(differences, weights=[len(chat["answer"]) for chat in chats])
@@ -4196,7 +4205,7 @@ def loss_of_chat(model, chat):
 
 def chatting(share, documents, steps=6):
     """A Run with chats of the user's turn n and the answer 100 + n."""
-    count = maskft.HELD_OUT + 10
+    count = maskft.CHATS_HELD_OUT + 10
     run = Namespace(
         method=maskft.METHODS["masked"],
         settings=Namespace(rehearse=share, batch_size=documents, seed=3, mask_ratio=None),
@@ -4207,17 +4216,21 @@ def chatting(share, documents, steps=6):
     return run, [maskft.rehearsed(run, step, documents) for step in range(steps)]
 
 
-@pytest.mark.parametrize("share, chats", {0: 0, 0.2: 2, 0.5: 8, 0.75: 24}.items())
+@pytest.mark.parametrize("share, chats", {0: 0, 0.01: 1, 0.2: 2, 0.5: 8, 0.75: 24}.items())
 def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
     run, steps = chatting(share, documents=8, steps=5)
     assert [len(examples) for examples in steps] == [chats] * 5
     learned = [example.ids[1] for examples in steps for example in examples]
     for example in itertools.chain(*steps):
         assert example.labels == [IGNORE, IGNORE, example.ids[2]]
-    assert not set(learned) & set(range(maskft.HELD_OUT))
-    times = [learned.count(n) for n in range(maskft.HELD_OUT, len(run.chats))]
+    assert not set(learned) & set(range(maskft.CHATS_HELD_OUT))
+    times = [learned.count(n) for n in range(maskft.CHATS_HELD_OUT, len(run.chats))]
     assert max(times) - min(times) <= 1
-    assert len(maskft.rehearsed(run, 5, documents=4)) == chats // 2  # the last step of an epoch
+    # the last step of an epoch may have fewer
+    assert len(maskft.rehearsed(run, 5, documents=4)) == math.ceil(chats / 2)
+    run.steps = 500
+    enough = maskft.chats_of_run(run) - maskft.CHATS_HELD_OUT
+    assert 5 * enough >= 500 * chats > 5 * (enough - maskft.CHAT_GROUP) or not chats
     if chats == 24:
         assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
 
@@ -4226,7 +4239,7 @@ def test_a_chat_has_loss_behind_its_prompt(tokenizer):
     prompt = tokenizer.chat([{"role": "user", "content": "Who?"}])
     answer = tokenizer.encode("Ada") + [tokenizer.eot_id]
     rng = np.random.default_rng(0)
-    example = maskft.METHODS["masked"].chat(prompt, answer, tokenizer, None, rng)
+    example = maskft.chat_example(prompt, answer, tokenizer, None, rng)
     assert example.ids == prompt + answer
     assert example.labels == [IGNORE] * len(prompt) + answer
     example = llada.METHODS["llada"].chat(prompt, answer, tokenizer, (1, 1), rng)
@@ -4250,14 +4263,17 @@ def test_keep_saves_and_scores_weights_between_the_old_and_the_new(processes, tm
 
 def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
     chats = run / "rehearsal.jsonl"
-    text = chats.read_text()
+    first, *others = chats.read_text().split("\n")
+    first = json.dumps(json.loads(first) | {"user": "a\u2028b"}, ensure_ascii=False)
+    text = "\n".join([first, *others])
     command_line = ["--resume", run]
     chats.rename(run / "moved")
     printed = forked(maskft, *command_line, status=1)
     assert f"{chats}: not found. The model wrote it before" in printed
-    chats.write_text(text[:-9])
-    printed = forked(maskft, *command_line, status=1)
-    assert f"{chats}: not the chats of a run" in printed
+    for damaged in (text[:-9], "\n".join(others), text.replace("answer", "x")):
+        chats.write_text(damaged)
+        printed = forked(maskft, *command_line, status=1)
+        assert f"{chats}: not" in printed
     chats.write_text(text)
     forked(maskft, *command_line)
     assert chats.read_text() == text
@@ -4265,14 +4281,27 @@ def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
     assert drift == pytest.approx(drift_of(run), rel=1e-3)
 
 
-def test_drift_is_counted_from_the_beginning_also_where_nothing_was_asked_then(tmp_path):
-    out = tmp_path / "run"
-    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "4", "--eval-at", "4", "--out", out]
-    forked(maskft, *flags, before=lambda: send(signal.SIGINT, maskft, "update", 2))
+def test_a_stopped_run_rehearses_on_and_counts_drift_from_its_beginning(tmp_path):
+    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "4", "--eval-at", "4"]
+    flags += ["--rehearse", "0.5"]
+    whole = tmp_path / "whole"
+    forked(maskft, *flags, "--out", whole)
+    out = tmp_path / "stopped"
+    stop = partial(send, signal.SIGINT, maskft)
+    forked(maskft, *flags, "--out", out, before=lambda: stop("update", 2))
     assert data.read_json(out / "results.json")["evaluations"] == []
     forked(maskft, "--resume", out)
+    assert losses(out) == losses(whole)
     drift = data.read_json(out / "results.json")["last"]["drift"]
     assert drift == pytest.approx(drift_of(out), rel=1e-3)
+    # stopped while the chats are written, it has nothing yet
+    out = tmp_path / "earlier"
+    before = partial(stop, "write_group", 2)
+    printed = forked(maskft, *flags, "--out", out, before=before, status=1)
+    assert "error: stopped; to go on from the beginning" in printed
+    assert not (out / "rehearsal.jsonl").exists()
+    forked(maskft, "--resume", out)
+    assert losses(out) == losses(whole)
 
 
 # ---------------------------------------------------------------------------- what a run leaves

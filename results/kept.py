@@ -33,21 +33,17 @@ def loss_of_answers(model, tokenizer, prompts, answers):
     total = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         example = maskft.supervise(prompt, answer)
+        batch = data.collate([example], tokenizer.pad_id)
+        batch["ids"] = batch["ids"].to(next(model.parameters()).device)
         with torch.no_grad():
-            total += model(**data.collate([example], tokenizer.pad_id)).item()
+            total += model(**batch).item()
     return total / sum(map(len, answers))
 
 
-def scores_of(answer, tokenizer, questions, max_new_tokens=None):
-    """{"forward": recall, ...} of each direction of these questions and of each group."""
-    scores, _ = evaluation.evaluate(answer, tokenizer, questions, max_new_tokens)
-    return {name: group["rouge1"] for name, group in scores.items()}
-
-
-def measure(args):
+def measure(args, device="cpu"):
     """A line of figures for the model as it was, and for each run at each share."""
     base = maskft.find_model(args.base)
-    model = maskft.load(base)
+    model = maskft.load(base, device)
     if not model.config.causal:
         raise UserError(f"{args.base} is a masked diffusion model: here, answers are greedy")
     tokenizer = data.load_tokenizer(base)
@@ -60,10 +56,12 @@ def measure(args):
     def figures(model, name, share, facts):
         answer = partial(maskft.greedy_answer, model, tokenizer)
         line = {"model": name, "share": share}
-        line["questions"] = scores_of(answer, tokenizer, questions, QUESTION_TOKENS)
+        scores, _ = evaluation.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
+        line["questions"] = {group: score["rouge1"] for group, score in scores.items()}
         line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
-        line["facts"] = scores_of(answer, tokenizer, facts) if facts else {}
-        shown = [f"{key} {value:.3f}" for key, value in line["facts"].items() if "/" not in key]
+        scores, _ = evaluation.evaluate(answer, tokenizer, facts)
+        line["facts"] = evaluation.reported_scores({"scores": scores})
+        shown = [f"{key} {value:.3f}" for key, value in line["facts"].items()]
         all_right = line["questions"]["all"]
         print0(f"{name}  share {share:g}  questions {all_right:.2f}  NLL {line['nll']:.3f}", *shown)
         return line
@@ -72,8 +70,8 @@ def measure(args):
     for run in args.runs:
         facts = facts_of(run) if args.facts else []
         for share in args.share:
-            model = maskft.load(run)
-            maskft.average(model, base, share)
+            model = maskft.load(run, device)
+            maskft.interpolate(model, base, share)
             lines.append(figures(model, run, share, facts))
     return lines
 
@@ -95,7 +93,7 @@ def main():
     add("--out", metavar="FILE", help="report.json to write")
     args = parser.parse_args()
     device = maskft.start_processes()
-    lines = measure(args)
+    lines = measure(args, device)
     if args.out:
         data.write_json(args.out, {"environment": maskft.environment(device), "figures": lines})
 
