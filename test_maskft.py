@@ -4235,6 +4235,13 @@ def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
         assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
 
 
+def test_a_diffusion_method_cannot_do_without_its_own_answers_and_chats():
+    given = dataclasses.asdict(llada.METHODS["llada"])
+    for name in ("answer", "draw", "chat"):
+        with pytest.raises(ValueError, match="without the causal mask"):
+            maskft.Method(**given | {name: None})
+
+
 def test_a_chat_has_loss_behind_its_prompt(tokenizer):
     prompt = tokenizer.chat([{"role": "user", "content": "Who?"}])
     answer = tokenizer.encode("Ada") + [tokenizer.eot_id]
