@@ -82,7 +82,7 @@ def facts_of(run):
     return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
-def main():
+def arguments():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -91,7 +91,11 @@ def main():
     add("--share", type=float, nargs="+", default=[1.0], help="of the way (default: 1)")
     add("--facts", action="store_true", help="ask what the runs were taught, too")
     add("--out", metavar="FILE", help="report.json to write")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = arguments().parse_args()
     device = maskft.start_processes()
     lines = measure(args, device)
     if args.out:
