@@ -405,6 +405,7 @@ class Tokenizer:
     late: tuple = ()  # tokens looked for in what the others leave ("normalized")
     # The rest depends on more than the tokenizer's file: see load_tokenizer.
     template: str = ""
+    system_turn: str = ""  # that the model's own template puts before a chat; training has none
     notes: list = field(default_factory=list)  # what the user should know of it
     bos_id: int | None = None  # None where the model declares none
     eos_id: int | None = None
@@ -496,9 +497,10 @@ class Tokenizer:
         return ids
 
     def user_header(self):
-        """The ids of a chat up to the first word of a user."""
+        """The ids of a chat up to the first word of a user, as the model was made to see it: with
+        the system turn of its own template. Without, few models draw what a user would say."""
         start, header, _ = TEMPLATES[self.template]
-        return self._encode_frame(start) + self._encode_frame(header.format(role="user"))
+        return self._encode_frame(start + self.system_turn + header.format(role="user"))
 
     def _encode_frame(self, text):
         """Ids of a template's own text: the one place where special tokens are read as such."""
@@ -540,7 +542,7 @@ def load_tokenizer(path):
         tokenizer = read_tiktoken(file) if content is None else read_tokenizer_json(content)
     special = tokenizer.special
     declared = read_declared(path)
-    tokenizer.template = find_template(tokenizer, declared, path)
+    tokenizer.template, tokenizer.system_turn = find_template(tokenizer, declared, path)
     start, _, end = TEMPLATES[tokenizer.template]
     bos, eos, pad = [special_ids(special, declared[name]) for name in ("bos", "eos", "pad")]
     tokenizer.eot_id = special[end.strip()]
@@ -980,7 +982,7 @@ ALWAYS_SPECIAL = set().union(*MARKS.values(), ["<|mdm_mask|>"])
 
 
 def find_template(tokenizer, declared, path):
-    """The name of the chat template that a model directory has.
+    """The name of the chat template that a model directory has, and the system turn it slips in.
 
     Its own chat_template decides. Where there is none it is guessed from the special tokens."""
     names = [name for name, marks in MARKS.items() if marks <= tokenizer.special.keys()]
@@ -994,15 +996,16 @@ def find_template(tokenizer, declared, path):
         tokenizer.notes.append(
             f"{path}: no chat template; its special tokens are those of {names[0]}"
         )
-        return names[0]
+        return names[0], ""
     texts = {name: [t for t in tokens if isinstance(t, str)] for name, tokens in declared.items()}
     tokens = {f"{name}_token": found[0] for name, found in texts.items() if found}
     with reading(source, "its chat template fails"):
         theirs = render(template, tokens)
     ours = {name: render(jinja_template(name), {}) for name in names}
     for name in names:
-        if without_system_turn(theirs, name) == ours[name]:
-            return name
+        system_turn, rest = split_system_turn(theirs, name)
+        if rest == ours[name]:
+            return name, system_turn
     # nearest: most of its special tokens are in what theirs renders
     name = max(names, key=lambda name: sum(mark in theirs for mark in MARKS[name]))
     raise UserError(
@@ -1035,12 +1038,13 @@ CHAT = [
 ]
 
 
-def without_system_turn(text, name):
-    """A rendered chat without its first turn, if that is one of the system."""
+def split_system_turn(text, name):
+    """The first turn of a rendered chat, if that is one of the system, else ""; and the rest."""
     start, header, end = TEMPLATES[name]
     if not text.startswith(start + header.format(role="system")):
-        return text
-    return start + text.partition(end)[2]
+        return "", text
+    turn, end, rest = text.removeprefix(start).partition(end)
+    return turn + end, start + rest
 
 
 def jinja_template(name):
