@@ -498,7 +498,8 @@ class Tokenizer:
 
     def user_header(self):
         """The ids of a chat up to the first word of a user, as the model was made to see it: with
-        the system turn of its own template. Without, few models draw what a user would say."""
+        the system turn of its own template (Llama 3.1's has today's date). Without, few models
+        draw what a user would say."""
         start, header, _ = TEMPLATES[self.template]
         return self._encode_frame(start + self.system_turn + header.format(role="user"))
 
@@ -506,7 +507,7 @@ class Tokenizer:
         """Ids of a template's own text: the one place where special tokens are read as such."""
         ids = []
         for part in MARK.split(text):
-            ids += [self.special[part]] if MARK.match(part) else self.encode(part)
+            ids += [self.special[part]] if part in self.special else self.encode(part)
         return ids
 
     @cached_property

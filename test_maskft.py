@@ -1980,9 +1980,18 @@ def test_the_directory_s_own_template_decides_and_the_saved_one_is_that_of_train
     assert data.load_tokenizer(out).template == expected
     shown = tokenizer.decode(tokenizer.chat(CHAT), special=True)
     assert "hello\nworld " in shown and shown.count("system") == 1  # an empty one is none
+    # a user's turn is drawn as the model was made to see it, in training there is no system turn
+    header = tokenizer.decode(tokenizer.user_header(), special=True)
+    assert ("system" in header) == (name in ("Llama 3.1", "Qwen2.5", "SmolLM2"))
+    assert "system" not in tokenizer.decode(data.load_tokenizer(out).user_header(), special=True)
     library = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
     theirs = library.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     assert theirs == tokenizer.chat(CHAT)
+    if isinstance(template, str):
+        options = {"chat_template": template, "return_dict": False}
+        theirs = library.apply_chat_template([{"role": "user", "content": "12"}], **options)
+        expected = tokenizer.user_header() + tokenizer.encode("12")
+        assert theirs[: len(expected)] == expected
 
 
 THINKS = CHATML_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
