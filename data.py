@@ -498,8 +498,7 @@ class Tokenizer:
 
     def user_header(self):
         """The ids of a chat up to the first word of a user, as the model was made to see it: with
-        the system turn of its own template (Llama 3.1's has today's date). Without, few models
-        draw what a user would say."""
+        the system turn of its own template. Without, few models draw what a user would say."""
         start, header, _ = TEMPLATES[self.template]
         return self._encode_frame(start + self.system_turn + header.format(role="user"))
 
@@ -1044,8 +1043,8 @@ def split_system_turn(text, name):
     start, header, end = TEMPLATES[name]
     if not text.startswith(start + header.format(role="system")):
         return "", text
-    turn, end, rest = text.removeprefix(start).partition(end)
-    return turn + end, start + rest
+    turn, found, rest = text.removeprefix(start).partition(end)
+    return turn + found, start + rest
 
 
 def jinja_template(name):
@@ -1078,7 +1077,8 @@ def render(template, tokens):
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = datetime.now().strftime
+    # always the same day: chats that a model writes must not depend on it
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # transformers' mark of answers renders nothing; nor does `with`
     template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     compiled = environment.from_string(template)

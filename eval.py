@@ -314,7 +314,7 @@ USUAL_RATIO = [0.05, 0.95]
 LEGEND = """\
 Numbers are ROUGE-1 recall (math: share solved). A number behind a method is its mask ratio.
 Before is before training, best is a run's best evaluation, last the one after training.
-Drift: what the model would have said before, in nats a token how much less likely it is now.
+Drift: by how many nats a token the model's own answers of before have become less likely.
 In brackets: of one run the 95 % interval, of several the range over their seeds."""
 INTERVAL = "{:.3f} [{:.2f}-{:.2f}]"  # mean, low, high
 

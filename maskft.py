@@ -985,7 +985,8 @@ def interpolate(model, directory, share):
     tensors, names = matching_tensors(model, directory)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
-        old = read_rows(tensors, names[name], start, start + local.shape[0])
+        with data.reading(directory, "cannot be read any more"):
+            old = read_rows(tensors, names[name], start, start + local.shape[0])
         local.lerp_(old.to(local), 1 - share)
 
 
@@ -995,16 +996,17 @@ def matching_tensors(model, directory):
     tensors = open_tensors(directory)
     family = data.read_json(directory / "config.json")["model_type"]
     names = checkpoint_names(model, family)
-    check_tensors(model, tensors, names, directory)
+    _, table = FAMILIES[family]
+    copies = {f"{table['head']}.weight"} if model.config.tied else set()  # of the embedding
+    check_tensors(model, tensors, names, directory, copies)
     return tensors, names
 
 
-def check_tensors(model, tensors, names, directory):
-    """UserError unless the checkpoint has exactly the model's tensors, in its shapes."""
-    unread = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # early Llama 2's
-    if model.config.tied:
-        _, table = FAMILIES[model.config.raw["model_type"]]
-        unread.add(f"{table['head']}.weight")  # a copy of the embedding
+def check_tensors(model, tensors, names, directory, copies):
+    """UserError unless the checkpoint has exactly the model's tensors, in its shapes; `copies` of
+    others may be there or not."""
+    # early Llama 2's
+    unread = copies | {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     missing = set(names.values()) - set(tensors)
     extra = set(tensors) - set(names.values()) - unread
     if missing or extra:
@@ -1525,7 +1527,7 @@ class Settings:
     mask_ratio: list | None  # None: the method masks nothing
     epochs: int
     lr: float
-    batch_size: int  # sequences a step, over all ranks
+    batch_size: int  # documents a step, over all ranks
     micro_batch_tokens: int
     max_len: int
     seed: int
@@ -1646,7 +1648,8 @@ def train(run):
     """
     saved_at = time.monotonic()
     begin_log(run)
-    prepare_chats(run)
+    if not prepare_chats(run):
+        return False
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
@@ -1687,7 +1690,7 @@ def train(run):
             return False
     bar.close()
     if run.settings.keep < 1:
-        save_checkpoint(run, run.steps)  # a checkpoint holds what was trained, never a mixture
+        # no checkpoint is written behind this: they hold what was trained, never a mixture
         interpolate(run.model, run.directory, run.settings.keep)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
@@ -1851,7 +1854,7 @@ def peak_memory_gib(device):
 # documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
 CHAT_GROUP = 16  # are written together
 CHATS_HELD_OUT = 2 * CHAT_GROUP  # drift is measured on these, and nothing is learned from them
-CHAT_TIMES = 5  # that one is rehearsed, at most: what is known by heart protects nothing else
+CHAT_TIMES = 5  # one is rehearsed as often, at most
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
 
@@ -1859,19 +1862,24 @@ CHAT_ANSWER_TOKENS = 64
 def prepare_chats(run):
     """Have the model write the run's chats before it learns anything; a run that goes on has them.
 
-    What their answers cost now is written down too, for drift to be counted from.
+    What their answers cost now is written down too, for drift to be counted from. False when asked
+    to stop: there is nothing to save yet.
     """
     path = run.out / "rehearsal.jsonl"
     if run.start:
         run.chats = on_rank_0(partial(read_chats, path, chats_of_run(run)))
-        return
+        return True
     run.chats = write_chats(run)
+    if not run.chats:
+        print0(f"stopped before the first step; {how_to_go_on(run)}")
+        return False
     with answering(run):
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
         lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
         data.write_text(path, "".join(lines))
         evaluation.write_results(run.out, run.results, [])
+    return True
 
 
 def read_chats(path, count):
@@ -1883,19 +1891,20 @@ def read_chats(path, count):
         )
     with data.reading(path, "not the chats of a run"):
         chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
-        if sum(len(chat["prompt"]) > 0 < len(chat["answer"]) for chat in chats) != count:
+        if len([chat for chat in chats if chat["prompt"] and chat["answer"]]) != count:
             raise UserError(f"not {count} chats")
     return chats
 
 
 def chats_of_run(run):
     """How many chats a run needs: those held out, and enough to rehearse, in whole groups."""
-    rehearsed = run.steps * chats_of_step(run, run.settings.batch_size)
+    rehearsed = run.settings.epochs * chats_of_epoch(run)
     return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_TIMES / CHAT_GROUP) * CHAT_GROUP
 
 
 def write_chats(run):
-    """The chats of a run, the same on any number of ranks, which share the work."""
+    """The chats of a run, the same on any number of ranks, which share the work; [] when asked to
+    stop."""
     groups = chats_of_run(run) // CHAT_GROUP
     mine = range(groups)[rank() :: world_size()]
     if run.settings.rehearse:
@@ -1907,10 +1916,12 @@ def write_chats(run):
     written = {}  # number of the group -> its chats
     with answering(run):
         for group in mine:
-            if run.stop:  # nothing is lost but these
-                raise UserError(f"stopped; {how_to_go_on(run)}")
+            if run.stop:
+                break
             written[group] = write_group(run, group, bar.update)
     bar.close()
+    if sum_over_ranks(len(run.stop))[0]:
+        return []
     written = evaluation.merged(written)
     return [chat for group in range(groups) for chat in written[group]]
 
@@ -1932,24 +1943,38 @@ def write_group(run, group, on_answer):
     chats = []
     for user, prompt, ids in zip(users, prompts, answers, strict=True):
         chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
-        ended = [tokenizer.eot_id] if len(ids) < CHAT_ANSWER_TOKENS else []
-        chats.append(chat | {"prompt": prompt, "answer": ids + ended})
+        ids = with_end_of_turn(ids, CHAT_ANSWER_TOKENS, tokenizer)
+        chats.append(chat | {"prompt": prompt, "answer": ids})
     return chats
+
+
+def with_end_of_turn(answer, most, tokenizer):
+    """An answer of at most `most` ids as it is learned: what ended by itself, ends its turn."""
+    return answer + [tokenizer.eot_id] if len(answer) < most else answer
 
 
 def chats_of_step(run, documents):
     """How many chats stand beside so many documents: nearest to the share, but one at least."""
     share = run.settings.rehearse
-    return max(1, int(documents * share / (1 - share) + 0.5)) if share else 0
+    return max(1, int(documents * share / (1 - share) + 0.5)) if share and documents else 0
+
+
+def chats_of_epoch(run):
+    """The same of all its steps; the last may have fewer documents."""
+    size = run.settings.batch_size
+    full, left = divmod(len(run.dataset.documents), size)
+    return full * chats_of_step(run, size) + chats_of_step(run, left)
 
 
 def rehearsed(run, step, documents):
     """The Examples of the chats of a step. All have their turn, in random order, then all again."""
-    most = chats_of_step(run, run.settings.batch_size)
+    epoch, nth = divmod(step, run.steps_per_epoch)
+    first = epoch * chats_of_epoch(run) + nth * chats_of_step(run, run.settings.batch_size)
+    learned = len(run.chats) - CHATS_HELD_OUT
     examples = []
-    for slot in range(step * most, step * most + chats_of_step(run, documents)):
-        turn, place = divmod(slot, len(run.chats) - CHATS_HELD_OUT)
-        order = chat_order(run.settings.seed, turn, len(run.chats) - CHATS_HELD_OUT)
+    for slot in range(first, first + chats_of_step(run, documents)):
+        turn, place = divmod(slot, learned)
+        order = chat_order(run.settings.seed, turn, learned)
         examples.append(build_chat(run, CHATS_HELD_OUT + order[place], turn + 1))
     return examples
 
@@ -2007,22 +2032,23 @@ def decide(given, method, model, documents):
     parameters = parameter_count(model)
     llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
     if parameters < TINY:
-        why = "defaults measured on the built-in models"
+        why = "measured on the built-in models"
         batch_size = 20
         lr = method.tiny_lr
         steps = method.tiny_steps
     elif parameters < SMALL:
-        why = "defaults measured on SmolLM2-135M"
+        why = "chosen for masked and sft on SmolLM2-135M"
         batch_size = 10
         lr = method.small_lr
-        steps = min(method.small_epochs * math.ceil(documents / 10), paper_steps)
+        steps_per_epoch = math.ceil(documents / (given.batch_size or batch_size))
+        steps = min(method.small_epochs * steps_per_epoch, paper_steps)
     else:
-        why = "defaults after the paper's A.4"
+        why = "the paper's, A.4"
         batch_size = 64
         lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
         steps = paper_steps
-    if given.batch_size and given.lr and given.epochs:
-        why = "as set"
+    asked = {"epochs": given.epochs, "batch size": given.batch_size, "lr": given.lr}
+    left = [name for name, value in asked.items() if not value]
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or math.ceil(steps / math.ceil(documents / batch_size))
     doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
@@ -2034,7 +2060,7 @@ def decide(given, method, model, documents):
         eval_at=doubling if given.eval_at is None else given.eval_at,
         mask_ratio=given.mask_ratio if method.masks else None,
     )
-    return decided, why
+    return decided, f"default {', '.join(left)}: {why}" if left else "as set"
 
 
 def check_settings(settings, method):
@@ -2069,17 +2095,26 @@ def arguments(description, methods):
     wordings = data.PARAPHRASES
     add("--paraphrase", choices=wordings, default="none", help="wordings (default: none)")
     ratio = "share of masked tokens, or lowest and highest (default: 0.05 0.95)"
-    add("--mask-ratio", type=float, nargs="+", default=[0.05, 0.95], metavar="R", help=ratio)
+    add(
+        "--mask-ratio",
+        type=float,
+        nargs="+",
+        default=evaluation.USUAL_RATIO,
+        metavar="R",
+        help=ratio,
+    )
     chats = "share of each step that is chats the model wrote before: forgets less (default: 0)"
     add("--rehearse", type=float, default=0.0, metavar="R", help=chats)
-    way = "after training, go back to this share of the way from the old weights (default: 1)"
+    way = "go back to this share of the way from the old weights, at the end (default: 1)"
     add("--keep", type=float, default=1.0, metavar="A", help=way)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
-    add("--batch-size", type=int, help="sequences a step (default: 64; of small models fewer)")
+    add("--batch-size", type=int, help="documents a step (default: 64; of small models fewer)")
     tokens = "at a time on a GPU, with padding: memory, not results (default: 4096)"
     add("--micro-batch-tokens", type=int, default=4096, help=tokens)
-    add("--max-len", type=int, default=512, help="longest example in tokens (default: 512)")
+    add(
+        "--max-len", type=int, default=512, help="of a document's example, in tokens (default: 512)"
+    )
     add("--seed", type=int, default=0, help="of people, order and masks (default: 0)")
     dtypes = ["bfloat16", "float32"]
     add("--dtype", choices=dtypes, help="of the computation (default: bfloat16 if native)")

@@ -1871,7 +1871,7 @@ REAL = {
         "{% set content = bos_token + content %}{% endif %}{{ content }}"
         f"{IF_ASKED}{HEADER}{{% endif %}}",
     ),
-    "Llama 3.1": (
+    "Llama 3.2": (
         "llama3",
         "{{- bos_token }}\n{%- if custom_tools is defined %}\n{%- endif %}\n"
         "{%- if not date_string is defined %}\n"
@@ -1982,13 +1982,13 @@ def test_the_directory_s_own_template_decides_and_the_saved_one_is_that_of_train
     assert "hello\nworld " in shown and shown.count("system") == 1  # an empty one is none
     # a user's turn is drawn as the model was made to see it, in training there is no system turn
     header = tokenizer.decode(tokenizer.user_header(), special=True)
-    assert ("system" in header) == (name in ("Llama 3.1", "Qwen2.5", "SmolLM2"))
+    assert ("system" in header) == (name in ("Llama 3.2", "Qwen2.5", "SmolLM2"))
     assert "system" not in tokenizer.decode(data.load_tokenizer(out).user_header(), special=True)
     library = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
     theirs = library.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     assert theirs == tokenizer.chat(CHAT)
     if isinstance(template, str):
-        options = {"chat_template": template, "return_dict": False}
+        options = {"chat_template": template, "return_dict": False, "date_string": "26 Jul 2024"}
         theirs = library.apply_chat_template([{"role": "user", "content": "12"}], **options)
         expected = tokenizer.user_header() + tokenizer.encode("12")
         assert theirs[: len(expected)] == expected
@@ -2230,6 +2230,9 @@ def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     change_weights(path, same)
     model = maskft.load(path)
     assert model.config.tied and torch.equal(logits(path), expected)
+    diffusion = maskft.Model(maskft.as_diffusion(model.config, data.load_tokenizer(path)))
+    maskft.load_weights(diffusion, path, "cpu")
+    assert torch.equal(diffusion.embed.weight, model.embed.weight)
     change_weights(path, other)
     model = maskft.load(path)
     assert not model.config.tied and model.config.raw["tie_word_embeddings"] is False
@@ -2834,6 +2837,23 @@ def fake_group(rank, monkeypatch):
         yield device
     finally:
         maskft.dist.destroy_process_group()
+
+
+def test_a_rank_that_holds_no_row_of_a_tensor_goes_back_a_share_too(tmp_path, monkeypatch):
+    model = random_model(hidden_size=12, num_attention_heads=2, num_key_value_heads=1)
+    maskft.save(model, tmp_path)
+    with fake_group(7, monkeypatch) as device:
+        sharded = maskft.Model(model.config)
+        maskft.shard(sharded, device, torch.float32)
+        maskft.load_weights(sharded, tmp_path, device)
+        held = [parameter.detach().to_local() for parameter in sharded.parameters()]
+        assert 0 in [len(rows) for rows in held]
+        for rows in held:
+            rows.zero_()
+        maskft.interpolate(sharded, tmp_path, 0.75)
+    whole = [parameter.detach() for parameter in model.parameters()]
+    for rows, parameter in zip(held, whole, strict=True):
+        torch.testing.assert_close(rows, parameter[len(parameter) - len(rows) :] / 4)
 
 
 def collectives_of_a_step(method, directory, device, monkeypatch):
@@ -3451,7 +3471,7 @@ def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr)
         model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
     given = settings(data=dataset)
     found, why = maskft.decide(given, method, model, documents=batch_size)
-    assert why.startswith("defaults") and why.split()[-1] == {
+    assert why.startswith("default epochs, batch size, lr: ") and why.split()[-1] == {
         "tiny": "models",
         "135M": "SmolLM2-135M",
     }.get(size, "A.4")
@@ -3461,6 +3481,11 @@ def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr)
     # of three times as many documents: as many steps, but small models see each as often
     more, _ = maskft.decide(given, method, model, 3 * batch_size - 1)
     assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
+    if size == "135M":  # and as often in larger batches
+        larger, _ = maskft.decide(settings(data=dataset, batch_size=20), method, model, 40)
+        assert larger.epochs == steps
+    _, why = maskft.decide(settings(lr=0.1), method, model, 20)
+    assert why.startswith("default epochs, batch size: ")
     flags = {"batch_size": 7, "epochs": 9, "lr": 0.1, "eval_at": [5]}
     found, why = maskft.decide(settings(**flags), method, model, 20)
     assert vars(found).items() >= flags.items() and why == "as set"
@@ -4209,34 +4234,38 @@ def loss_of_chat(model, chat):
     return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
 
 
-def chatting(share, documents, steps=6):
-    """A Run with chats of the user's turn n and the answer 100 + n."""
+def chatting(share, documents, epochs=2):
+    """A Run of batches of 8, with chats of the user's turn n and the answer 100 + n; and what it
+    rehearses in each step."""
     count = maskft.CHATS_HELD_OUT + 10
     run = Namespace(
         method=maskft.METHODS["masked"],
-        settings=Namespace(rehearse=share, batch_size=documents, seed=3, mask_ratio=None),
+        settings=Namespace(rehearse=share, batch_size=8, seed=3, mask_ratio=None, epochs=epochs),
         tokenizer=None,
-        steps=steps,
+        dataset=Namespace(documents=[None] * documents),
+        steps_per_epoch=math.ceil(documents / 8),
         chats=[{"prompt": [7, n], "answer": [100 + n]} for n in range(count)],
     )
-    return run, [maskft.rehearsed(run, step, documents) for step in range(steps)]
+    sizes = [8] * (documents // 8) + [documents % 8] * (documents % 8 > 0)
+    steps = enumerate(sizes * epochs)
+    return run, [maskft.rehearsed(run, step, size) for step, size in steps]
 
 
 @pytest.mark.parametrize("share, chats", {0: 0, 0.01: 1, 0.2: 2, 0.5: 8, 0.75: 24}.items())
 def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
-    run, steps = chatting(share, documents=8, steps=5)
-    assert [len(examples) for examples in steps] == [chats] * 5
+    fewer = math.ceil(chats / 2)  # the last step of an epoch has but 4 documents
+    run, steps = chatting(share, documents=20)
+    assert [len(examples) for examples in steps] == [chats, chats, fewer] * 2
     learned = [example.ids[1] for examples in steps for example in examples]
     for example in itertools.chain(*steps):
         assert example.labels == [IGNORE, IGNORE, example.ids[2]]
     assert not set(learned) & set(range(maskft.CHATS_HELD_OUT))
     times = [learned.count(n) for n in range(maskft.CHATS_HELD_OUT, len(run.chats))]
     assert max(times) - min(times) <= 1
-    # the last step of an epoch may have fewer
-    assert len(maskft.rehearsed(run, 5, documents=4)) == math.ceil(chats / 2)
-    run.steps = 500
+    run.settings.epochs = 200
     enough = maskft.chats_of_run(run) - maskft.CHATS_HELD_OUT
-    assert 5 * enough >= 500 * chats > 5 * (enough - maskft.CHAT_GROUP) or not chats
+    total = 200 * (2 * chats + fewer)
+    assert 5 * enough >= total > 5 * (enough - maskft.CHAT_GROUP) or not chats
     if chats == 24:
         assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
 
@@ -4272,6 +4301,18 @@ def test_keep_saves_and_scores_weights_between_the_old_and_the_new(processes, tm
     assert not torch.equal(old.embed.weight, new.embed.weight)
     scored = data.read_json(out / "results.json")["last"]["drift"]
     assert scored == pytest.approx(drift_of(out), rel=1e-3, abs=1e-5)
+
+
+def test_a_run_that_keeps_a_share_and_dies_when_it_is_scored_goes_on_to_the_same_weights(tmp_path):
+    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "2", "--eval-at", "2"]
+    flags += ["--keep", "0.25", "--save-every", "1e-9"]
+    whole = tmp_path / "whole"
+    forked(maskft, *flags, "--out", whole)
+    out = tmp_path / "killed"
+    kill = partial(send, signal.SIGKILL, maskft, "evaluate_and_record", 1)
+    forked(maskft, *flags, "--out", out, before=kill, status=-signal.SIGKILL)
+    forked(maskft, "--resume", out)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
@@ -4310,8 +4351,8 @@ def test_a_stopped_run_rehearses_on_and_counts_drift_from_its_beginning(tmp_path
     # stopped while the chats are written, it has nothing yet
     out = tmp_path / "earlier"
     before = partial(stop, "write_group", 2)
-    printed = forked(maskft, *flags, "--out", out, before=before, status=1)
-    assert "error: stopped; to go on from the beginning" in printed
+    printed = forked(maskft, *flags, "--out", out, before=before)
+    assert "stopped before the first step; to go on from the beginning" in printed
     assert not (out / "rehearsal.jsonl").exists()
     forked(maskft, "--resume", out)
     assert losses(out) == losses(whole)
@@ -4877,11 +4918,26 @@ def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch, capsys):
     maskft.save(other, tmp_path / "other")
     shutil.copytree(HERE / "tiny", tmp_path / "same")
     runs = [str(tmp_path / name) for name in ("same", "other")]
-    given = Namespace(base="tiny", runs=runs, share=[0.5, 1.0], facts=False)
-    before, *same, half, all_of_it = kept.measure(given)
+    for run in runs:
+        (Path(run) / "results.json").write_text('{"arguments": {}}')
+    saved = tmp_path / "saved"
+    given = Namespace(base="tiny", runs=runs, share=[1.0, 0.5], facts=False, save=saved)
+    before, *same, all_of_it, half = kept.measure(given)
     assert [line["nll"] for line in same] == pytest.approx([before["nll"]] * 2)
     assert before["nll"] < half["nll"] < all_of_it["nll"]
     assert "other  share 0.5  questions" in capsys.readouterr().out
+    weights = [maskft.load(model).embed.weight for model in ("tiny", saved, tmp_path / "other")]
+    torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
+    assert data.load_tokenizer(saved).template == "chatml"
+    # a share of a share would be called by a wrong name, and a diffusion model answers otherwise
+    (tmp_path / "same/results.json").write_text('{"arguments": {"keep": 0.5}}')
+    with pytest.raises(data.UserError, match="same went back a share of its way already"):
+        kept.measure(given)
+    shutil.copytree(HERE / "tiny-llada", tmp_path / "llada")
+    (tmp_path / "llada/results.json").write_text('{"arguments": {}}')
+    for wrong in ({"base": "tiny-llada"}, {"runs": [str(tmp_path / "llada")]}):
+        with pytest.raises(data.UserError, match="is a masked diffusion model"):
+            kept.measure(Namespace(**vars(given) | wrong))
 
 
 def test_ordinary_questions_are_150_and_different():

@@ -5,9 +5,11 @@
 The first is the model as it was, the others are runs that began with it. Two things are asked, both
 in ordinary.jsonl: 100 questions that everybody can answer, of which SmolLM2-135M-Instruct gets all
 right, and 50 requests without an answer. To these the first model answers, and of every model it is
-measured how likely it finds those answers. --share moves the weights of the runs back to a share of
-the way that training took them (WiSE-FT, arXiv 2109.01903), and --facts asks what they were taught,
-too.
+measured how likely it finds those answers; all in float32. --share moves the weights of the runs
+back to a share of the way that training took them (WiSE-FT, arXiv 2109.01903), as maskft.py --keep
+does, and --facts asks what they were taught, too. The share that pleases is kept by
+
+    python results/kept.py BASE out/nd-masked-1 --share 0.6 --save out/nd-kept
 """
 
 import argparse
@@ -40,46 +42,58 @@ def loss_of_answers(model, tokenizer, prompts, answers):
     return total / sum(map(len, answers))
 
 
+def load_causal(name, device):
+    """A model, unless its answers are not greedy ones."""
+    model = maskft.load(name, device)
+    if not model.config.causal:
+        raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
+    return model
+
+
 def measure(args, device="cpu"):
     """A line of figures for the model as it was, and for each run at each share."""
     base = maskft.find_model(args.base)
-    model = maskft.load(base, device)
-    if not model.config.causal:
-        raise UserError(f"{args.base} is a masked diffusion model: here, answers are greedy")
+    model = load_causal(base, device)
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
     questions = [question for question in asked if "answer" in question]
     prompts = [evaluation.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
     said = maskft.greedy_answer(model, tokenizer, prompts, REQUEST_TOKENS)
-    said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
+    said = [maskft.with_end_of_turn(ids, REQUEST_TOKENS, tokenizer) for ids in said]
 
     def figures(model, name, share, facts):
         answer = partial(maskft.greedy_answer, model, tokenizer)
         line = {"model": name, "share": share}
-        scores, _ = evaluation.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
-        line["questions"] = {group: score["rouge1"] for group, score in scores.items()}
+        _, answered = evaluation.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
+        right = [question["rouge1"] == 1 for question in answered]  # every word of the answer
+        line["questions"] = sum(right) / len(right)
         line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
         scores, _ = evaluation.evaluate(answer, tokenizer, facts)
         line["facts"] = evaluation.reported_scores({"scores": scores})
         shown = [f"{key} {value:.3f}" for key, value in line["facts"].items()]
-        all_right = line["questions"]["all"]
-        print0(f"{name}  share {share:g}  questions {all_right:.2f}  NLL {line['nll']:.3f}", *shown)
+        print0(
+            f"{name}  share {share:g}  questions {line['questions']:.2f}  NLL {line['nll']:.3f}",
+            *shown,
+        )
         return line
 
     lines = [figures(model, args.base, 0.0, [])]
     for run in args.runs:
-        facts = facts_of(run) if args.facts else []
+        given = data.read_json(Path(run) / "results.json")["arguments"]
+        if given.get("keep", 1) < 1:
+            raise UserError(f"{run} went back a share of its way already (--keep {given['keep']})")
+        facts = []
+        if args.facts:
+            facts = data.load(given["data"], given["paraphrase"], given["seed"]).questions
         for share in args.share:
-            model = maskft.load(run, device)
+            model = load_causal(run, device)
             maskft.interpolate(model, base, share)
             lines.append(figures(model, run, share, facts))
+    if args.save:
+        Path(args.save).mkdir(parents=True)
+        maskft.save(model, args.save)
+        data.copy_tokenizer(tokenizer, base, Path(args.save))
     return lines
-
-
-def facts_of(run):
-    """The questions that a run was trained for."""
-    given = data.read_json(Path(run) / "results.json")["arguments"]
-    return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
 def arguments():
@@ -90,12 +104,17 @@ def arguments():
     add("runs", nargs="+", help="directories of runs that began with it")
     add("--share", type=float, nargs="+", default=[1.0], help="of the way (default: 1)")
     add("--facts", action="store_true", help="ask what the runs were taught, too")
+    add("--save", metavar="DIR", help="keep the model that is measured last")
     add("--out", metavar="FILE", help="report.json to write")
     return parser
 
 
 def main():
     args = arguments().parse_args()
+    if not all(0 < share <= 1 for share in args.share):
+        raise UserError("--share takes shares above 0, up to 1")
+    if args.save and Path(args.save).exists():
+        raise UserError(f"--save {args.save}: exists; give a new directory")
     device = maskft.start_processes()
     lines = measure(args, device)
     if args.out:
