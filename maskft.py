@@ -32,7 +32,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
@@ -1534,8 +1534,8 @@ class Settings:
     dtype: str
     eval_at: list
     save_every: float  # minutes
-    rehearse: float = 0.0  # the share of a step's examples that are chats of the model's own
     keep: float = 1.0  # the share of the way from the old weights to the new that is kept
+    rehearse: int = 0  # steps after that, with as many chats of the model's own as documents
     offload: bool = False  # weights, gradients and optimizer state in the host's memory
 
 
@@ -1554,7 +1554,8 @@ class Run:
     out: Path | None = None  # of the run, once it has one
     why: str = ""  # where the values of settings come from that no flag gave
     steps_per_epoch: int = 0
-    steps: int = 0
+    taught: int = 0  # steps of all epochs
+    steps: int = 0  # with those that rehearse
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
@@ -1642,9 +1643,9 @@ def train(run):
     """Fine-tune run.model; True when the last epoch is done, False when asked to stop (all is
     saved, then).
 
-    Epochs run 0..N-1; the model is evaluated before the epochs in eval_at and once after the last,
-    so what is saved was scored. differs from masked_arLLM, which trains one epoch past its last
-    evaluation.
+    Epochs run 0..N-1; the model is evaluated before the epochs in eval_at and once at the end, so
+    what is saved was scored. differs from masked_arLLM, which trains one epoch past its last
+    evaluation. Behind the last epoch is what keeps the model from forgetting, if asked for.
     """
     saved_at = time.monotonic()
     begin_log(run)
@@ -1657,10 +1658,14 @@ def train(run):
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
+        if step == run.taught:
+            go_back(run)
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
-        lr = run.method.schedule(run.settings.lr, step, run.steps)
+        lr = run.settings.lr * REHEARSE_LR
+        if step < run.taught:
+            lr = run.method.schedule(run.settings.lr, step, run.taught)
         loss_and_norm = update(run, examples, lr)
         # 3. the next batch, while a GPU still computes
         examples = examples_of_step(run, step + 1)
@@ -1689,11 +1694,19 @@ def train(run):
             print0(f"stopped after step {step}; {how_to_go_on(run)}")
             return False
     bar.close()
-    if run.settings.keep < 1:
-        # no checkpoint is written behind this: they hold what was trained, never a mixture
-        interpolate(run.model, run.directory, run.settings.keep)
+    if run.steps == run.taught:
+        go_back(run)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
+
+
+def go_back(run):
+    """After teaching, bring the weights back to the share of their way that is to be kept.
+
+    A checkpoint from here, whose step is `taught`, was saved before: this is done again.
+    """
+    if run.settings.keep < 1:
+        interpolate(run.model, run.directory, run.settings.keep)
 
 
 def check_finite(loss, norm, step):
@@ -1706,12 +1719,18 @@ def check_finite(loss, norm, step):
 
 
 def examples_of_step(run, step):
-    """The Examples of a global batch, the same on every rank."""
+    """The Examples of a global batch, the same on every rank; none behind the last."""
+    if step == run.steps:
+        return []
     epoch, nth = divmod(step, run.steps_per_epoch)
     settings = run.settings
     order = batches(len(run.dataset.documents), settings.batch_size, settings.seed, epoch)
     documents = [build(run, number, epoch) for number in order[nth]]
-    return documents + rehearsed(run, step, len(documents))
+    if step < run.taught:
+        return documents
+    # behind the last epoch, as many chats; each is learned from once
+    first = CHATS_HELD_OUT + (step - run.taught) * settings.batch_size
+    return documents + [build_chat(run, first + n) for n in range(len(documents))]
 
 
 def update(run, examples, lr):
@@ -1854,7 +1873,7 @@ def peak_memory_gib(device):
 # documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
 CHAT_GROUP = 16  # are written together
 CHATS_HELD_OUT = 2 * CHAT_GROUP  # drift is measured on these, and nothing is learned from them
-CHAT_TIMES = 5  # one is rehearsed as often, at most
+REHEARSE_LR = 1 / 3  # of the learning rate, in the steps that rehearse
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
 
@@ -1897,9 +1916,9 @@ def read_chats(path, count):
 
 
 def chats_of_run(run):
-    """How many chats a run needs: those held out, and enough to rehearse, in whole groups."""
-    rehearsed = run.settings.epochs * chats_of_epoch(run)
-    return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_TIMES / CHAT_GROUP) * CHAT_GROUP
+    """How many chats a run needs: those held out, and those to rehearse, in whole groups."""
+    rehearsed = run.settings.rehearse * run.settings.batch_size
+    return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_GROUP) * CHAT_GROUP
 
 
 def write_chats(run):
@@ -1908,10 +1927,7 @@ def write_chats(run):
     groups = chats_of_run(run) // CHAT_GROUP
     mine = range(groups)[rank() :: world_size()]
     if run.settings.rehearse:
-        print0(
-            f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats, to rehearse "
-            f"{chats_of_step(run, run.settings.batch_size)} in a step of documents"
-        )
+        print0(f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats to rehearse")
     bar = progress_bar(len(mine) * CHAT_GROUP, "chats", "chat", leave=False)
     written = {}  # number of the group -> its chats
     with answering(run):
@@ -1953,44 +1969,14 @@ def with_end_of_turn(answer, most, tokenizer):
     return answer + [tokenizer.eot_id] if len(answer) < most else answer
 
 
-def chats_of_step(run, documents):
-    """How many chats stand beside so many documents: nearest to the share, but one at least."""
-    share = run.settings.rehearse
-    return max(1, int(documents * share / (1 - share) + 0.5)) if share and documents else 0
-
-
-def chats_of_epoch(run):
-    """The same of all its steps; the last may have fewer documents."""
-    size = run.settings.batch_size
-    full, left = divmod(len(run.dataset.documents), size)
-    return full * chats_of_step(run, size) + chats_of_step(run, left)
-
-
-def rehearsed(run, step, documents):
-    """The Examples of the chats of a step. All have their turn, in random order, then all again."""
-    epoch, nth = divmod(step, run.steps_per_epoch)
-    first = epoch * chats_of_epoch(run) + nth * chats_of_step(run, run.settings.batch_size)
-    learned = len(run.chats) - CHATS_HELD_OUT
-    examples = []
-    for slot in range(first, first + chats_of_step(run, documents)):
-        turn, place = divmod(slot, learned)
-        order = chat_order(run.settings.seed, turn, learned)
-        examples.append(build_chat(run, CHATS_HELD_OUT + order[place], turn + 1))
-    return examples
-
-
-@lru_cache(2)  # asked for at every chat
-def chat_order(seed, turn, count):
-    return np.random.default_rng([seed, turn, 0, 1]).permutation(count).tolist()
-
-
-def build_chat(run, number, turn):
-    """The Example of a chat; random by (seed, turn, chat) alone. Turn 0 is that of `chat_loss`."""
-    rng = np.random.default_rng([run.settings.seed, turn, number, 2])
+def build_chat(run, number):
+    """The Example of a chat; random by (seed, chat) alone."""
+    rng = np.random.default_rng([run.settings.seed, 0, number, 2])
     chat = run.chats[number]
     example = run.method.chat or chat_example
     # drift is counted alike whatever ratio is trained with
-    mask_ratio = run.settings.mask_ratio if turn else evaluation.USUAL_RATIO
+    held_out = number < CHATS_HELD_OUT
+    mask_ratio = evaluation.USUAL_RATIO if held_out else run.settings.mask_ratio
     return example(chat["prompt"], chat["answer"], run.tokenizer, mask_ratio, rng)
 
 
@@ -1999,7 +1985,7 @@ def chat_loss(run):
 
     Of a diffusion model one draw of its bound, the mean over chats; the masks are always the same.
     """
-    examples = [build_chat(run, number, turn=0) for number in range(CHATS_HELD_OUT)]
+    examples = [build_chat(run, number) for number in range(CHATS_HELD_OUT)]
     (total,) = sum_over_ranks(sum(summed_losses(run, examples)))
     return total / sum(example.denominator for example in examples)
 
@@ -2069,8 +2055,8 @@ def check_settings(settings, method):
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
-    if not 0 <= settings.rehearse <= 0.9:
-        raise UserError(f"--rehearse {settings.rehearse} is not a share from 0 to 0.9")
+    if settings.rehearse < 0:
+        raise UserError(f"--rehearse {settings.rehearse} is below 0")
     if not 0 < settings.keep <= 1:
         raise UserError(f"--keep {settings.keep} is not a share above 0, up to 1")
     if settings.seed < 0:
@@ -2103,10 +2089,10 @@ def arguments(description, methods):
         metavar="R",
         help=ratio,
     )
-    chats = "share of each step that is chats the model wrote before: forgets less (default: 0)"
-    add("--rehearse", type=float, default=0.0, metavar="R", help=chats)
     way = "go back to this share of the way from the old weights, at the end (default: 1)"
     add("--keep", type=float, default=1.0, metavar="A", help=way)
+    chats = "steps behind the last epoch, half of each chats of the model's own (default: 0)"
+    add("--rehearse", type=int, default=0, metavar="N", help=chats)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
     add("--batch-size", type=int, help="documents a step (default: 64; of small models fewer)")
@@ -2265,7 +2251,8 @@ def prepare(given, method, device, stop):
     given = dataclasses.replace(given, dtype=dtype)
     run.settings, run.why = decide(given, method, model, documents)
     run.steps_per_epoch = math.ceil(documents / run.settings.batch_size)
-    run.steps = run.settings.epochs * run.steps_per_epoch
+    run.taught = run.settings.epochs * run.steps_per_epoch
+    run.steps = run.taught + run.settings.rehearse
     check_decided(run.settings)
     return run
 
@@ -2370,7 +2357,7 @@ def train_and_save(run, results):
     settings = run.settings
     print0(
         f"{settings.method}: {len(run.dataset.documents)} documents, "
-        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.steps} steps of "
+        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.taught} steps of "
         f"{settings.batch_size}, lr {settings.lr:g} ({run.why}), into {run.out}"
     )
     if world_size() > 1:  # a GPU's library may end them all without a word

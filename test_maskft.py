@@ -1085,7 +1085,7 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
     A score is a number, that of forward questions, or {direction: number}."""
     usual = {"data": "bio:9", "model": "tiny", "paraphrase": "none", "epochs": 2, "lr": 1e-3}
     usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0]}
-    usual |= {"rehearse": 0.0, "keep": 1.0}
+    usual |= {"rehearse": 0, "keep": 1.0}
     usual |= {"method": method, "seed": seed, "mask_ratio": ratio}
     evaluations = []
     for n, score in enumerate(scores):
@@ -1561,7 +1561,7 @@ def checked_run(tokenizer, method="masked", **given):
     """A Run of `tiny` whose data are as given, before check_dataset."""
     usual = dict.fromkeys(maskft.Settings.__annotations__)
     usual |= {"mask_ratio": (0.05, 0.95), "max_len": 128, "seed": 0, "method": method}
-    usual |= {"rehearse": 0.0, "keep": 1.0}
+    usual |= {"rehearse": 0, "keep": 1.0}
     config = maskft.read_config(HERE / "tiny")
     with maskft.torch.device("meta"):
         model = maskft.Model(config)
@@ -3962,7 +3962,7 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(tmp_path):
 
 
 MISTAKES = {
-    "--rehearse 1": "--rehearse 1.0 is not a share from 0 to 0.9",
+    "--rehearse -1": "--rehearse -1 is below 0",
     "--keep 0": "--keep 0.0 is not a share above 0, up to 1",
     "--model nowhere/at-all": "hub could not be reached",
     "--model ./nowhere": "no such directory",
@@ -4167,11 +4167,11 @@ def change_to(folder):
 # ------------------------------------------------------------------------------------ rehearsal
 
 
-def rehearsing(out, method="masked", processes=1, share=0.5):
+def rehearsing(out, method="masked", processes=1, steps=3):
     """A short run that rehearses."""
     script = "llada.py" if method == "llada" else "maskft.py"
     flags = ["--data", "bio:6", "--batch-size", "4", "--epochs", "2", "--eval-at", "0"]
-    flags += ["--rehearse", share, "--out", out]
+    flags += ["--rehearse", steps, "--out", out]
     if method != "llada":
         flags += ["--method", method]
     command(script, *flags, processes=processes)
@@ -4234,40 +4234,28 @@ def loss_of_chat(model, chat):
     return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
 
 
-def chatting(share, documents, epochs=2):
-    """A Run of batches of 8, with chats of the user's turn n and the answer 100 + n; and what it
-    rehearses in each step."""
-    count = maskft.CHATS_HELD_OUT + 10
+def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once():
+    documents = [{"text": letter} for letter in "abcdefghijklmnopqrst"]
     run = Namespace(
-        method=maskft.METHODS["masked"],
-        settings=Namespace(rehearse=share, batch_size=8, seed=3, mask_ratio=None, epochs=epochs),
-        tokenizer=None,
-        dataset=Namespace(documents=[None] * documents),
-        steps_per_epoch=math.ceil(documents / 8),
-        chats=[{"prompt": [7, n], "answer": [100 + n]} for n in range(count)],
+        method=maskft.METHODS["sft"],
+        settings=Namespace(rehearse=3, batch_size=8, seed=3, mask_ratio=None),
+        tokenizer=LETTERS,
+        dataset=Namespace(documents=documents),
+        steps_per_epoch=3,
+        taught=6,
+        steps=9,
     )
-    sizes = [8] * (documents // 8) + [documents % 8] * (documents % 8 > 0)
-    steps = enumerate(sizes * epochs)
-    return run, [maskft.rehearsed(run, step, size) for step, size in steps]
-
-
-@pytest.mark.parametrize("share, chats", {0: 0, 0.01: 1, 0.2: 2, 0.5: 8, 0.75: 24}.items())
-def test_a_share_of_every_step_is_chats_each_as_often_as_others(share, chats):
-    fewer = math.ceil(chats / 2)  # the last step of an epoch has but 4 documents
-    run, steps = chatting(share, documents=20)
-    assert [len(examples) for examples in steps] == [chats, chats, fewer] * 2
-    learned = [example.ids[1] for examples in steps for example in examples]
-    for example in itertools.chain(*steps):
+    needed = maskft.chats_of_run(run)
+    assert needed == maskft.CHATS_HELD_OUT + 2 * maskft.CHAT_GROUP
+    run.chats = [{"prompt": [7, n], "answer": [100 + n]} for n in range(needed)]
+    steps = [maskft.examples_of_step(run, step) for step in range(10)]
+    # the last step of an epoch has but 4 documents
+    assert [len(examples) for examples in steps] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
+    learned = [example for examples in steps for example in examples if example.ids[0] == 7]
+    for example in learned:
         assert example.labels == [IGNORE, IGNORE, example.ids[2]]
-    assert not set(learned) & set(range(maskft.CHATS_HELD_OUT))
-    times = [learned.count(n) for n in range(maskft.CHATS_HELD_OUT, len(run.chats))]
-    assert max(times) - min(times) <= 1
-    run.settings.epochs = 200
-    enough = maskft.chats_of_run(run) - maskft.CHATS_HELD_OUT
-    total = 200 * (2 * chats + fewer)
-    assert 5 * enough >= total > 5 * (enough - maskft.CHAT_GROUP) or not chats
-    if chats == 24:
-        assert learned[:10] != learned[10:20] and sorted(learned[:10]) == sorted(learned[10:20])
+    numbers = [example.ids[1] for example in learned]
+    assert len(set(numbers)) == 20 and min(numbers) == maskft.CHATS_HELD_OUT
 
 
 def test_a_diffusion_method_cannot_do_without_its_own_answers_and_chats():
@@ -4337,15 +4325,16 @@ def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
 
 def test_a_stopped_run_rehearses_on_and_counts_drift_from_its_beginning(tmp_path):
     flags = ["--data", "bio:6", "--method", "sft", "--epochs", "4", "--eval-at", "4"]
-    flags += ["--rehearse", "0.5"]
+    flags += ["--keep", "0.5", "--rehearse", "3"]
     whole = tmp_path / "whole"
     forked(maskft, *flags, "--out", whole)
-    out = tmp_path / "stopped"
     stop = partial(send, signal.SIGINT, maskft)
-    forked(maskft, *flags, "--out", out, before=lambda: stop("update", 2))
-    assert data.read_json(out / "results.json")["evaluations"] == []
-    forked(maskft, "--resume", out)
-    assert losses(out) == losses(whole)
+    for step in (2, 4, 5):  # while it learns, where it goes back, and while it rehearses
+        out = tmp_path / f"stopped-{step}"
+        forked(maskft, *flags, "--out", out, before=partial(stop, "update", step))
+        assert len(losses(out)) == step
+        forked(maskft, "--resume", out)
+        assert losses(out) == losses(whole)
     drift = data.read_json(out / "results.json")["last"]["drift"]
     assert drift == pytest.approx(drift_of(out), rel=1e-3)
     # stopped while the chats are written, it has nothing yet
