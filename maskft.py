@@ -1654,7 +1654,7 @@ def train(run):
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
-        # 1. evaluation, where an epoch begins
+        # 1. evaluation, where an epoch begins; behind the last one, the way back
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
@@ -1870,10 +1870,12 @@ def peak_memory_gib(device):
 
 # Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
 # answers it (Magpie, arXiv 2406.08464). That is what it knew, and to train on it beside new
-# documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither.
+# documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither. From the first
+# step on, such chats kept SmolLM2-135M from answering with what it learned; a few of them behind
+# the last epoch give back what it knew and leave it what it learned (results/README.md).
 CHAT_GROUP = 16  # are written together
 CHATS_HELD_OUT = 2 * CHAT_GROUP  # drift is measured on these, and nothing is learned from them
-REHEARSE_LR = 1 / 3  # of the learning rate, in the steps that rehearse
+REHEARSE_LR = 1 / 3  # the share of the learning rate in the steps that rehearse
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
 
@@ -1927,7 +1929,10 @@ def write_chats(run):
     groups = chats_of_run(run) // CHAT_GROUP
     mine = range(groups)[rank() :: world_size()]
     if run.settings.rehearse:
-        print0(f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats to rehearse")
+        print0(
+            f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats, to rehearse in "
+            f"{run.settings.rehearse} steps behind the last epoch"
+        )
     bar = progress_bar(len(mine) * CHAT_GROUP, "chats", "chat", leave=False)
     written = {}  # number of the group -> its chats
     with answering(run):
