@@ -4291,7 +4291,7 @@ def test_keep_saves_and_scores_weights_between_the_old_and_the_new(processes, tm
     assert scored == pytest.approx(drift_of(out), rel=1e-3, abs=1e-5)
 
 
-def test_a_run_that_keeps_a_share_and_dies_when_it_is_scored_goes_on_to_the_same_weights(tmp_path):
+def test_a_run_that_keeps_a_share_and_dies_when_scored_goes_on_to_the_same_weights(tmp_path):
     flags = ["--data", "bio:6", "--method", "sft", "--epochs", "2", "--eval-at", "2"]
     flags += ["--keep", "0.25", "--save-every", "1e-9"]
     whole = tmp_path / "whole"
