@@ -996,17 +996,16 @@ def matching_tensors(model, directory):
     tensors = open_tensors(directory)
     family = data.read_json(directory / "config.json")["model_type"]
     names = checkpoint_names(model, family)
-    _, table = FAMILIES[family]
-    copies = {f"{table['head']}.weight"} if model.config.tied else set()  # of the embedding
-    check_tensors(model, tensors, names, directory, copies)
+    check_tensors(model, tensors, names, family, directory)
     return tensors, names
 
 
-def check_tensors(model, tensors, names, directory, copies):
-    """UserError unless the checkpoint has exactly the model's tensors, in its shapes; `copies` of
-    others may be there or not."""
-    # early Llama 2's
-    unread = copies | {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+def check_tensors(model, tensors, names, family, directory):
+    """UserError unless the checkpoint has exactly the model's tensors, in its shapes."""
+    unread = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # early Llama 2's
+    if model.config.tied:
+        _, table = FAMILIES[family]
+        unread.add(f"{table['head']}.weight")  # a copy of the embedding
     missing = set(names.values()) - set(tensors)
     extra = set(tensors) - set(names.values()) - unread
     if missing or extra:
@@ -1640,12 +1639,10 @@ def make_optimizer(model, lr):
 
 
 def train(run):
-    """Fine-tune run.model; True when the last epoch is done, False when asked to stop (all is
-    saved, then).
+    """Fine-tune run.model; True when all is done, False when asked to stop (all is saved, then).
 
-    Epochs run 0..N-1; the model is evaluated before the epochs in eval_at and once at the end, so
-    what is saved was scored. differs from masked_arLLM, which trains one epoch past its last
-    evaluation. Behind the last epoch is what keeps the model from forgetting, if asked for.
+    Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
+    eval_at and at the end: what is saved was scored. differs from masked_arLLM: one epoch less.
     """
     saved_at = time.monotonic()
     begin_log(run)
@@ -1663,9 +1660,7 @@ def train(run):
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
-        lr = run.settings.lr * REHEARSE_LR
-        if step < run.taught:
-            lr = run.method.schedule(run.settings.lr, step, run.taught)
+        lr = lr_of_step(run, step)
         loss_and_norm = update(run, examples, lr)
         # 3. the next batch, while a GPU still computes
         examples = examples_of_step(run, step + 1)
@@ -1698,6 +1693,13 @@ def train(run):
         go_back(run)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
+
+
+def lr_of_step(run, step):
+    """As the method's schedule has it; a lower one in the steps that rehearse."""
+    if step < run.taught:
+        return run.method.schedule(run.settings.lr, step, run.taught)
+    return run.settings.lr * REHEARSE_LR
 
 
 def go_back(run):
@@ -1976,6 +1978,7 @@ def with_end_of_turn(answer, most, tokenizer):
 
 def build_chat(run, number):
     """The Example of a chat; random by (seed, chat) alone."""
+    # four numbers: no document (seed, epoch, document + 1) has the same
     rng = np.random.default_rng([run.settings.seed, 0, number, 2])
     chat = run.chats[number]
     example = run.method.chat or chat_example
@@ -2086,14 +2089,8 @@ def arguments(description, methods):
     wordings = data.PARAPHRASES
     add("--paraphrase", choices=wordings, default="none", help="wordings (default: none)")
     ratio = "share of masked tokens, or lowest and highest (default: 0.05 0.95)"
-    add(
-        "--mask-ratio",
-        type=float,
-        nargs="+",
-        default=evaluation.USUAL_RATIO,
-        metavar="R",
-        help=ratio,
-    )
+    usual = evaluation.USUAL_RATIO
+    add("--mask-ratio", type=float, nargs="+", default=usual, metavar="R", help=ratio)
     way = "go back to this share of the way from the old weights, at the end (default: 1)"
     add("--keep", type=float, default=1.0, metavar="A", help=way)
     chats = "steps behind the last epoch, half of each chats of the model's own (default: 0)"
@@ -2103,9 +2100,8 @@ def arguments(description, methods):
     add("--batch-size", type=int, help="documents a step (default: 64; of small models fewer)")
     tokens = "at a time on a GPU, with padding: memory, not results (default: 4096)"
     add("--micro-batch-tokens", type=int, default=4096, help=tokens)
-    add(
-        "--max-len", type=int, default=512, help="of a document's example, in tokens (default: 512)"
-    )
+    longest = "of a document's example, in tokens (default: 512)"
+    add("--max-len", type=int, default=512, help=longest)
     add("--seed", type=int, default=0, help="of people, order and masks (default: 0)")
     dtypes = ["bfloat16", "float32"]
     add("--dtype", choices=dtypes, help="of the computation (default: bfloat16 if native)")

@@ -42,18 +42,22 @@ def loss_of_answers(model, tokenizer, prompts, answers):
     return total / sum(map(len, answers))
 
 
-def load_causal(name, device):
-    """A model, unless its answers are not greedy ones."""
-    model = maskft.load(name, device)
-    if not model.config.causal:
-        raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
-    return model
+def arguments_of(run):
+    """The settings of a run; UserError if it is at a share of its way already."""
+    given = data.read_json(Path(run) / "results.json")["arguments"]
+    if given.get("keep", 1) < 1:
+        raise UserError(f"{run} went back a share of its way already (--keep {given['keep']})")
+    return given
 
 
 def measure(args, device="cpu"):
     """A line of figures for the model as it was, and for each run at each share."""
     base = maskft.find_model(args.base)
-    model = load_causal(base, device)
+    for name in (base, *args.runs):
+        if not maskft.read_config(name).causal:
+            raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
+    given = {run: arguments_of(run) for run in args.runs}
+    model = maskft.load(base, device)
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
     questions = [question for question in asked if "answer" in question]
@@ -79,14 +83,9 @@ def measure(args, device="cpu"):
 
     lines = [figures(model, args.base, 0.0, [])]
     for run in args.runs:
-        given = data.read_json(Path(run) / "results.json")["arguments"]
-        if given.get("keep", 1) < 1:
-            raise UserError(f"{run} went back a share of its way already (--keep {given['keep']})")
-        facts = []
-        if args.facts:
-            facts = data.load(given["data"], given["paraphrase"], given["seed"]).questions
+        facts = facts_of(given[run]) if args.facts else []
         for share in args.share:
-            model = load_causal(run, device)
+            model = maskft.load(run, device)
             maskft.interpolate(model, base, share)
             lines.append(figures(model, run, share, facts))
     if args.save:
@@ -94,6 +93,11 @@ def measure(args, device="cpu"):
         maskft.save(model, args.save)
         data.copy_tokenizer(tokenizer, base, Path(args.save))
     return lines
+
+
+def facts_of(given):
+    """The questions that a run with these settings was trained for."""
+    return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
 def arguments():
