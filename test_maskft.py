@@ -60,6 +60,12 @@ from tiny import pretrain, world
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # two threads spin on matrices this small
+# Tests hold what a CPU computes, and fork, which CUDA does not bear: a GPU is for the commands of
+# one test. Nor may autograd have threads: it starts them at the first backward or never, and in
+# torch's builds for CUDA it would, without a GPU too, once a model is sharded.
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.zeros(1, requires_grad=True).backward()
 
 # --------------------------------------------------------------------------- fixtures and helpers
 
@@ -2776,6 +2782,30 @@ def test_offload_is_the_policy_of_every_unit_and_answers_have_whole_weights(offl
     with maskft.gathered(model):
         # what all_gather made, so on the GPU: `generate` goes by the first one's device
         assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------- one GPU
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("script", ["maskft.py", "llada.py"])
+def test_a_gpu_changes_rounding_alone(script, tmp_path, monkeypatch):
+    """Also with --offload or one sequence at a time; bfloat16 rounds more. At a gentle rate."""
+    flags = shlex.split("--data bio:6 --batch-size 4 --epochs 3 --eval-at 0 --lr 1e-4 --out")
+    if script == "maskft.py":
+        flags = ["--method", "masked", *flags]
+    command(script, *flags, tmp_path / "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
+    ways = {"gpu": [], "offload": ["--offload"], "small": ["--micro-batch-tokens", 1], "bf16": []}
+    for name, more in ways.items():
+        run = tmp_path / name
+        dtype = "bfloat16" if name == "bf16" else "float32"
+        command(script, *flags, run, "--dtype", dtype, *more)
+        assert "NVIDIA" in data.read_json(run / "results.json")["environment"]["device"]
+        error = 1e-2 if name == "bf16" else 1e-4
+        for ours, theirs in zip(losses(run), losses(tmp_path / "cpu"), strict=True):
+            assert ours[:4] == pytest.approx(theirs[:4], rel=error)
+            assert ours[4] == pytest.approx(theirs[4], rel=10 * error)
 
 
 # ------------------------------------------------------------------------ eight GPUs, without one
