@@ -305,7 +305,17 @@ COLORS = {
     "llada": "C4",
 }
 # settings that a row's name tells only where rows differ in them
-OTHERS = ("model", "rehearse", "keep", "epochs", "lr", "batch_size", "max_len", "dtype", "eval_at")
+OTHERS = (
+    "model",
+    "mlp_only",
+    "rehearse",
+    "epochs",
+    "lr",
+    "batch_size",
+    "max_len",
+    "dtype",
+    "eval_at",
+)
 SETTINGS = ("data", "paraphrase", "method", "mask_ratio", *OTHERS)
 # a line of a report, about the runs that differ in their seed alone: their settings, a name such as
 # "masked 0.5", the seeds, of each reported score what `over_seeds` gives, and the curve of drift

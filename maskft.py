@@ -950,7 +950,10 @@ def load_weights(model, directory, device):
     Each rank reads only the rows it holds. UserError names a tensor that is missing, extra or of
     another shape, before there is any room.
     """
-    tensors, names = matching_tensors(model, directory)
+    tensors = open_tensors(directory)
+    family = data.read_json(directory / "config.json")["model_type"]
+    names = checkpoint_names(model, family)
+    check_tensors(model, tensors, names, family, directory)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
@@ -975,29 +978,6 @@ def local_rows(parameter):
     mesh = parameter.device_mesh
     start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
     return local.to_local(), start
-
-
-def interpolate(model, directory, share):
-    """Bring a model's weights back to a share of the way that they went from those in a directory.
-
-    What training taught mostly stays, and what it spoiled comes back (WiSE-FT, arXiv 2109.01903).
-    """
-    tensors, names = matching_tensors(model, directory)
-    for name, parameter in model.named_parameters():
-        local, start = local_rows(parameter)
-        with data.reading(directory, "cannot be read any more"):
-            old = read_rows(tensors, names[name], start, start + local.shape[0])
-        local.lerp_(old.to(local), 1 - share)
-
-
-def matching_tensors(model, directory):
-    """What `open_tensors` gives, and {our parameter name: its name there}; UserError unless the
-    tensors are the model's."""
-    tensors = open_tensors(directory)
-    family = data.read_json(directory / "config.json")["model_type"]
-    names = checkpoint_names(model, family)
-    check_tensors(model, tensors, names, family, directory)
-    return tensors, names
 
 
 def check_tensors(model, tensors, names, family, directory):
@@ -1533,8 +1513,8 @@ class Settings:
     dtype: str
     eval_at: list
     save_every: float  # minutes
-    keep: float = 1.0  # the share of the way from the old weights to the new that is kept
-    rehearse: int = 0  # steps after that, with as many chats of the model's own as documents
+    mlp_only: bool = False  # attention, norms, embedding and head stay as they are
+    rehearse: int = 0  # steps behind the last epoch, with as many chats of its own as documents
     offload: bool = False  # weights, gradients and optimizer state in the host's memory
 
 
@@ -1620,6 +1600,18 @@ def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def freeze_all_but_mlps(model):
+    """Leave attention, norms, embedding and head as they are.
+
+    Of the parts that were tried alone, the MLPs learn as much and forget least (results/README.md;
+    of larger models and other tasks, arXiv 2510.08564).
+    """
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for linear in (block.gate, block.up, block.down):
+            linear.requires_grad_(True)
+
+
 def make_optimizer(model, lr):
     """AdamW as in paper A.4: decay on matrices only, none on norms and biases.
 
@@ -1628,8 +1620,9 @@ def make_optimizer(model, lr):
     gradient into full steps, and the model forgets how to answer. Large models have far more tokens
     and steps, and keep the usual eps.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": 0.1},
         {"params": others, "weight_decay": 0.0},
@@ -1651,12 +1644,10 @@ def train(run):
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
-        # 1. evaluation, where an epoch begins; behind the last one, the way back
+        # 1. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
-        if step == run.taught:
-            go_back(run)
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
@@ -1689,8 +1680,6 @@ def train(run):
             print0(f"stopped after step {step}; {how_to_go_on(run)}")
             return False
     bar.close()
-    if run.steps == run.taught:
-        go_back(run)
     evaluate_and_record(run, run.steps, run.settings.epochs)
     return True
 
@@ -1700,15 +1689,6 @@ def lr_of_step(run, step):
     if step < run.taught:
         return run.method.schedule(run.settings.lr, step, run.taught)
     return run.settings.lr * REHEARSE_LR
-
-
-def go_back(run):
-    """After teaching, bring the weights back to the share of their way that is to be kept.
-
-    A checkpoint from here, whose step is `taught`, was saved before: this is done again.
-    """
-    if run.settings.keep < 1:
-        interpolate(run.model, run.directory, run.settings.keep)
 
 
 def check_finite(loss, norm, step):
@@ -2065,8 +2045,6 @@ def check_settings(settings, method):
             raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
     if settings.rehearse < 0:
         raise UserError(f"--rehearse {settings.rehearse} is below 0")
-    if not 0 < settings.keep <= 1:
-        raise UserError(f"--keep {settings.keep} is not a share above 0, up to 1")
     if settings.seed < 0:
         raise UserError(f"--seed {settings.seed} is below 0")
     if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
@@ -2091,8 +2069,8 @@ def arguments(description, methods):
     ratio = "share of masked tokens, or lowest and highest (default: 0.05 0.95)"
     usual = evaluation.USUAL_RATIO
     add("--mask-ratio", type=float, nargs="+", default=usual, metavar="R", help=ratio)
-    way = "go back to this share of the way from the old weights, at the end (default: 1)"
-    add("--keep", type=float, default=1.0, metavar="A", help=way)
+    mlp = "train the MLPs alone, which forgets less; attention and embedding stay as they are"
+    add("--mlp-only", action="store_true", help=mlp)
     chats = "steps behind the last epoch, half of each chats of the model's own (default: 0)"
     add("--rehearse", type=int, default=0, metavar="N", help=chats)
     add("--epochs", type=int, help="default: by the model's size and the data")
@@ -2246,6 +2224,8 @@ def prepare(given, method, device, stop):
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
+    if given.mlp_only:
+        freeze_all_but_mlps(model)
     run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
     check_dataset(run)
     documents = len(dataset.documents)

@@ -1091,7 +1091,7 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
     A score is a number, that of forward questions, or {direction: number}."""
     usual = {"data": "bio:9", "model": "tiny", "paraphrase": "none", "epochs": 2, "lr": 1e-3}
     usual |= {"batch_size": 20, "max_len": 512, "dtype": None, "eval_at": [0]}
-    usual |= {"rehearse": 0, "keep": 1.0}
+    usual |= {"rehearse": 0, "mlp_only": False}
     usual |= {"method": method, "seed": seed, "mask_ratio": ratio}
     evaluations = []
     for n, score in enumerate(scores):
@@ -1567,7 +1567,7 @@ def checked_run(tokenizer, method="masked", **given):
     """A Run of `tiny` whose data are as given, before check_dataset."""
     usual = dict.fromkeys(maskft.Settings.__annotations__)
     usual |= {"mask_ratio": (0.05, 0.95), "max_len": 128, "seed": 0, "method": method}
-    usual |= {"rehearse": 0, "keep": 1.0}
+    usual |= {"rehearse": 0, "mlp_only": False}
     config = maskft.read_config(HERE / "tiny")
     with maskft.torch.device("meta"):
         model = maskft.Model(config)
@@ -2869,23 +2869,6 @@ def fake_group(rank, monkeypatch):
         maskft.dist.destroy_process_group()
 
 
-def test_a_rank_that_holds_no_row_of_a_tensor_goes_back_a_share_too(tmp_path, monkeypatch):
-    model = random_model(hidden_size=12, num_attention_heads=2, num_key_value_heads=1)
-    maskft.save(model, tmp_path)
-    with fake_group(7, monkeypatch) as device:
-        sharded = maskft.Model(model.config)
-        maskft.shard(sharded, device, torch.float32)
-        maskft.load_weights(sharded, tmp_path, device)
-        held = [parameter.detach().to_local() for parameter in sharded.parameters()]
-        assert 0 in [len(rows) for rows in held]
-        for rows in held:
-            rows.zero_()
-        maskft.interpolate(sharded, tmp_path, 0.75)
-    whole = [parameter.detach() for parameter in model.parameters()]
-    for rows, parameter in zip(held, whole, strict=True):
-        torch.testing.assert_close(rows, parameter[len(parameter) - len(rows) :] / 4)
-
-
 def collectives_of_a_step(method, directory, device, monkeypatch):
     """What a step of a run makes its ranks do together, on fake tensors.
 
@@ -3993,7 +3976,6 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(tmp_path):
 
 MISTAKES = {
     "--rehearse -1": "--rehearse -1 is below 0",
-    "--keep 0": "--keep 0.0 is not a share above 0, up to 1",
     "--model nowhere/at-all": "hub could not be reached",
     "--model ./nowhere": "no such directory",
     "--model my/models/x": "not a hub id",
@@ -4308,29 +4290,20 @@ def test_a_chat_has_loss_behind_its_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_keep_saves_and_scores_weights_between_the_old_and_the_new(processes, tmp_path):
-    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "2", "--eval-at", "2"]
-    for keep in ("1", "0.25"):
-        out = tmp_path / keep
-        command("maskft.py", *flags, "--keep", keep, "--out", out, processes=processes)
-    old, new, kept = map(maskft.load, ("tiny", tmp_path / "1", tmp_path / "0.25"))
-    for before, after, between in zip(*(m.parameters() for m in (old, new, kept)), strict=True):
-        torch.testing.assert_close(between, before + 0.25 * (after - before))
-    assert not torch.equal(old.embed.weight, new.embed.weight)
-    scored = data.read_json(out / "results.json")["last"]["drift"]
-    assert scored == pytest.approx(drift_of(out), rel=1e-3, abs=1e-5)
-
-
-def test_a_run_that_keeps_a_share_and_dies_when_scored_goes_on_to_the_same_weights(tmp_path):
-    flags = ["--data", "bio:6", "--method", "sft", "--epochs", "2", "--eval-at", "2"]
-    flags += ["--keep", "0.25", "--save-every", "1e-9"]
-    whole = tmp_path / "whole"
-    forked(maskft, *flags, "--out", whole)
-    out = tmp_path / "killed"
-    kill = partial(send, signal.SIGKILL, maskft, "evaluate_and_record", 1)
-    forked(maskft, *flags, "--out", out, before=kill, status=-signal.SIGKILL)
-    forked(maskft, "--resume", out)
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+def test_mlp_only_moves_no_other_weight(processes, tmp_path):
+    """Of a diffusion model neither."""
+    flags = ["--data", "bio:6", "--epochs", "2", "--eval-at", "2", "--mlp-only"]
+    for script, base in (("maskft.py", "tiny"), ("llada.py", "tiny-llada")):
+        method = ["--method", "sft"] if script == "maskft.py" else []
+        command(script, *method, *flags, "--out", tmp_path / base, processes=processes)
+        old = maskft.load(base)
+        moved = [
+            name
+            for name, parameter in maskft.load(tmp_path / base).named_parameters()
+            if not torch.equal(parameter, old.get_parameter(name))
+        ]
+        assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
+        assert len(moved) == 3 * old.config.layers
 
 
 def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
@@ -4355,11 +4328,11 @@ def test_a_resumed_run_finds_its_chats_and_cannot_do_without(stopped, run):
 
 def test_a_stopped_run_rehearses_on_and_counts_drift_from_its_beginning(tmp_path):
     flags = ["--data", "bio:6", "--method", "sft", "--epochs", "4", "--eval-at", "4"]
-    flags += ["--keep", "0.5", "--rehearse", "3"]
+    flags += ["--mlp-only", "--rehearse", "3"]
     whole = tmp_path / "whole"
     forked(maskft, *flags, "--out", whole)
     stop = partial(send, signal.SIGINT, maskft)
-    for step in (2, 4, 5):  # while it learns, where it goes back, and while it rehearses
+    for step in (2, 4, 5):  # while it learns, behind that, and while it rehearses
         out = tmp_path / f"stopped-{step}"
         forked(maskft, *flags, "--out", out, before=partial(stop, "update", step))
         assert len(losses(out)) == step
@@ -4948,10 +4921,7 @@ def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch, capsys):
     weights = [maskft.load(model).embed.weight for model in ("tiny", saved, tmp_path / "other")]
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
     assert data.load_tokenizer(saved).template == "chatml"
-    # a share of a share would be called by a wrong name, and a diffusion model answers otherwise
-    (tmp_path / "same/results.json").write_text('{"arguments": {"keep": 0.5}}')
-    with pytest.raises(data.UserError, match="same went back a share of its way already"):
-        kept.measure(given)
+    # a diffusion model answers otherwise
     shutil.copytree(HERE / "tiny-llada", tmp_path / "llada")
     (tmp_path / "llada/results.json").write_text('{"arguments": {}}')
     for wrong in ({"base": "tiny-llada"}, {"runs": [str(tmp_path / "llada")]}):

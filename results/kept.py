@@ -6,8 +6,9 @@ The first is the model as it was, the others are runs that began with it. Two th
 in ordinary.jsonl: 100 questions that everybody can answer, of which SmolLM2-135M-Instruct gets all
 right, and 50 requests without an answer. To these the first model answers, and of every model it is
 measured how likely it finds those answers; all in float32. --share moves the weights of the runs
-back to a share of the way that training took them (WiSE-FT, arXiv 2109.01903), as maskft.py --keep
-does, and --facts asks what they were taught, too. The share that pleases is kept by
+back to a share of the way that training took them: what was taught mostly stays, and what that
+spoiled comes back (WiSE-FT, arXiv 2109.01903). --facts asks what they were taught, too. The share
+that pleases is kept by
 
     python results/kept.py BASE out/nd-masked-1 --share 0.6 --save out/nd-kept
 """
@@ -42,12 +43,11 @@ def loss_of_answers(model, tokenizer, prompts, answers):
     return total / sum(map(len, answers))
 
 
-def arguments_of(run):
-    """The settings of a run; UserError if it is at a share of its way already."""
-    given = data.read_json(Path(run) / "results.json")["arguments"]
-    if given.get("keep", 1) < 1:
-        raise UserError(f"{run} went back a share of its way already (--keep {given['keep']})")
-    return given
+def go_back(model, base, share):
+    """Bring a model's weights back to a share of the way that they went from those of `base`."""
+    with torch.no_grad():
+        for parameter, old in zip(model.parameters(), base.parameters(), strict=True):
+            parameter.lerp_(old, 1 - share)
 
 
 def measure(args, device="cpu"):
@@ -56,13 +56,13 @@ def measure(args, device="cpu"):
     for name in (base, *args.runs):
         if not maskft.read_config(name).causal:
             raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
-    given = {run: arguments_of(run) for run in args.runs}
-    model = maskft.load(base, device)
+    given = {run: data.read_json(Path(run) / "results.json")["arguments"] for run in args.runs}
+    old = maskft.load(base, device)
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
     questions = [question for question in asked if "answer" in question]
     prompts = [evaluation.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
-    said = maskft.greedy_answer(model, tokenizer, prompts, REQUEST_TOKENS)
+    said = maskft.greedy_answer(old, tokenizer, prompts, REQUEST_TOKENS)
     said = [maskft.with_end_of_turn(ids, REQUEST_TOKENS, tokenizer) for ids in said]
 
     def figures(model, name, share, facts):
@@ -81,12 +81,12 @@ def measure(args, device="cpu"):
         )
         return line
 
-    lines = [figures(model, args.base, 0.0, [])]
+    lines = [figures(old, args.base, 0.0, [])]
     for run in args.runs:
         facts = facts_of(given[run]) if args.facts else []
         for share in args.share:
             model = maskft.load(run, device)
-            maskft.interpolate(model, base, share)
+            go_back(model, old, share)
             lines.append(figures(model, run, share, facts))
     if args.save:
         Path(args.save).mkdir(parents=True)
