@@ -1803,8 +1803,8 @@ def log(run, line):
 def estimate(run, step):
     """How long the rest of a run takes, as text, from its steps and evaluations so far."""
     steps = run.steps - step
-    epochs = {epoch for epoch in run.settings.eval_at if epoch * run.steps_per_epoch >= step}
-    evaluations = len(epochs | {run.settings.epochs})
+    asked_at = {epoch * run.steps_per_epoch for epoch in run.settings.eval_at} | {run.steps}
+    evaluations = sum(at >= step for at in asked_at)
     seconds = steps * np.mean(run.step_seconds[1:])  # the first one warms up
     left_out = ", not counting these"
     if run.evaluation_seconds:

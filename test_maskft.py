@@ -4405,6 +4405,9 @@ def test_an_estimate_is_of_the_steps_and_evaluations_that_are_left(times):
     run.settings = Namespace(epochs=5, eval_at=[0, 3, 4])
     run.evaluation_seconds = [an_evaluation] if an_evaluation else []
     assert maskft.estimate(run, 10 - left) == ESTIMATES[times]
+    run.steps = 13  # three steps behind the last epoch
+    run.settings.eval_at = [5]
+    assert "13 steps, and evaluations: 2" in maskft.estimate(run, 0)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
