@@ -615,7 +615,7 @@ def read_run(path, before):
     """The results of a finished run with questions that is none of those before."""
     run = data.read_json(path)
     with data.reading(path, "not a training run of this version"):
-        if run["evaluations"][-1]["epoch"] != run["arguments"]["epochs"]:
+        if run["evaluations"][-1]["step"] != run["steps"]:
             raise UserError("not finished")
         if not summarize([run])[0].scores:  # and an error if anything is missing
             raise UserError("no questions were asked")

@@ -1513,9 +1513,9 @@ class Settings:
     dtype: str
     eval_at: list
     save_every: float  # minutes
-    mlp_only: bool = False  # attention, norms, embedding and head stay as they are
-    rehearse: int = 0  # steps behind the last epoch, with as many chats of its own as documents
-    offload: bool = False  # weights, gradients and optimizer state in the host's memory
+    mlp_only: bool  # attention, norms, embedding and head stay as they are
+    rehearse: int  # steps behind the last epoch, with as many chats of its own as documents
+    offload: bool  # weights, gradients and optimizer state in the host's memory
 
 
 @dataclass
@@ -1533,8 +1533,8 @@ class Run:
     out: Path | None = None  # of the run, once it has one
     why: str = ""  # where the values of settings come from that no flag gave
     steps_per_epoch: int = 0
-    taught: int = 0  # steps of all epochs
-    steps: int = 0  # with those that rehearse
+    epoch_steps: int = 0  # of all epochs
+    steps: int = 0  # with those behind them, which rehearse
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
@@ -1603,8 +1603,9 @@ def parameter_count(model):
 def freeze_all_but_mlps(model):
     """Leave attention, norms, embedding and head as they are.
 
-    Of the parts that were tried alone, the MLPs learn as much and forget least (results/README.md;
-    of larger models and other tasks, arXiv 2510.08564).
+    Of the parts that were tried alone on small models, the MLPs forget least for what they learn
+    (results/README.md). On other models and tasks it was gate and up without down, or attention
+    (arXiv 2510.08564).
     """
     model.requires_grad_(False)
     for block in model.blocks:
@@ -1623,10 +1624,9 @@ def make_optimizer(model, lr):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
     others = [p for p in trained if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": 0.1}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
     eps = 1e-5 if parameter_count(model) < TINY else 1e-8
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
@@ -1635,7 +1635,8 @@ def train(run):
     """Fine-tune run.model; True when all is done, False when asked to stop (all is saved, then).
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
-    eval_at and at the end: what is saved was scored. differs from masked_arLLM: one epoch less.
+    eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
+    epoch more than it scores.
     """
     saved_at = time.monotonic()
     begin_log(run)
@@ -1662,6 +1663,7 @@ def train(run):
         check_finite(loss, norm, step)
         # 5. log
         seconds = time.monotonic() - began
+        epoch = min(epoch, run.settings.epochs)  # behind the last one, it stays there
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
         line["tokens_per_second"] = round(tokens / seconds)
         line["memory_gib"] = peak_memory_gib(run.device)
@@ -1686,8 +1688,8 @@ def train(run):
 
 def lr_of_step(run, step):
     """As the method's schedule has it; a lower one in the steps that rehearse."""
-    if step < run.taught:
-        return run.method.schedule(run.settings.lr, step, run.taught)
+    if step < run.epoch_steps:
+        return run.method.schedule(run.settings.lr, step, run.epoch_steps)
     return run.settings.lr * REHEARSE_LR
 
 
@@ -1708,10 +1710,10 @@ def examples_of_step(run, step):
     settings = run.settings
     order = batches(len(run.dataset.documents), settings.batch_size, settings.seed, epoch)
     documents = [build(run, number, epoch) for number in order[nth]]
-    if step < run.taught:
+    if step < run.epoch_steps:
         return documents
     # behind the last epoch, as many chats; each is learned from once
-    first = CHATS_HELD_OUT + (step - run.taught) * settings.batch_size
+    first = CHATS_HELD_OUT + (step - run.epoch_steps) * chats_of_step(run)
     return documents + [build_chat(run, first + n) for n in range(len(documents))]
 
 
@@ -1805,7 +1807,9 @@ def estimate(run, step):
     steps = run.steps - step
     asked_at = {epoch * run.steps_per_epoch for epoch in run.settings.eval_at} | {run.steps}
     evaluations = sum(at >= step for at in asked_at)
-    seconds = steps * np.mean(run.step_seconds[1:])  # the first one warms up
+    each = np.mean(run.step_seconds[1:])  # the first one warms up
+    # a step that rehearses is as long as two others
+    seconds = each * (steps + run.steps - max(step, run.epoch_steps))
     left_out = ", not counting these"
     if run.evaluation_seconds:
         seconds += evaluations * np.mean(run.evaluation_seconds)
@@ -1901,8 +1905,13 @@ def read_chats(path, count):
 
 def chats_of_run(run):
     """How many chats a run needs: those held out, and those to rehearse, in whole groups."""
-    rehearsed = run.settings.rehearse * run.settings.batch_size
+    rehearsed = run.settings.rehearse * chats_of_step(run)
     return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_GROUP) * CHAT_GROUP
+
+
+def chats_of_step(run):
+    """As many as documents; the last step of an epoch may have fewer of both."""
+    return min(run.settings.batch_size, len(run.dataset.documents))
 
 
 def write_chats(run):
@@ -2071,7 +2080,7 @@ def arguments(description, methods):
     add("--mask-ratio", type=float, nargs="+", default=usual, metavar="R", help=ratio)
     mlp = "train the MLPs alone, which forgets less; attention and embedding stay as they are"
     add("--mlp-only", action="store_true", help=mlp)
-    chats = "steps behind the last epoch, half of each chats of the model's own (default: 0)"
+    chats = "add N steps; half of their examples are chats that the model wrote (default: 0)"
     add("--rehearse", type=int, default=0, metavar="N", help=chats)
     add("--epochs", type=int, help="default: by the model's size and the data")
     add("--lr", type=float, help="default: by the model's size and the method")
@@ -2232,8 +2241,8 @@ def prepare(given, method, device, stop):
     given = dataclasses.replace(given, dtype=dtype)
     run.settings, run.why = decide(given, method, model, documents)
     run.steps_per_epoch = math.ceil(documents / run.settings.batch_size)
-    run.taught = run.settings.epochs * run.steps_per_epoch
-    run.steps = run.taught + run.settings.rehearse
+    run.epoch_steps = run.settings.epochs * run.steps_per_epoch
+    run.steps = run.epoch_steps + run.settings.rehearse
     check_decided(run.settings)
     return run
 
@@ -2336,10 +2345,11 @@ def train_and_save(run, results):
     """
     open_run(run, results)
     settings = run.settings
+    behind = f" and {settings.rehearse} to rehearse" if settings.rehearse else ""
     print0(
         f"{settings.method}: {len(run.dataset.documents)} documents, "
-        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.taught} steps of "
-        f"{settings.batch_size}, lr {settings.lr:g} ({run.why}), into {run.out}"
+        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.epoch_steps} "
+        f"steps of {settings.batch_size}{behind}, lr {settings.lr:g} ({run.why}), into {run.out}"
     )
     if world_size() > 1:  # a GPU's library may end them all without a word
         print0(f"should a process die, go on with {resume_command(run.out)}")
@@ -2398,6 +2408,7 @@ def open_run(run, results):
         "environment": environment(run.device),
         "dataset": known,
         "decoding": evaluation.decoding(run.dataset.questions, run.model.config.causal),
+        "steps": run.steps,
         "evaluations": [],
     }
     if rank() == 0:

@@ -60,9 +60,9 @@ from tiny import pretrain, world
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # two threads spin on matrices this small
-# Tests hold what a CPU computes, and fork, which CUDA does not bear: a GPU is for the commands of
-# one test. Nor may autograd have threads: it starts them at the first backward or never, and in
-# torch's builds for CUDA it would, without a GPU too, once a model is sharded.
+# Most tests fork, and CUDA breaks in a fork: the GPU is hidden from all but the commands of one
+# test. One backward now, so that autograd starts no threads later: in torch's builds for CUDA it
+# would, without a GPU too, once a model is sharded, and they break in a fork as well.
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.zeros(1, requires_grad=True).backward()
@@ -1103,7 +1103,7 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), **arguments):
         asked = {"step": 10 * n, "epoch": n, "scores": groups, "drift": n / 4 + seed / 10}
         evaluations.append(asked)
     folder.mkdir()
-    results = {"arguments": usual | arguments, "evaluations": evaluations}
+    results = {"arguments": usual | arguments, "steps": 20, "evaluations": evaluations}
     evaluation.write_results(folder, results, [])
     return folder
 
@@ -1172,6 +1172,7 @@ def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path):
     old = (runs[0] / "results.json").read_text().replace("interval", "x")
     bad = [
         write_run(tmp_path / "unfinished", "sft", 1, [0.1, 0.2]),
+        write_run(tmp_path / "to rehearse", "sft", 1, [0.1, 0.2], epochs=1, rehearse=10),
         write_run(tmp_path / "again", "masked", 1, [0.0, 0.9, 0.7]),  # is no third seed
         write_run(tmp_path / "unasked", "sft", 2, [{}, {}, {}]),
         tmp_path,  # there is no run in it
@@ -2787,7 +2788,10 @@ def test_offload_is_the_policy_of_every_unit_and_answers_have_whole_weights(offl
 # ----------------------------------------------------------------------------------------- one GPU
 
 
-@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs an NVIDIA GPU")
+HAS_GPU = torch.version.cuda and VISIBLE_GPUS and shutil.which("nvidia-smi")
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("script", ["maskft.py", "llada.py"])
 def test_a_gpu_changes_rounding_alone(script, tmp_path, monkeypatch):
     """Also with --offload or one sequence at a time; bfloat16 rounds more. At a gentle rate."""
@@ -4254,7 +4258,7 @@ def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once():
         tokenizer=LETTERS,
         dataset=Namespace(documents=documents),
         steps_per_epoch=3,
-        taught=6,
+        epoch_steps=6,
         steps=9,
     )
     needed = maskft.chats_of_run(run)
@@ -4268,6 +4272,8 @@ def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once():
         assert example.labels == [IGNORE, IGNORE, example.ids[2]]
     numbers = [example.ids[1] for example in learned]
     assert len(set(numbers)) == 20 and min(numbers) == maskft.CHATS_HELD_OUT
+    run.settings.batch_size = 64  # no step has more chats than there are documents
+    assert maskft.chats_of_run(run) == maskft.CHATS_HELD_OUT + 4 * maskft.CHAT_GROUP
 
 
 def test_a_diffusion_method_cannot_do_without_its_own_answers_and_chats():
@@ -4291,7 +4297,7 @@ def test_a_chat_has_loss_behind_its_prompt(tokenizer):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_mlp_only_moves_no_other_weight(processes, tmp_path):
-    """Of a diffusion model neither."""
+    """The same for llada.py."""
     flags = ["--data", "bio:6", "--epochs", "2", "--eval-at", "2", "--mlp-only"]
     for script, base in (("maskft.py", "tiny"), ("llada.py", "tiny-llada")):
         method = ["--method", "sft"] if script == "maskft.py" else []
@@ -4338,7 +4344,11 @@ def test_a_stopped_run_rehearses_on_and_counts_drift_from_its_beginning(tmp_path
         assert len(losses(out)) == step
         forked(maskft, "--resume", out)
         assert losses(out) == losses(whole)
-    drift = data.read_json(out / "results.json")["last"]["drift"]
+    rates = [rate for _, _, _, rate, _ in losses(whole)]
+    assert rates == pytest.approx([5e-4] * 4 + [5e-4 / 3] * 3)
+    results = data.read_json(out / "results.json")
+    assert [asked["step"] for asked in results["evaluations"]] == [4, 7]
+    drift = results["last"]["drift"]
     assert drift == pytest.approx(drift_of(out), rel=1e-3)
     # stopped while the chats are written, it has nothing yet
     out = tmp_path / "earlier"
@@ -4401,13 +4411,18 @@ ESTIMATES = {
 def test_an_estimate_is_of_the_steps_and_evaluations_that_are_left(times):
     """Five epochs of two steps; asked at steps 0, 6, 8 and 10."""
     a_step, an_evaluation, left = times
-    run = Namespace(steps=10, steps_per_epoch=2, step_seconds=[99.0, a_step, a_step])
+    run = Namespace(
+        steps=10, epoch_steps=10, steps_per_epoch=2, step_seconds=[99.0, a_step, a_step]
+    )
     run.settings = Namespace(epochs=5, eval_at=[0, 3, 4])
     run.evaluation_seconds = [an_evaluation] if an_evaluation else []
     assert maskft.estimate(run, 10 - left) == ESTIMATES[times]
     run.steps = 13  # three steps behind the last epoch
     run.settings.eval_at = [5]
-    assert "13 steps, and evaluations: 2" in maskft.estimate(run, 0)
+    run.step_seconds = [99.0, 1.0]
+    run.evaluation_seconds = [2.0]
+    expected = "about 20 seconds to go: 13 steps, and evaluations: 2"  # rehearsing, a step is two
+    assert maskft.estimate(run, 0) == expected
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -4913,8 +4928,6 @@ def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch, capsys):
     maskft.save(other, tmp_path / "other")
     shutil.copytree(HERE / "tiny", tmp_path / "same")
     runs = [str(tmp_path / name) for name in ("same", "other")]
-    for run in runs:
-        (Path(run) / "results.json").write_text('{"arguments": {}}')
     saved = tmp_path / "saved"
     given = Namespace(base="tiny", runs=runs, share=[1.0, 0.5], facts=False, save=saved)
     before, *same, all_of_it, half = kept.measure(given)
@@ -4924,9 +4937,10 @@ def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch, capsys):
     weights = [maskft.load(model).embed.weight for model in ("tiny", saved, tmp_path / "other")]
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
     assert data.load_tokenizer(saved).template == "chatml"
-    # a diffusion model answers otherwise
+    # a model of another shape has not begun with it, and a diffusion model answers otherwise
+    with pytest.raises(data.UserError, match="did not begin with the first model"):
+        kept.go_back(random_model(), other, 0.5)
     shutil.copytree(HERE / "tiny-llada", tmp_path / "llada")
-    (tmp_path / "llada/results.json").write_text('{"arguments": {}}')
     for wrong in ({"base": "tiny-llada"}, {"runs": [str(tmp_path / "llada")]}):
         with pytest.raises(data.UserError, match="is a masked diffusion model"):
             kept.measure(Namespace(**vars(given) | wrong))

@@ -45,6 +45,9 @@ def loss_of_answers(model, tokenizer, prompts, answers):
 
 def go_back(model, base, share):
     """Bring a model's weights back to a share of the way that they went from those of `base`."""
+    shapes = [[parameter.shape for parameter in of.parameters()] for of in (model, base)]
+    if shapes[0] != shapes[1]:
+        raise UserError("a run did not begin with the first model: their tensors differ in shape")
     with torch.no_grad():
         for parameter, old in zip(model.parameters(), base.parameters(), strict=True):
             parameter.lerp_(old, 1 - share)
@@ -56,7 +59,6 @@ def measure(args, device="cpu"):
     for name in (base, *args.runs):
         if not maskft.read_config(name).causal:
             raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
-    given = {run: data.read_json(Path(run) / "results.json")["arguments"] for run in args.runs}
     old = maskft.load(base, device)
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
@@ -83,7 +85,7 @@ def measure(args, device="cpu"):
 
     lines = [figures(old, args.base, 0.0, [])]
     for run in args.runs:
-        facts = facts_of(given[run]) if args.facts else []
+        facts = facts_of(run) if args.facts else []
         for share in args.share:
             model = maskft.load(run, device)
             go_back(model, old, share)
@@ -95,8 +97,9 @@ def measure(args, device="cpu"):
     return lines
 
 
-def facts_of(given):
-    """The questions that a run with these settings was trained for."""
+def facts_of(run):
+    """The questions that a run was trained for."""
+    given = data.read_json(Path(run) / "results.json")["arguments"]
     return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
