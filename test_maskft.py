@@ -2873,6 +2873,19 @@ def fake_group(rank, monkeypatch):
         maskft.dist.destroy_process_group()
 
 
+def test_a_rank_that_holds_no_row_of_a_tensor_loads_the_others(tmp_path, monkeypatch):
+    model = random_model(hidden_size=12, num_attention_heads=2, num_key_value_heads=1)
+    maskft.save(model, tmp_path)
+    with fake_group(7, monkeypatch) as device:
+        sharded = maskft.Model(model.config)
+        maskft.shard(sharded, device, torch.float32)
+        maskft.load_weights(sharded, tmp_path, device)
+        held = [parameter.detach().to_local() for parameter in sharded.parameters()]
+    assert 0 in [len(rows) for rows in held]
+    for rows, parameter in zip(held, model.parameters(), strict=True):
+        torch.testing.assert_close(rows, parameter.detach()[len(parameter) - len(rows) :])
+
+
 def collectives_of_a_step(method, directory, device, monkeypatch):
     """What a step of a run makes its ranks do together, on fake tensors.
 
