@@ -34,9 +34,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from huggingface_hub.utils import tqdm
 
 import data
 from data import UserError
@@ -175,114 +172,6 @@ def average_group(predictions):
     scores = dict(zip(metrics, values.mean(0).tolist(), strict=True))
     interval = dict(zip(metrics, ends.T.tolist(), strict=True))
     return {**scores, "n": n, "interval": interval}
-
-
-# -------------------------------------------------------------------------------------- answering
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def print0(*values):
-    """Print on rank 0, above the progress bar."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, values)))
-
-
-def progress_bar(total, what, unit, **more):
-    """tqdm's, on rank 0. In a log file, where each refresh is a line, one a minute at most."""
-    quiet = 0 if sys.stderr.isatty() else 60  # seconds
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        disable=rank() > 0,
-        dynamic_ncols=True,
-        mininterval=max(quiet, 0.1),
-        maxinterval=max(quiet, 10),
-        delay=quiet,
-        **more,
-    )
-
-
-def longest_answer(questions):
-    """Tokens that an answer to these questions may have; None without questions."""
-    return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
-
-
-def decoding(questions, causal, max_new_tokens=None, **given):
-    """How answers are decoded, as results.json has it; given settings replace the usual ones."""
-    tokens = max_new_tokens or longest_answer(questions)
-    if causal:
-        how = {"decoding": "greedy"}
-    else:
-        name = "unmasking, low confidence, temperature 0"
-        how = {"decoding": name, "steps": tokens, "block_length": 4, **given}
-        if "threshold" in given:
-            del how["steps"]  # as many as it takes
-    return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
-
-
-def prompt_of(question, tokenizer):
-    """The ids of a chat up to the answer to this question."""
-    return tokenizer.chat([{"role": "user", "content": question["question"]}])
-
-
-def check_questions(questions, tokenizer, context, max_new_tokens=None):
-    """UserError for a question that cannot be asked or scored, before any is."""
-    longest = max_new_tokens or longest_answer(questions)
-    for question in questions:
-        where = f"{question.get('where', 'question')}, {question['question'][:80]!r}"
-        tokens = len(prompt_of(question, tokenizer)) + longest
-        if tokens > context:
-            raise UserError(
-                f"{where}: {tokens} tokens with its answer, more than the model takes, {context}"
-            )
-        if "answer" in question and not words(question["answer"]):
-            raise UserError(f"{where}: its answer has no word to score")
-
-
-def evaluate(answer, tokenizer, questions, max_new_tokens=None):
-    """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
-
-    answer       prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called
-                 once a rank, with all of its prompts; it calls on_answer(n) for n more answers
-    scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
-                  "forward/<group>": ..., "backward": ...}
-    predictions  one dict a question, in the order of the questions
-    """
-    if not questions:
-        return {}, []
-    max_new_tokens = max_new_tokens or longest_answer(questions)
-    prompts = [prompt_of(question, tokenizer) for question in questions]
-    # by length: every rank gets its part of short and long, and neighbors make a good batch
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = order[rank() :: world_size()]
-    bar = progress_bar(len(mine), "questions", "question", leave=False, position=0)
-    asked = [prompts[i] for i in mine]
-    answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=bar.update)
-    bar.close()
-    answered = {}  # number of the question -> its prediction
-    for i, ids in zip(mine, answers, strict=True):
-        text = tokenizer.decode(ids).strip()
-        scores = score(text, questions[i]) if "answer" in questions[i] else {}
-        answered[i] = {**questions[i], "prediction": text, **scores}
-    answered = merged(answered)
-    predictions = [answered[i] for i in range(len(questions))]
-    return average(predictions), predictions
-
-
-def merged(mine):
-    """The dicts of all ranks as one, on every rank."""
-    parts = [mine] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -738,25 +627,25 @@ def main():
         dtype = settings_of_run(args, directory) or maskft.native_dtype(device)[0]
         tokenizer = data.load_tokenizer(directory)
         for note in tokenizer.notes:
-            print0(note)
+            maskft.print0(note)
         context = maskft.read_config(directory).context
         if args.ask is None:
             dataset = questions_to_ask(args)
-            check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)
-        model = maskft.load(directory, device, getattr(torch, dtype))
+            maskft.check_questions(dataset.questions, tokenizer, context, args.max_new_tokens)
+        model = maskft.load(directory, device, getattr(maskft.torch, dtype))
         causal = model.config.causal
         given = unmasking(args, causal)
         method = maskft.greedy_answer if causal else llada.answer
         answer = partial(method, model, tokenizer, **given)
-        ask = partial(evaluate, answer, tokenizer, max_new_tokens=args.max_new_tokens)
+        ask = partial(maskft.evaluate, answer, tokenizer, max_new_tokens=args.max_new_tokens)
         if args.ask is None:
-            how = decoding(dataset.questions, causal, args.max_new_tokens, **given)
+            how = maskft.decoding(dataset.questions, causal, args.max_new_tokens, **given)
             score_dataset(args, dataset, ask, how)
             return
         for question in own_questions(args.ask):
-            check_questions([question], tokenizer, context, args.max_new_tokens)
+            maskft.check_questions([question], tokenizer, context, args.max_new_tokens)
             _, (prediction,) = ask([question])
-            print0(prediction["prediction"])
+            maskft.print0(prediction["prediction"])
 
     maskft.entry_point(body)
 
@@ -794,9 +683,11 @@ def settings_of_run(args, directory):
 
 def questions_to_ask(args):
     """The Dataset of --data; UserError if it has no questions."""
+    import maskft
+
     dataset = data.load(args.data, args.paraphrase, args.seed)
     for note in dataset.notes:
-        print0(note)
+        maskft.print0(note)
     if not dataset.questions:
         raise UserError(f"--data {dataset.name}: no questions to ask")
     return dataset
@@ -814,16 +705,18 @@ def unmasking(args, causal):
 
 def score_dataset(args, dataset, ask, how):
     """Ask all questions, print the scores and some answers; --out gets all, decoded so: `how`."""
+    import maskft
+
     scores, predictions = ask(dataset.questions)
-    if args.out and rank() == 0:
+    if args.out and maskft.rank() == 0:
         results = {
             "arguments": vars(args),
             "decoding": how,
             "evaluations": [{"step": None, "scores": scores}],
         }
         write_results(Path(args.out), results, predictions)
-    print0(f"{args.model} on {dataset.name}, seed {args.seed}")
-    print0(f"{score_table(scores)}\n{samples(predictions)}")
+    maskft.print0(f"{args.model} on {dataset.name}, seed {args.seed}")
+    maskft.print0(f"{score_table(scores)}\n{samples(predictions)}")
 
 
 def own_questions(texts):
@@ -836,12 +729,14 @@ def own_questions(texts):
 
 def lines_of_input():
     """The lines of the standard input, on every rank; with a prompt if it is a terminal."""
+    import maskft
+
     line = [None]
     with open(0, encoding="utf-8-sig", closefd=False) as lines:
         while line[0] != "":
-            if rank() == 0:
+            if maskft.rank() == 0:
                 line = [read_line(lines)]
-            dist.broadcast_object_list(line)
+            maskft.dist.broadcast_object_list(line)
             yield line[0]
 
 

@@ -47,6 +47,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
 from huggingface_hub import errors
+from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,7 +60,6 @@ from torch.utils.checkpoint import checkpoint
 import data
 import eval as evaluation
 from data import IGNORE, Example, UserError, read_field
-from eval import print0, progress_bar, rank, world_size
 
 try:
     import resource
@@ -1159,6 +1159,114 @@ def random_answer(model, tokenizer, prompts, max_new_tokens, generator):
     return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, 1.0, 0.95, generator)
 
 
+# ------------------------------------------------------------------ answering, dealt over the ranks
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*values):
+    """Print on rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, values)))
+
+
+def progress_bar(total, what, unit, **more):
+    """tqdm's, on rank 0. In a log file, where each refresh is a line, one a minute at most."""
+    quiet = 0 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        disable=rank() > 0,
+        dynamic_ncols=True,
+        mininterval=max(quiet, 0.1),
+        maxinterval=max(quiet, 10),
+        delay=quiet,
+        **more,
+    )
+
+
+def longest_answer(questions):
+    """Tokens that an answer to these questions may have; None without questions."""
+    return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
+
+
+def decoding(questions, causal, max_new_tokens=None, **given):
+    """How answers are decoded, as results.json has it; given settings replace the usual ones."""
+    tokens = max_new_tokens or longest_answer(questions)
+    if causal:
+        how = {"decoding": "greedy"}
+    else:
+        name = "unmasking, low confidence, temperature 0"
+        how = {"decoding": name, "steps": tokens, "block_length": 4, **given}
+        if "threshold" in given:
+            del how["steps"]  # as many as it takes
+    return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
+
+
+def prompt_of(question, tokenizer):
+    """The ids of a chat up to the answer to this question."""
+    return tokenizer.chat([{"role": "user", "content": question["question"]}])
+
+
+def check_questions(questions, tokenizer, context, max_new_tokens=None):
+    """UserError for a question that cannot be asked or scored, before any is."""
+    longest = max_new_tokens or longest_answer(questions)
+    for question in questions:
+        where = f"{question.get('where', 'question')}, {question['question'][:80]!r}"
+        tokens = len(prompt_of(question, tokenizer)) + longest
+        if tokens > context:
+            raise UserError(
+                f"{where}: {tokens} tokens with its answer, more than the model takes, {context}"
+            )
+        if "answer" in question and not evaluation.words(question["answer"]):
+            raise UserError(f"{where}: its answer has no word to score")
+
+
+def evaluate(answer, tokenizer, questions, max_new_tokens=None):
+    """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
+
+    answer       prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called
+                 once a rank, with all of its prompts; it calls on_answer(n) for n more answers
+    scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
+                  "forward/<group>": ..., "backward": ...}
+    predictions  one dict a question, in the order of the questions
+    """
+    if not questions:
+        return {}, []
+    max_new_tokens = max_new_tokens or longest_answer(questions)
+    prompts = [prompt_of(question, tokenizer) for question in questions]
+    # by length: every rank gets its part of short and long, and neighbors make a good batch
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = order[rank() :: world_size()]
+    bar = progress_bar(len(mine), "questions", "question", leave=False, position=0)
+    asked = [prompts[i] for i in mine]
+    answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=bar.update)
+    bar.close()
+    answered = {}  # number of the question -> its prediction
+    for i, ids in zip(mine, answers, strict=True):
+        text = tokenizer.decode(ids).strip()
+        scores = evaluation.score(text, questions[i]) if "answer" in questions[i] else {}
+        answered[i] = {**questions[i], "prediction": text, **scores}
+    answered = merged(answered)
+    predictions = [answered[i] for i in range(len(questions))]
+    return evaluation.average(predictions), predictions
+
+
+def merged(mine):
+    """The dicts of all ranks as one, on every rank."""
+    parts = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 # -------------------------------------------------------------------------------------------- FSDP2
 
 
@@ -1767,7 +1875,7 @@ def evaluate_and_record(run, step, epoch):
     began = time.monotonic()
     answer = partial(run.method.answer or greedy_answer, run.model, run.tokenizer)
     with answering(run):
-        scores, run.predictions = evaluation.evaluate(answer, run.tokenizer, run.dataset.questions)
+        scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
     seconds = time.monotonic() - began
     run.evaluation_seconds.append(seconds)
@@ -1934,7 +2042,7 @@ def write_chats(run):
     bar.close()
     if sum_over_ranks(len(run.stop))[0]:
         return []
-    written = evaluation.merged(written)
+    written = merged(written)
     return [chat for group in range(groups) for chat in written[group]]
 
 
@@ -2299,7 +2407,7 @@ def check_dataset(run):
             f"give a larger --max-len than {run.settings.max_len}"
         )
     run.dataset.documents = kept
-    evaluation.check_questions(run.dataset.questions, run.tokenizer, context)
+    check_questions(run.dataset.questions, run.tokenizer, context)
 
 
 def cut_document(run, document, number, limit):
@@ -2407,7 +2515,7 @@ def open_run(run, results):
         "arguments": dataclasses.asdict(from_anywhere(run.settings)),
         "environment": environment(run.device),
         "dataset": known,
-        "decoding": evaluation.decoding(run.dataset.questions, run.model.config.causal),
+        "decoding": decoding(run.dataset.questions, run.model.config.causal),
         "steps": run.steps,
         "evaluations": [],
     }

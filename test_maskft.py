@@ -1049,7 +1049,7 @@ def asked(tokenizer):
 
 def test_each_question_has_the_scores_of_its_own_answer(asked, tokenizer):
     questions, answer = asked
-    scores, predictions = evaluation.evaluate(answer, tokenizer, questions)
+    scores, predictions = maskft.evaluate(answer, tokenizer, questions)
     assert [p["question"] for p in predictions] == [q["question"] for q in questions]
     forward = scores["forward"]
     assert (forward["rouge1"], forward["n"], scores["backward"]["rouge1"]) == (1, 18, 0)
@@ -1059,24 +1059,24 @@ def test_each_question_has_the_scores_of_its_own_answer(asked, tokenizer):
 
 def test_an_error_in_answering_is_no_score(asked, tokenizer):
     with pytest.raises(ZeroDivisionError):
-        evaluation.evaluate(lambda *_, **__: 1 / 0, tokenizer, asked[0])
+        maskft.evaluate(lambda *_, **__: 1 / 0, tokenizer, asked[0])
 
 
 def test_questions_are_spread_evenly_over_the_ranks(asked, tokenizer, monkeypatch):
     """The ranks' parts have as many questions but for one, and give what one process does."""
     questions, answer = asked
-    whole = evaluation.evaluate(answer, tokenizer, questions)
+    whole = maskft.evaluate(answer, tokenizer, questions)
     parts = []
 
     def gather(gathered, part):
         parts.append(dict(part))
         gathered[:] = [dict(enumerate(whole[1]))]
 
-    monkeypatch.setattr(evaluation, "world_size", lambda: 4)
+    monkeypatch.setattr(maskft, "world_size", lambda: 4)
     monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
     for rank in range(4):
-        monkeypatch.setattr(evaluation, "rank", lambda rank=rank: rank)
-        assert evaluation.evaluate(answer, tokenizer, questions) == whole
+        monkeypatch.setattr(maskft, "rank", lambda rank=rank: rank)
+        assert maskft.evaluate(answer, tokenizer, questions) == whole
     assert [len(part) for part in parts] == [7, 7, 7, 6]
     together = {number: prediction for part in parts for number, prediction in part.items()}
     assert [together[number] for number in range(27)] == whole[1]
@@ -1657,13 +1657,13 @@ def test_a_question_without_an_answer_is_asked_and_not_scored(tokenizer):
         assert max_new_tokens == 128
         return [tokenizer.encode("Orla Venn")] * len(prompts)
 
-    scores, predictions = evaluation.evaluate(answer, tokenizer, [open_question, true])
+    scores, predictions = maskft.evaluate(answer, tokenizer, [open_question, true])
     assert scores["all"]["rouge1"] == 1 and scores["all"]["n"] == 1
     assert predictions[0] == open_question | {"prediction": "Orla Venn"}
     shown = f"all: {WHO}\n  answered 'Orla Venn', true is 'Orla Venn'"
     assert evaluation.samples(predictions) == f"\n{shown}\n\nall: Who else?\n  answered 'Orla Venn'"
     assert evaluation.reported_scores({"scores": scores}) == {"all": 1}
-    scores, _ = evaluation.evaluate(answer, tokenizer, [open_question])
+    scores, _ = maskft.evaluate(answer, tokenizer, [open_question])
     assert scores == {} and evaluation.score_table(scores) == "no scores"
 
 
@@ -4452,7 +4452,7 @@ def test_a_bar_moves_while_questions_are_asked_but_not_in_a_log_file(terminal, m
         return [[]] * len(prompts)
 
     questions = data.load("bio:1").questions[:3]
-    evaluation.evaluate(slow, data.load_tokenizer("tiny"), questions)
+    maskft.evaluate(slow, data.load_tokenizer("tiny"), questions)
     assert ("2/3" in stream.getvalue()) == terminal, stream.getvalue()
 
 
@@ -4741,7 +4741,7 @@ def test_results_are_written_before_they_are_printed(finished, tmp_path):
         def fail(*values):
             raise UserError("nobody reads")
 
-        evaluation.print0 = fail
+        maskft.print0 = fail
         evaluation.print = fail
 
     asked = ("--model", out, "--max-new-tokens", 4, "--data", "bio:1", "--out", tmp_path / "asked")

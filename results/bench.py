@@ -37,7 +37,7 @@ import eval as evaluation
 import llada
 import maskft
 from data import IGNORE, UserError
-from eval import print0, world_size
+from maskft import print0, world_size
 
 METHODS = maskft.METHODS | llada.METHODS
 
@@ -254,7 +254,7 @@ def ask(answer, tokenizer, questions, device, answers, max_new_tokens=128):
         answers.update(zip(map(tuple, prompts), new, strict=True))
         return new
 
-    evaluate = partial(evaluation.evaluate, recorded, tokenizer, questions, max_new_tokens)
+    evaluate = partial(maskft.evaluate, recorded, tokenizer, questions, max_new_tokens)
     _, taken = seconds(evaluate, device)
     return {"seconds": taken}
 
@@ -555,7 +555,7 @@ def arguments():
 def main():
     args = arguments().parse_args()
     figures, device = args.measure(args)
-    if args.out and evaluation.rank() == 0:
+    if args.out and maskft.rank() == 0:
         given = {name: value for name, value in vars(args).items() if name != "measure"}
         report = {
             "measured": args.measure.__name__,

@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 import maskft
 from data import UserError
-from eval import print0
+from maskft import print0
 
 QUESTION_TOKENS = 48  # of an answer to one of the 100; they are short
 REQUEST_TOKENS = 64
@@ -63,18 +63,18 @@ def measure(args, device="cpu"):
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
     questions = [question for question in asked if "answer" in question]
-    prompts = [evaluation.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
+    prompts = [maskft.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
     said = maskft.greedy_answer(old, tokenizer, prompts, REQUEST_TOKENS)
     said = [maskft.with_end_of_turn(ids, REQUEST_TOKENS, tokenizer) for ids in said]
 
     def figures(model, name, share, facts):
         answer = partial(maskft.greedy_answer, model, tokenizer)
         line = {"model": name, "share": share}
-        _, answered = evaluation.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
+        _, answered = maskft.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
         right = [question["rouge1"] == 1 for question in answered]  # every word of the answer
         line["questions"] = sum(right) / len(right)
         line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
-        scores, _ = evaluation.evaluate(answer, tokenizer, facts)
+        scores, _ = maskft.evaluate(answer, tokenizer, facts)
         line["facts"] = evaluation.reported_scores({"scores": scores})
         shown = [f"{key} {value:.3f}" for key, value in line["facts"].items()]
         print0(
