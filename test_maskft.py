@@ -1073,7 +1073,7 @@ def test_questions_are_spread_evenly_over_the_ranks(asked, tokenizer, monkeypatc
         gathered[:] = [dict(enumerate(whole[1]))]
 
     monkeypatch.setattr(maskft, "world_size", lambda: 4)
-    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    monkeypatch.setattr(maskft.dist, "all_gather_object", gather)
     for rank in range(4):
         monkeypatch.setattr(maskft, "rank", lambda rank=rank: rank)
         assert maskft.evaluate(answer, tokenizer, questions) == whole
