@@ -274,17 +274,21 @@ def answer(
     return answers
 
 
-def random_answer(model, tokenizer, prompts, max_new_tokens, generator):
-    """Answers of one batch, drawn at temperature 1."""
-    return sample(
-        model,
-        prompts,
-        max_new_tokens,
-        steps=max_new_tokens,
-        temperature=1.0,
-        stop_ids=tokenizer.stop_ids,
-        generator=generator,
-    )
+def random_answer(model, tokenizer, prompts, max_new_tokens, generators, on_answer):
+    """Answers drawn at temperature 1, one by one: none depends on what is drawn for others."""
+    answers = []
+    for prompt, generator in zip(prompts, generators, strict=True):
+        answers += sample(
+            model,
+            [prompt],
+            max_new_tokens,
+            steps=max_new_tokens,
+            temperature=1.0,
+            stop_ids=tokenizer.stop_ids,
+            generator=generator,
+        )
+        on_answer(1)
+    return answers
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -16,13 +16,12 @@ that were picked out of B x T.
 
 import argparse
 import dataclasses
-import errno
 import gc
-import hashlib
 import json
 import math
 import os
-import platform
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,12 +58,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
-from data import IGNORE, Example, UserError, read_field
-
-try:
-    import resource
-except ImportError:  # there is none on Windows
-    resource = None
+from data import DATA_HELP, IGNORE, PARAPHRASES, Example, UserError, read_field
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -223,7 +217,7 @@ class Method:
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
     # model, tokenizer, prompts, max_new_tokens, on_answer -> answers; None = greedy
     answer: Callable | None = None
-    # the same with a generator in place of on_answer, at random; None = by temperature and top-p
+    # the same at random, with a generator a prompt before on_answer; None = temperature and top-p
     draw: Callable | None = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
@@ -1056,7 +1050,7 @@ def generate(
     stop_ids=(),
     temperature=0.0,
     top_p=1.0,
-    generator=None,
+    generators=None,
     batch_tokens=ANSWER_BATCH_TOKENS,
     on_answer=None,
 ):
@@ -1068,7 +1062,8 @@ def generate(
     temperature   0 = the likeliest token; else a draw from softmax(logits / temperature)
     top_p         draws are of the fewest tokens that have this probability together
     batch_tokens  rows times (prompt + max_new_tokens) at most; one row may be longer
-    on_answer     called with 1 for every answer that is complete
+    generators    of random numbers, one a prompt, so that no draw depends on other prompts
+    on_answer     called behind every token with the number of answers that it completed
     """
     check_sampling(max_new_tokens, temperature, top_p)
     model.check_length(max(map(len, prompts), default=0) + max_new_tokens)
@@ -1091,18 +1086,20 @@ def generate(
         seen = [len(prompts[i]) + len(answers[i]) for i in numbers]
         past = [n - len(new) for n, new in zip(seen, ids, strict=True)]
         logits = last_logits(model, cache, first, past, ids)  # (B, V)
-        chosen = choose(logits, temperature, top_p, generator).tolist()
+        random = generators and [generators[i] for i in numbers]
+        chosen = choose(logits, temperature, top_p, random).tolist()
         for i, token in zip(numbers, chosen, strict=True):
             answers[i].append(token)
         # 3. the last row takes the place of one that has ended
-        for row in reversed(range(len(going))):
+        before = len(going)
+        for row in reversed(range(before)):
             answer = answers[going[row]]
             if answer[-1] in stop_ids or len(answer) == max_new_tokens:
                 cache.move(len(going) - 1, row)
                 going[row] = going[-1]
                 going.pop()
-                if on_answer:
-                    on_answer(1)
+        if on_answer:
+            on_answer(before - len(going))
     return [until_stop(answer, stop_ids) for answer in answers]
 
 
@@ -1134,14 +1131,16 @@ def last_logits(model, cache, first, past, ids):
     return model(padded.to(device), pick=last.to(device), cache=cache)
 
 
-def choose(logits, temperature, top_p, generator):
+def choose(logits, temperature, top_p, generators):
     """The next token of each row: logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all before it
     kept = probabilities.where(likelier < top_p, 0)
-    return ids.gather(1, kept.multinomial(1, generator=generator))[:, 0]
+    rows = zip(kept, generators, strict=True)
+    drawn = torch.stack([row.multinomial(1, generator=random) for row, random in rows])  # (B, 1)
+    return ids.gather(1, drawn)[:, 0]
 
 
 def until_stop(ids, stop_ids):
@@ -1154,9 +1153,11 @@ def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None)
     return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, on_answer=on_answer)
 
 
-def random_answer(model, tokenizer, prompts, max_new_tokens, generator):
+def random_answer(model, tokenizer, prompts, max_new_tokens, generators, on_answer=None):
     """Answers of an autoregressive model drawn at temperature 1 from all but the least likely."""
-    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, 1.0, 0.95, generator)
+    stop_ids = tokenizer.stop_ids
+    how = {"temperature": 1.0, "top_p": 0.95, "generators": generators, "on_answer": on_answer}
+    return generate(model, prompts, max_new_tokens, stop_ids, **how)
 
 
 # ------------------------------------------------------------------ answering, dealt over the ranks
@@ -1176,20 +1177,15 @@ def print0(*values):
         tqdm.write(" ".join(map(str, values)))
 
 
+# how a progress bar looks in a log file: a line a minute
+LOG_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} to go{postfix}\n"
+
+
 def progress_bar(total, what, unit, **more):
-    """tqdm's, on rank 0. In a log file, where each refresh is a line, one a minute at most."""
-    quiet = 0 if sys.stderr.isatty() else 60  # seconds
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        disable=rank() > 0,
-        dynamic_ncols=True,
-        mininterval=max(quiet, 0.1),
-        maxinterval=max(quiet, 10),
-        delay=quiet,
-        **more,
-    )
+    """tqdm's, on rank 0."""
+    if not sys.stderr.isatty():
+        more |= {"bar_format": LOG_LINE, "mininterval": 60, "maxinterval": 60, "delay": 60}
+    return tqdm(total=total, desc=what, unit=unit, disable=rank() > 0, dynamic_ncols=True, **more)
 
 
 def longest_answer(questions):
@@ -1254,28 +1250,32 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         text = tokenizer.decode(ids).strip()
         scores = evaluation.score(text, questions[i]) if "answer" in questions[i] else {}
         answered[i] = {**questions[i], "prediction": text, **scores}
-    answered = merged(answered)
-    predictions = [answered[i] for i in range(len(questions))]
+    predictions = in_order(answered)
     return evaluation.average(predictions), predictions
 
 
-def merged(mine):
-    """The dicts of all ranks as one, on every rank."""
+def in_order(mine):
+    """The values of all ranks' dicts {number: value}, by number, on every rank."""
     parts = [mine] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
+    everything = {number: value for part in parts for number, value in part.items()}
+    return [everything[number] for number in sorted(everything)]
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
+
+
+def launched():
+    """Whether torchrun, or another launcher, made this process one of a group."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
     GPUs. The device."""
     # Before CUDA starts. Micro-batches differ in length, which leaves fixed segments in pieces.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # cuDNN's attention, the first choice on an H100, has had NaN gradients with a mask (pytorch
     # issue 196678) and wrong answers with few KV heads (193893), and plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1288,9 +1288,11 @@ def start_processes():
         if device.index >= visible:
             raise UserError(f"only {visible} GPUs are visible: torchrun --nproc_per_node that many")
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # an hour: ranks wait for each other while one of them still answers questions
-    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
+    if not dist.is_initialized():  # a notebook may train twice
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # an hour: ranks wait for each other while one of them still answers questions
+        group = {} if launched() else alone
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
     if rank():
         huggingface_hub.utils.disable_progress_bars()  # of downloads
     return device
@@ -1356,26 +1358,20 @@ def gathered(model):
 
 
 def save_checkpoint(run, step):
-    """Write out/.../ckpt/step-N with a checksum beside every file; keep the last two.
-
-    It is written under another name and renamed when whole.
-    """
-    part = run.out / "ckpt" / f"part-{step}"
+    """Write out/.../ckpt/step-N, which has its name once it is whole; keep the last two."""
+    folder = run.out / "ckpt"
+    part = folder / f"part-{step}"
     if rank() == 0:
-        for cut_short in checkpoints(run.out, "part"):
+        for cut_short in folder.glob("part-*"):
             shutil.rmtree(cut_short)
         part.mkdir(parents=True)
     dist.barrier()
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=part)
-    written = list(part.glob(f"__{rank()}_*"))
-    if rank() == 0:
-        written.append(part / ".metadata")
-    for file in written:
-        Path(f"{file}.sha256").write_text(sha256(file))
+    with dcp_errors():
+        dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=part)
     dist.barrier()
     if rank() == 0:
-        part.replace(run.out / "ckpt" / f"step-{step}")
+        part.replace(folder / f"step-{step}")
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -1387,68 +1383,44 @@ def load_checkpoint(run):
     if not saved:
         return 0
     newest = saved[-1]
-    # DCP notices neither a flipped bit nor half a file before it is deep in it: each rank checks
-    # its part of the files
-    sums = sorted(newest.glob("*.sha256"))[rank() :: world_size()]
-    damaged = [file for file in sums if sha256(file.with_suffix("")) != file.read_text()]
-    if not (newest / ".metadata").exists():
-        damaged.append(newest / ".metadata.sha256")
-    everywhere = [None] * world_size()
-    dist.all_gather_object(everywhere, damaged)
-    damaged = sum(everywhere, [])
-    if damaged:
-        older = f"step {step_of(saved[-2])}" if saved[1:] else "the beginning"
-        raise UserError(
-            f"{damaged[0].with_suffix('')}: damaged, its checksum is not that of what was saved. "
-            f"Delete {newest} and give the same --resume again: it goes on from {older}"
-        )
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    state = {"model": weights, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=newest)  # in place; unpickles .metadata: only runs of your own
+    advice = f"is damaged. Delete {shlex.quote(str(newest))} to go on from before it"
+    with data.reading(newest, advice), dcp_errors():
+        # in place; unpickles .metadata: only runs of your own
+        dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=newest)
     set_state_dict(
         run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer_state
     )
     return step_of(newest)
 
 
-def checkpoints(out, kind="step"):
-    """The whole checkpoints of a run, oldest first; of the kind "part", those that were cut short.
+@contextmanager
+def dcp_errors():
+    """The first rank's own error in place of DCP's collection, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
-    Whatever else lies there is none of ours.
-    """
-    found = [path for path in (out / "ckpt").glob(f"{kind}-*") if path.is_dir()]
-    return sorted([path for path in found if step_of(path) is not None], key=step_of)
+
+def checkpoints(out):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((out / "ckpt").glob("step-*"), key=step_of)
 
 
 def step_of(path):
-    """7 of .../ckpt/step-7; None of what has no number."""
-    number = path.name.partition("-")[2]
-    return int(number) if number.isdecimal() else None
-
-
-def sha256(path):
-    """Of a file's contents; None where there is no file."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def how_to_go_on(run):
-    """The line to type to go on with a run."""
-    saved = checkpoints(run.out)
-    where = f"step {step_of(saved[-1])}" if saved else "the beginning"
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    nodes = ""
-    if world_size() != int(local or 1):
-        nodes = " (on every node, with torchrun's other flags)"
-    return f"to go on from {where}{nodes}:\n    {resume_command(run.out)}"
+    """7 of .../ckpt/step-7."""
+    return int(path.name.removeprefix("step-"))
 
 
 def resume_command(out):
+    """What to type to go on with a run."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {local}" if local else "python"
-    return f"{start} {sys.argv[0]} --resume {out}"
+    # a notebook has no file
+    script = getattr(sys.modules["__main__"], "__file__", __file__)
+    return f"{start} {shlex.join([os.path.relpath(script), '--resume', str(out)])}"
 
 
 # --------------------------------------------------------------------------- the directory of a run
@@ -1456,174 +1428,271 @@ def resume_command(out):
 
 @contextmanager
 def locked(out):
-    """Hold the lock of a run's directory; UserError says who else does.
-
-    The system takes the lock back however the process ends. Only rank 0 has it.
-    """
+    """Hold the lock of a run's directory. The system takes it back however the process ends."""
     lock = FileLock(out / ".lock")
-    holder = out / ".lock.holder"  # beside it: some versions empty the file that they cannot lock
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = data.read_text(holder) if holder.exists() else "another process"
-        raise UserError(f"{out} is in use by {who}: wait for its end, or stop it") from None
-    data.write_text(holder, f"process {os.getpid()} on {platform.node()}")
+        raise UserError(f"{out} is in use by another process: wait for its end") from None
     try:
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        if os.name == "posix":  # elsewhere it deletes itself, and cannot be deleted before
-            Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it sees that it is gone
+        (out / ".lock").unlink(missing_ok=True)  # who waits for it sees that it is gone
         lock.release()
-        with suppress(OSError):
-            out.rmdir()  # where nothing was written
 
 
 def claim(run, out, locks):
-    """Make the directory of a new run, or take an empty one, and lock it until `locks` end.
+    """The directory of a run, locked until `locks` end, and the run's results so far.
 
-    out      what --out says for its method; None: the next free number
-    returns  its path
+    out      its path; None = the next free out/DATA-METHOD-N
+    results  {} of a new run. A directory with an unfinished run of the same settings is gone on
+             with, so the same command, given again by a person or a scheduler, goes on
     """
-    if out is None:
-        out = next_number(f"{run.dataset.name}-{run.settings.method}")
+    out = out or free_directory(run)
     out.mkdir(parents=True, exist_ok=True)
     locks.enter_context(locked(out))
-    refuse_used(out)
-    return out
+    return out, results_so_far(run, out)
 
 
-def next_number(name):
-    """The directory out/name-N of the first N that is free, made."""
-    parent = Path("out")
-    parent.mkdir(exist_ok=True)
+def free_directory(run):
+    """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, the one that it
+    had."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     for n in count(1):
+        out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
+        if again and is_unfinished(run, out):
+            return out
         with suppress(FileExistsError):  # from before, or made by another run this moment
-            (parent / f"{name}-{n}").mkdir()
-            return parent / f"{name}-{n}"
+            out.mkdir(parents=True)
+            return out
 
 
-def refuse_used(out):
-    """UserError for a directory that holds more than its lock."""
-    if any(not path.name.startswith(".lock") for path in out.iterdir()):
-        raise UserError(f"--out {out} is in use: give another name, or go on with --resume {out}")
+def is_unfinished(run, out):
+    """Whether a directory holds a run of these settings that was not finished."""
+    known = data.read_object(out / "results.json").get("arguments")
+    return known == as_json(run.settings) and not is_finished(out)
 
 
-def reopen(out, methods, locks):
-    """Lock a run that --resume names; its results so far, or None of one that is finished now.
+def is_finished(out):
+    return any(out.glob("model*.safetensors"))  # what is written last
 
-    UserError where it cannot go on, with nothing changed.
-    """
-    read_results(out)  # before there is a lock in what is no run
-    locks.enter_context(locked(out))
-    results = read_results(out)  # as whoever had the lock left it
-    method = results["arguments"]["method"]
-    if method not in methods:
+
+def results_so_far(run, out):
+    """The results of the run in a directory, {} of an empty one; UserError if it is in use."""
+    results = data.read_object(out / "results.json")
+    if not results and not any(path.name != ".lock" for path in out.iterdir()):
+        return {}
+    if not is_unfinished(run, out):
         raise UserError(
-            f"--resume {out}: a run of {method}, not of one of this script's methods, "
-            f"{', '.join(methods)}; go on with the script that began it"
+            f"--out {out} is in use: give another name, or go on with what is there by --resume"
         )
-    read_metrics(out)
-    ours = checkpoints(out) + checkpoints(out, "part")
-    for path in sorted((out / "ckpt").glob("[!.]*")):
-        if path not in ours:
-            raise UserError(f"{path}: no checkpoint of a run; move it away and --resume again")
-    saved = ("model.safetensors", "model.safetensors.index.json")  # what is written last
-    if not any((out / name).exists() for name in saved):
-        return results
-    if not tidy(out, results):
+    if results["dataset"] != data.digest(run.dataset.documents + run.dataset.questions):
         raise UserError(
-            f"--resume {out}: this run is finished. "
-            f"To ask its questions again: python eval.py --model {out}"
+            f"--out {out}: --data {run.settings.data} is not what it was when this run began: "
+            "bring that back, or begin a new run"
         )
-    print0(f"{out}: this run is finished; what was left to do is done: checkpoints, curves.png")
-    return None
-
-
-def read_results(out):
-    """The results.json of a run; UserError where it is not whole."""
-    path = out / "results.json"
-    results = data.read_json(path)
-    try:
-        settings = results["arguments"]
-        for setting in dataclasses.fields(Settings):
-            value = settings[setting.name]
-            if not isinstance(value, setting.type):
-                raise TypeError(f"{setting.name} is {value!r}")
-        Settings(**settings)
-        for asked in results["evaluations"]:
-            evaluation.overall(asked)
-            int(asked["step"])
-        str(results["dataset"])
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not the settings and results of a run ({found})") from None
     return results
 
 
+def settings_of(out, methods):
+    """The Settings of the unfinished run that --resume names."""
+    with data.reading(out / "results.json", "not the settings of a run of this version"):
+        settings = Settings(**data.read_json(out / "results.json")["arguments"])
+    if settings.method not in methods:
+        raise UserError(
+            f"--resume {out}: a run of {settings.method}; go on with the script that began it"
+        )
+    if is_finished(out):
+        raise UserError(f"--resume {out}: this run is finished. To ask it: {ask_command(out)}")
+    return settings
+
+
+def as_json(settings):
+    """Settings as they are read from results.json."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def check_shared(out):
+    """UserError unless every rank sees the run's directory: all of them write checkpoints."""
+    dist.barrier()
+    (seen,) = sum_over_ranks(out.exists())
+    if seen < world_size():
+        raise UserError(
+            f"{out} is not the same directory for all processes: put it on a file system that all "
+            "nodes share, or give its absolute path with --out"
+        )
+
+
 def read_metrics(out):
-    """The lines of metrics.jsonl, but a last one that a crash has torn; UserError for another."""
+    """The lines of metrics.jsonl, but a last one that a crash has torn."""
     path = out / "metrics.jsonl"
-    lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line))
-            float(parsed[-1]["step"] + parsed[-1]["seconds"])
-        except (LookupError, TypeError, ValueError):
-            raise UserError(
-                f"{path}, line {number}: damaged, no step of a run: {line[:40]!r}. "
-                "Mend or delete that line and --resume again"
-            ) from None
-    return parsed
+    with data.reading(path):
+        lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
 
 
-def tidy(out, results):
-    """Delete the checkpoints of a run whose model is saved, and draw its curves.
-
-    Whether there was anything to do.
-    """
-    left = checkpoints(out) + checkpoints(out, "part")
-    for path in left:  # three times the size of the model each, and of no more use
-        shutil.rmtree(path)
-    with suppress(OSError):
-        (out / "ckpt").rmdir()  # unless there is something of the user's
-    picture = out / "curves.png"
-    if picture.exists() or not find_spec("matplotlib"):
-        return bool(left)
-    rows = evaluation.summarize([results])
-    losses = [(line["step"], line["loss"]) for line in read_metrics(out) if "loss" in line]
-    evaluation.draw_panels(rows, picture, evaluation.draw_curves, losses)
-    return True
+# ------------------------------------------------------------------- settings, which are the flags
 
 
-# -------------------------------------------------------------------------------- the training loop
+def flag(what, default=None, **more):
+    """A setting that the flag of its name sets; `more` is for argparse."""
+    return field(default=default, metadata={"help": what, **more})
+
+
+def above(low, kind=int):
+    """Reads a flag's number, which is above `low`; in argparse's message it is "int above 0"."""
+
+    def read(text):
+        number = kind(text)
+        if not low < number < math.inf:
+            raise ValueError
+        return number
+
+    read.__name__ = f"{kind.__name__} above {low}"
+    return read
 
 
 @dataclass
 class Settings:
-    """What makes a run what it is: kept in results.json, taken from there by --resume.
+    """What makes a run what it is: its flags, kept in results.json, from where --resume has them.
 
-    As the flags of the same names give them; None where none did, until `decide`.
+    None where no flag was given, until `decide`.
     """
 
-    model: str
-    data: str
-    method: str
-    paraphrase: str
-    mask_ratio: list | None  # None: the method masks nothing
-    epochs: int
-    lr: float
-    batch_size: int  # documents a step, over all ranks
-    micro_batch_tokens: int
-    max_len: int
-    seed: int
-    dtype: str
-    eval_at: list
-    save_every: float  # minutes
-    mlp_only: bool  # attention, norms, embedding and head stay as they are
-    rehearse: int  # steps behind the last epoch, with as many chats of its own as documents
-    offload: bool  # weights, gradients and optimizer state in the host's memory
+    model: str = flag("directory or hub id (default: built-in; under torchrun with CUDA 8B)")
+    data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)")
+    method: str = flag("one, or several to compare (default: {})", nargs="+")
+    paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
+    mask_ratio: list = flag(  # None: the method masks nothing
+        "share of masked tokens, or lowest and highest (default: 0.05 0.95)",
+        tuple(evaluation.USUAL_RATIO),
+        type=float,
+        nargs="+",
+        metavar="R",
+    )
+    mlp_only: bool = flag("train the MLPs alone, which forgets less", False, action="store_true")
+    rehearse: int = flag(
+        "add N steps; half of their examples are chats that the model wrote (default: 0)",
+        0,
+        type=above(-1),
+        metavar="N",
+    )
+    epochs: int = flag("default: by the model's size and the data", type=above(0))
+    lr: float = flag("default: by the model's size and the method", type=above(0, float))
+    batch_size: int = flag("documents a step (default: 64; of small models fewer)", type=above(0))
+    micro_batch_tokens: int = flag(
+        "at a time on a GPU, with padding: memory, not results (default: 4096)",
+        4096,
+        type=above(0),
+    )
+    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=above(0))
+    seed: int = flag("of people, order and masks (default: 0)", 0, type=above(-1))
+    dtype: str = flag(
+        "of the computation (default: bfloat16 if native)", choices=["bfloat16", "float32"]
+    )
+    offload: bool = flag(
+        "keep weights, gradients and optimizer state in the host's memory: slower, fits more",
+        False,
+        action="store_true",
+    )
+    eval_at: list = flag(
+        "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
+        type=above(-1),
+        nargs="+",
+        metavar="E",
+    )
+    save_every: float = flag(
+        "minutes between checkpoints (default: 30)", 30.0, type=above(0, float)
+    )
+
+
+def arguments(description, methods):
+    """The flags of a script that trains `methods`, {name: Method}: those of Settings, and three."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    for setting in dataclasses.fields(Settings):
+        more = dict(setting.metadata)
+        if setting.name == "method":
+            last = list(methods)[-2:]
+            usual = f"the last; of the built-in model {' '.join(last)}"
+            more |= {"choices": methods, "help": more["help"].format(usual)}
+        add(f"--{setting.name.replace('_', '-')}", default=setting.default, **more)
+    add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
+    add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
+    show = "print what the model would see of N documents (3), and train nothing"
+    add("--show", type=above(0), nargs="?", const=3, metavar="N", help=show)
+    return parser
+
+
+def parse_flags(parser):
+    """The parsed command line; --resume takes all settings from its run, so it stands alone."""
+    args = parser.parse_args()
+    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
+        parser.error("--resume takes its settings from the run: give no other flag with it")
+    low, *high = args.mask_ratio
+    args.mask_ratio = [low, *(high or [low])]
+    if len(high) > 1 or not 0 <= low <= args.mask_ratio[-1] <= 1:
+        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
+    return args
+
+
+# Steps of the paper's settings: one and a half times what 95 % of the plateau takes, 3/k of the
+# paper's fitted curves; of GSM8K the paper's 7 epochs. Custom documents count as wiki, which is
+# natural text too.
+STEPS = {
+    "bio": 5000,
+    "bio-released": 5000,
+    "nd": 1400,
+    "nd-made": 1400,
+    "wiki": 1550,
+    "gsm8k": 810,
+    "math-made": 810,
+}
+TINY = 10_000_000  # parameters; the built-in models have fewer
+SMALL = 1_000_000_000
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def decide(given, method, model, documents):
+    """The Settings with a value for all that no flag gave, and where those values come from.
+
+    documents  how many there are to learn
+    """
+    paper_steps = STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
+    parameters = parameter_count(model)
+    if parameters < TINY:
+        why = "measured on the built-in models"
+        batch_size, lr, most_epochs, steps = 20, method.tiny_lr, math.inf, method.tiny_steps
+    elif parameters < SMALL:
+        why = "chosen for masked and sft on SmolLM2-135M"
+        batch_size, lr, most_epochs, steps = 10, method.small_lr, method.small_epochs, paper_steps
+    else:
+        why = "the paper's, A.4"
+        llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
+        lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
+        batch_size, most_epochs, steps = 64, math.inf, paper_steps
+    batch_size = given.batch_size or batch_size
+    epochs = given.epochs or min(most_epochs, math.ceil(steps / math.ceil(documents / batch_size)))
+    doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
+    decided = dataclasses.replace(
+        given,
+        batch_size=batch_size,
+        lr=given.lr or lr,
+        epochs=epochs,
+        eval_at=doubling if given.eval_at is None else given.eval_at,
+        mask_ratio=given.mask_ratio if method.masks else None,
+    )
+    asked = {"epochs": given.epochs, "batch size": given.batch_size, "lr": given.lr}
+    left = [name for name, value in asked.items() if not value]
+    return decided, f"default {', '.join(left)}: {why}" if left else "as set"
+
+
+# -------------------------------------------------------------------------------- the training loop
 
 
 @dataclass
@@ -1636,21 +1705,29 @@ class Run:
     directory: Path  # of the model that it starts from
     tokenizer: data.Tokenizer
     dataset: data.Dataset
-    model: Model  # on `meta` until the run begins
+    model: Model  # on `meta` until its weights are loaded
     stop: list  # the signals received so far
     out: Path | None = None  # of the run, once it has one
-    why: str = ""  # where the values of settings come from that no flag gave
-    steps_per_epoch: int = 0
-    epoch_steps: int = 0  # of all epochs
-    steps: int = 0  # with those behind them, which rehearse
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
     results: dict = field(default_factory=dict)  # what results.json gets
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
-    step_seconds: list = field(default_factory=list)  # of each step since this process began
-    evaluation_seconds: list = field(default_factory=list)  # of each evaluation
+
+    @property
+    def steps_per_epoch(self):
+        return math.ceil(len(self.dataset.documents) / self.settings.batch_size)
+
+    @property
+    def epoch_steps(self):
+        """Of all epochs."""
+        return self.settings.epochs * self.steps_per_epoch
+
+    @property
+    def steps(self):
+        """With those behind the epochs, which rehearse."""
+        return self.epoch_steps + self.settings.rehearse
 
     @property
     def autocast(self):
@@ -1670,13 +1747,8 @@ def batches(documents, size, seed, epoch):
     return [order[i : i + size] for i in range(0, documents, size)]
 
 
-def build(run, number, epoch):
-    """The Example of one document in one epoch; random by (seed, epoch, document) alone."""
-    return example_of(run, run.dataset.documents[number], number, epoch)
-
-
 def example_of(run, record, number, epoch):
-    """The same of a record that is, or may become, document `number`."""
+    """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
     # + 1: numpy takes [a, b, 0] for [a, b], the seed of the order
     rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
     return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
@@ -1698,14 +1770,6 @@ def micro_batches(examples, tokens, rank, world_size):
         parts.append(left[:rows][rank::world_size])
         left = left[rows:]
     return parts
-
-
-TINY = 10_000_000  # parameters; the built-in models have fewer
-SMALL = 1_000_000_000
-
-
-def parameter_count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def freeze_all_but_mlps(model):
@@ -1770,15 +1834,11 @@ def train(run):
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
         # 5. log
-        seconds = time.monotonic() - began
         epoch = min(epoch, run.settings.epochs)  # behind the last one, it stays there
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        line["tokens_per_second"] = round(tokens / seconds)
+        line["tokens_per_second"] = round(tokens / (time.monotonic() - began))
         line["memory_gib"] = peak_memory_gib(run.device)
         log(run, line)
-        run.step_seconds.append(seconds)
-        if len(run.step_seconds) == 3:
-            print0(f"{run.settings.method}: {estimate(run, step + 1)}")
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
         # 6. what is needed to go on
@@ -1787,7 +1847,7 @@ def train(run):
             saved_at = time.monotonic()
         if stopping and step + 1 < run.steps:  # in the last step there is nothing left to stop
             bar.close()
-            print0(f"stopped after step {step}; {how_to_go_on(run)}")
+            print0(f"stopped after step {step}; go on with\n    {resume_command(run.out)}")
             return False
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
@@ -1815,14 +1875,14 @@ def examples_of_step(run, step):
     if step == run.steps:
         return []
     epoch, nth = divmod(step, run.steps_per_epoch)
-    settings = run.settings
-    order = batches(len(run.dataset.documents), settings.batch_size, settings.seed, epoch)
-    documents = [build(run, number, epoch) for number in order[nth]]
+    documents = run.dataset.documents
+    order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
+    examples = [example_of(run, documents[number], number, epoch) for number in order[nth]]
     if step < run.epoch_steps:
-        return documents
+        return examples
     # behind the last epoch, as many chats; each is learned from once
     first = CHATS_HELD_OUT + (step - run.epoch_steps) * chats_of_step(run)
-    return documents + [build_chat(run, first + n) for n in range(len(documents))]
+    return examples + [build_chat(run, first + n) for n in range(len(examples))]
 
 
 def update(run, examples, lr):
@@ -1877,8 +1937,6 @@ def evaluate_and_record(run, step, epoch):
     with answering(run):
         scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
-    seconds = time.monotonic() - began
-    run.evaluation_seconds.append(seconds)
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = round(time.monotonic() - run.clock, 3)
@@ -1888,6 +1946,7 @@ def evaluate_and_record(run, step, epoch):
         evaluation.write_results(run.out, run.results, run.predictions)
     reported["drift"] = drift
     shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items())
+    seconds = time.monotonic() - began
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
 
 
@@ -1910,52 +1969,32 @@ def log(run, line):
             file.write(json.dumps(line) + "\n")
 
 
-def estimate(run, step):
-    """How long the rest of a run takes, as text, from its steps and evaluations so far."""
-    steps = run.steps - step
-    asked_at = {epoch * run.steps_per_epoch for epoch in run.settings.eval_at} | {run.steps}
-    evaluations = sum(at >= step for at in asked_at)
-    each = np.mean(run.step_seconds[1:])  # the first one warms up
-    # a step that rehearses is as long as two others
-    seconds = each * (steps + run.steps - max(step, run.epoch_steps))
-    left_out = ", not counting these"
-    if run.evaluation_seconds:
-        seconds += evaluations * np.mean(run.evaluation_seconds)
-        left_out = ""
-    shown = f"{seconds:.0f} seconds"
-    if seconds > 100:
-        shown = f"{seconds / 60:.0f} minutes"
-    if seconds > 100 * 60:
-        shown = f"{seconds / 3600:.1f} hours"
-    return f"about {shown} to go: {steps} steps, and evaluations: {evaluations}{left_out}"
-
-
-def listen_for_stop():
-    """A list that a Ctrl-C, a SIGTERM or a closed terminal makes non-empty: stop after the current
-    step. A second one ends the program at once."""
-    received = []
+@contextmanager
+def listening(received):
+    """Inside, a Ctrl-C, a SIGTERM or a closed terminal is put into `received`: stop after the
+    current step. A second one ends the program at once."""
 
     def ask(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
-            with suppress(OSError):  # where nobody reads it
-                os.write(2, b"\nstopping after this step; once more ends at once\n")
+            os.write(2, b"\nstopping after this step; once more ends at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # there is none on Windows
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # ignored is what nohup asks for
-        signal.signal(hangup, ask)
-    return received
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored is what nohup asks for
+            before[number] = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def peak_memory_gib(device):
-    """Peak memory of this process: of the GPU, else resident; None where the system cannot tell."""
+    """Peak memory of this process: of the GPU, else resident."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    if resource is None:
-        return None
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
 
@@ -1967,8 +2006,7 @@ def peak_memory_gib(device):
 # documents is Self-Synthesized Rehearsal (arXiv 2403.01244). The paper has neither. From the first
 # step on, such chats kept SmolLM2-135M from answering with what it learned; a few of them behind
 # the last epoch give back what it knew and leave it what it learned (results/README.md).
-CHAT_GROUP = 16  # are written together
-CHATS_HELD_OUT = 2 * CHAT_GROUP  # drift is measured on these, and nothing is learned from them
+CHATS_HELD_OUT = 32  # drift is measured on these, and nothing is learned from them
 REHEARSE_LR = 1 / 3  # the share of the learning rate in the steps that rehearse
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
@@ -1982,11 +2020,12 @@ def prepare_chats(run):
     """
     path = run.out / "rehearsal.jsonl"
     if run.start:
-        run.chats = on_rank_0(partial(read_chats, path, chats_of_run(run)))
+        with data.reading(path, "the model wrote it before it learned anything: begin a new run"):
+            run.chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
         return True
     run.chats = write_chats(run)
     if not run.chats:
-        print0(f"stopped before the first step; {how_to_go_on(run)}")
+        print0(f"stopped before the first step; go on with\n    {resume_command(run.out)}")
         return False
     with answering(run):
         run.results["chat_loss"] = chat_loss(run)
@@ -1997,75 +2036,60 @@ def prepare_chats(run):
     return True
 
 
-def read_chats(path, count):
-    """The chats of a run, as `write_group` makes them."""
-    if not path.exists():
-        raise UserError(
-            f"{path}: not found. The model wrote it before it learned anything, and cannot again: "
-            "bring it back, or begin a new run"
-        )
-    with data.reading(path, "not the chats of a run"):
-        chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
-        if len([chat for chat in chats if chat["prompt"] and chat["answer"]]) != count:
-            raise UserError(f"not {count} chats")
-    return chats
-
-
-def chats_of_run(run):
-    """How many chats a run needs: those held out, and those to rehearse, in whole groups."""
-    rehearsed = run.settings.rehearse * chats_of_step(run)
-    return CHATS_HELD_OUT + math.ceil(rehearsed / CHAT_GROUP) * CHAT_GROUP
-
-
 def chats_of_step(run):
     """As many as documents; the last step of an epoch may have fewer of both."""
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
+class Stopped(Exception):
+    """A signal came while the model wrote chats."""
+
+
 def write_chats(run):
-    """The chats of a run, the same on any number of ranks, which share the work; [] when asked to
-    stop."""
-    groups = chats_of_run(run) // CHAT_GROUP
-    mine = range(groups)[rank() :: world_size()]
-    if run.settings.rehearse:
-        print0(
-            f"{run.settings.method}: the model writes {groups * CHAT_GROUP} chats, to rehearse in "
-            f"{run.settings.rehearse} steps behind the last epoch"
-        )
-    bar = progress_bar(len(mine) * CHAT_GROUP, "chats", "chat", leave=False)
-    written = {}  # number of the group -> its chats
-    with answering(run):
-        for group in mine:
-            if run.stop:
-                break
-            written[group] = write_group(run, group, bar.update)
+    """The chats of a run, shared out among the ranks; [] when asked to stop.
+
+    {"user", "assistant", "prompt", "answer"} each: two texts; the ids up to the answer; those of
+    the answer, with the end of turn if there was room for it. The user's turn is random by (seed,
+    chat) alone.
+    """
+    number = CHATS_HELD_OUT + run.settings.rehearse * chats_of_step(run)
+    mine = range(number)[rank() :: world_size()]
+    bar = progress_bar(2 * len(mine), f"{number} chats of its own", "turn", leave=False)
+
+    def moved(turns):
+        bar.update(turns)
+        if run.stop:
+            raise Stopped
+
+    chats = []
+    with answering(run), suppress(Stopped):
+        chats = chats_of(run, mine, moved)
     bar.close()
     if sum_over_ranks(len(run.stop))[0]:
         return []
-    written = merged(written)
-    return [chat for group in range(groups) for chat in written[group]]
+    return in_order(dict(zip(mine, chats, strict=True)))
 
 
-def write_group(run, group, on_answer):
-    """Some chats, random by (seed, group) alone: [{"user", "assistant", "prompt", "answer"}].
-
-    The first two are text, the others ids: all of the chat up to the answer; the answer, and the
-    end of turn if there was room for it.
-    """
-    seed = np.random.SeedSequence([run.settings.seed, group]).generate_state(1).item()
-    generator = torch.Generator(run.device).manual_seed(seed)
+def chats_of(run, numbers, on_answer):
+    """The chats of these numbers, first all of the users' turns, then the answers."""
     tokenizer = run.tokenizer
     draw = partial(run.method.draw or random_answer, run.model, tokenizer)
     answer = partial(run.method.answer or greedy_answer, run.model, tokenizer)
-    users = draw([tokenizer.user_header()] * CHAT_GROUP, CHAT_USER_TOKENS, generator)
+    seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
+    generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
+    headers = [tokenizer.user_header()] * len(numbers)
+    users = draw(headers, CHAT_USER_TOKENS, generators, on_answer)
     prompts = [tokenizer.chat([{"role": "user", "content": user}]) for user in users]
     answers = answer(prompts, max_new_tokens=CHAT_ANSWER_TOKENS, on_answer=on_answer)
-    chats = []
-    for user, prompt, ids in zip(users, prompts, answers, strict=True):
-        chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
-        ids = with_end_of_turn(ids, CHAT_ANSWER_TOKENS, tokenizer)
-        chats.append(chat | {"prompt": prompt, "answer": ids})
-    return chats
+    return [
+        {
+            "user": tokenizer.decode(user),
+            "assistant": tokenizer.decode(ids),
+            "prompt": prompt,
+            "answer": with_end_of_turn(ids, CHAT_ANSWER_TOKENS, tokenizer),
+        }
+        for user, prompt, ids in zip(users, prompts, answers, strict=True)
+    ]
 
 
 def with_end_of_turn(answer, most, tokenizer):
@@ -2095,135 +2119,7 @@ def chat_loss(run):
     return total / sum(example.denominator for example in examples)
 
 
-# ----------------------------------------------------------------------------------- settings, main
-
-# Steps of the paper's settings: one and a half times what 95 % of the plateau takes, 3/k of the
-# paper's fitted curves; of GSM8K the paper's 7 epochs. Custom documents count as wiki, which is
-# natural text too.
-STEPS = {
-    "bio": 5000,
-    "bio-released": 5000,
-    "nd": 1400,
-    "nd-made": 1400,
-    "wiki": 1550,
-    "gsm8k": 810,
-    "math-made": 810,
-}
-
-
-def decide(given, method, model, documents):
-    """The Settings with a value for everything that no flag gave, by the size of the model; and
-    where they come from.
-
-    given      Settings with None where no flag was given
-    documents  how many there are to learn
-    """
-    kind = given.data.partition(":")[0]
-    paper_steps = STEPS.get(kind, STEPS["wiki"])
-    parameters = parameter_count(model)
-    llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
-    if parameters < TINY:
-        why = "measured on the built-in models"
-        batch_size = 20
-        lr = method.tiny_lr
-        steps = method.tiny_steps
-    elif parameters < SMALL:
-        why = "chosen for masked and sft on SmolLM2-135M"
-        batch_size = 10
-        lr = method.small_lr
-        steps_per_epoch = math.ceil(documents / (given.batch_size or batch_size))
-        steps = min(method.small_epochs * steps_per_epoch, paper_steps)
-    else:
-        why = "the paper's, A.4"
-        batch_size = 64
-        lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
-        steps = paper_steps
-    asked = {"epochs": given.epochs, "batch size": given.batch_size, "lr": given.lr}
-    left = [name for name, value in asked.items() if not value]
-    batch_size = given.batch_size or batch_size
-    epochs = given.epochs or math.ceil(steps / math.ceil(documents / batch_size))
-    doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
-    decided = dataclasses.replace(
-        given,
-        batch_size=batch_size,
-        lr=float(given.lr or lr),
-        epochs=epochs,
-        eval_at=doubling if given.eval_at is None else given.eval_at,
-        mask_ratio=given.mask_ratio if method.masks else None,
-    )
-    return decided, f"default {', '.join(left)}: {why}" if left else "as set"
-
-
-def check_settings(settings, method):
-    """UserError for a value that cannot be meant; before anything is loaded."""
-    for name in ("epochs", "lr", "batch_size", "micro_batch_tokens", "max_len", "save_every"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not above 0")
-    if settings.rehearse < 0:
-        raise UserError(f"--rehearse {settings.rehearse} is below 0")
-    if settings.seed < 0:
-        raise UserError(f"--seed {settings.seed} is below 0")
-    if not method.causal and settings.mask_ratio and settings.mask_ratio[-1] == 0:
-        raise UserError(
-            "--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone"
-        )
-
-
-def arguments(description, methods):
-    """The flags of a script that trains `methods`, {name: Method}."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    add = parser.add_argument
-    add("--model", help="directory or hub id (default: built-in; under torchrun with CUDA 8B)")
-    add("--data", help=f"{data.DATA_HELP} (default: bio; of the built-in model bio:40)")
-    if len(methods) > 1:
-        last = " ".join(list(methods)[-2:])
-        what = f"one, or several to compare (default: the last; of the built-in model {last})"
-        add("--method", nargs="+", choices=methods, help=what)
-    wordings = data.PARAPHRASES
-    add("--paraphrase", choices=wordings, default="none", help="wordings (default: none)")
-    ratio = "share of masked tokens, or lowest and highest (default: 0.05 0.95)"
-    usual = evaluation.USUAL_RATIO
-    add("--mask-ratio", type=float, nargs="+", default=usual, metavar="R", help=ratio)
-    mlp = "train the MLPs alone, which forgets less; attention and embedding stay as they are"
-    add("--mlp-only", action="store_true", help=mlp)
-    chats = "add N steps; half of their examples are chats that the model wrote (default: 0)"
-    add("--rehearse", type=int, default=0, metavar="N", help=chats)
-    add("--epochs", type=int, help="default: by the model's size and the data")
-    add("--lr", type=float, help="default: by the model's size and the method")
-    add("--batch-size", type=int, help="documents a step (default: 64; of small models fewer)")
-    tokens = "at a time on a GPU, with padding: memory, not results (default: 4096)"
-    add("--micro-batch-tokens", type=int, default=4096, help=tokens)
-    longest = "of a document's example, in tokens (default: 512)"
-    add("--max-len", type=int, default=512, help=longest)
-    add("--seed", type=int, default=0, help="of people, order and masks (default: 0)")
-    dtypes = ["bfloat16", "float32"]
-    add("--dtype", choices=dtypes, help="of the computation (default: bfloat16 if native)")
-    host = "keep weights, gradients and optimizer state in the host's memory: slower, fits more"
-    add("--offload", action="store_true", help=host)
-    epochs = "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)"
-    add("--eval-at", type=int, nargs="+", metavar="E", help=epochs)
-    minutes = "between checkpoints (default: 30)"
-    add("--save-every", type=float, default=30.0, metavar="MINUTES", help=minutes)
-    add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
-    add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
-    show = "print what the model would see of N documents (3), and train nothing"
-    add("--show", type=int, nargs="?", const=3, metavar="N", help=show)
-    return parser
-
-
-def parse_flags(parser):
-    """The parsed command line; --resume takes all settings from its run, so it stands alone."""
-    args = parser.parse_args()
-    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
-        parser.error("--resume takes its settings from the run: give no other flag with it")
-    if len(args.mask_ratio) == 1:
-        args.mask_ratio = args.mask_ratio * 2
-    if len(args.mask_ratio) > 2 or not 0 <= args.mask_ratio[0] <= args.mask_ratio[1] <= 1:
-        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
-    return args
-
+# --------------------------------------------------------------------------------------------- main
 
 PAPER_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 BUILT_IN = ("tiny", "tiny-llada")
@@ -2237,121 +2133,101 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     models   where --model names none: of a plain process, and of torchrun on GPUs
     """
     device = start_processes()
-    stop = listen_for_stop()
-    with ExitStack() as locks:  # of the directories, on rank 0, until all is done
-        results = {}
-        if args.resume:
-            resumed = Path(args.resume)
-            results = on_rank_0(partial(reopen, resumed, methods, locks))
-            if results is None:
-                return
-            wanted = [Settings(**results["arguments"])]
-        else:
-            wanted = given_settings(args, methods, models, device)
+    stop = []
+    with listening(stop), ExitStack() as locks:
         # all methods first, so that a mistake in the last one does not wait for the training of
         # others
-        runs = [prepare(given, methods[given.method], device, stop) for given in wanted]
-        if args.show is not None:
+        wanted = wanted_settings(args, methods, models, device)
+        runs = [prepare(settings, methods[settings.method], device, stop) for settings in wanted]
+        if args.show:
             for run in runs:
                 show_examples(run, args.show)
             return
         for run in runs:
-            out = out_of(args.out, run.settings.method, several=len(runs) > 1)
-            run.out = resumed if args.resume else on_rank_0(partial(claim, run, out, locks))
-        train_all(runs, results, stop)
-
-
-def train_all(runs, results, stop):
-    """Train one after the other and print what came of it, unless asked to stop."""
-    for number, run in enumerate(runs):
-        try:
-            done = train_and_save(run, results)
-        except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(run.settings, error)) from None
-        left = [later.settings.method for later in runs[number + 1 :]]
-        if left and sum_over_ranks(len(stop))[0]:
-            print0(f"stopped; not begun: --method {' '.join(left)}")
-            return
-        if not done:
-            return
+            out = out_of(args, run.settings.method, several=len(runs) > 1)
+            run.out, run.results = on_rank_0(partial(claim, run, out, locks))
+        for run in runs:
+            with explained(run):
+                build(run)
+                if not train(run):
+                    return
+                finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
-    print0(where_it_is([run.out for run in runs]))
+    print0(where_it_is(runs))
 
 
-def where_it_is(outs):
-    """The last lines of a command: where the results are, how to ask the model, the picture."""
-    last = outs[-1]
-    ask = f'python {os.path.relpath(evaluation.__file__)} --model {last} --ask "..."'
-    picture = f"{last}/curves.png"
-    if not find_spec("matplotlib"):
-        picture = f"pip install matplotlib, then {resume_command(last)}"
-    return f"\nresults: {' '.join(map(str, outs))}\nask it:  {ask}\ncurves:  {picture}"
-
-
-def given_settings(args, methods, models, device):
-    """A Settings for each method to train, with what the flags say."""
-    built_in, paper = models
+def wanted_settings(args, methods, models, device):
+    """A Settings for each method to train: as the flags say, or those of the run to resume."""
+    if args.resume:
+        return [settings_of(Path(args.resume), methods)]
+    large = launched() and device.type == "cuda"
     if args.model is None:
-        large = "RANK" in os.environ and device.type == "cuda"
-        args.model = paper if large else built_in
-        why = "in one process or without CUDA: built in, nothing to download"
-        if large:
-            why = "under torchrun with CUDA"
-        print0(f"model {args.model} (the default {why})")
+        args.model = models[large]
+        why = "under torchrun with CUDA" if large else "built in, nothing to download"
+        print0(f"model {args.model} (the default: {why})")
     demo = args.model in BUILT_IN
-    names = getattr(args, "method", None) or list(methods)[-2 if demo else -1 :]
-    flags = [f.name for f in dataclasses.fields(Settings) if f.name != "method"]
-    given = {name: getattr(args, name) for name in flags}
-    given["data"] = args.data or ("bio:40" if demo else "bio")
-    return [Settings(method=name, **given) for name in names]
+    args.data = args.data or ("bio:40" if demo else "bio")
+    names = args.method or list(methods)[-2 if demo else -1 :]
+    given = {setting.name: getattr(args, setting.name) for setting in dataclasses.fields(Settings)}
+    return [from_anywhere(Settings(**given | {"method": name})) for name in names]
 
 
-def out_of(out, method, several):
-    """Where --out says that the run of a method goes; None: it does not say."""
-    if not out:
-        return None
-    return Path(f"{out}-{method}" if several else out)
+def from_anywhere(settings):
+    """The same settings with absolute paths for a model and data of the user's."""
+    model = settings.model
+    if Path(model).exists() and model not in BUILT_IN:
+        model = str(Path(model).absolute())
+    documents = settings.data
+    if documents.partition(":")[0] not in data.SETS:
+        documents = str(Path(documents).absolute())
+    return dataclasses.replace(settings, model=model, data=documents)
+
+
+def out_of(args, method, several):
+    """Where --out or --resume says that the run of a method is; None: nothing says so."""
+    if args.out and several:
+        return Path(f"{args.out}-{method}")
+    named = args.out or args.resume
+    return Path(named) if named else None
 
 
 def prepare(given, method, device, stop):
     """A Run with every setting decided and its data checked, before there are weights."""
-    check_settings(given, method)
+    ratio = given.mask_ratio
+    if not method.causal and ratio and ratio[-1] == 0:
+        raise UserError(
+            "--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone"
+        )
     directory = find_model(given.model)
-    config = read_config(directory)
     tokenizer = data.load_tokenizer(directory)
-    for note in tokenizer.notes:
-        print0(note)
+    config = read_config(directory)
     if not method.causal:
         config = as_diffusion(config, tokenizer)
     elif not config.causal:
         raise UserError(f"--model {given.model} is a masked diffusion model: use llada.py")
     dataset = data.load(given.data, given.paraphrase, given.seed)
-    for note in dataset.notes:
+    for note in tokenizer.notes + dataset.notes:
         print0(note)
     if not dataset.documents:
         raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
     dtype, why = (given.dtype, "as set") if given.dtype else native_dtype(device)
     print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
-    raw = {name: value for name, value in config.raw.items() if name != "dtype"}
-    config.raw = raw | {"torch_dtype": dtype}
-    pad_id = data.as_kind(raw.get("pad_token_id"), int)
-    if pad_id is not None and pad_id >= config.vocab:
+    config.raw = {name: value for name, value in config.raw.items() if name != "dtype"}
+    config.raw["torch_dtype"] = dtype
+    if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
     if given.mlp_only:
         freeze_all_but_mlps(model)
-    run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
-    check_dataset(run)
-    documents = len(dataset.documents)
     given = dataclasses.replace(given, dtype=dtype)
-    run.settings, run.why = decide(given, method, model, documents)
-    run.steps_per_epoch = math.ceil(documents / run.settings.batch_size)
-    run.epoch_steps = run.settings.epochs * run.steps_per_epoch
-    run.steps = run.epoch_steps + run.settings.rehearse
-    check_decided(run.settings)
+    run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
+    fit_documents(run)
+    check_questions(dataset.questions, tokenizer, config.context)
+    run.settings, why = decide(given, method, model, len(dataset.documents))
+    print_plan(run, why)
     return run
 
 
@@ -2362,70 +2238,57 @@ def native_dtype(device):
     return "float32", "bfloat16 is not native here"
 
 
-def check_decided(settings):
-    """UserError for decided settings that do not fit together."""
-    for epoch in settings.eval_at:
-        if not 0 <= epoch <= settings.epochs:
-            raise UserError(
-                f"--eval-at {epoch}: the {settings.epochs} epochs count from 0, "
-                f"and {settings.epochs} means after the last"
-            )
+def print_plan(run, why):
+    """Say what will be trained, and refuse an --eval-at that never comes."""
+    settings = run.settings
+    if max(settings.eval_at) > settings.epochs:
+        raise UserError(
+            f"--eval-at {max(settings.eval_at)}: the {settings.epochs} epochs count from 0, "
+            f"and {settings.epochs} means after the last"
+        )
+    behind = f" and {settings.rehearse} to rehearse" if settings.rehearse else ""
+    print0(
+        f"{settings.method}: {len(run.dataset.documents)} documents, "
+        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.epoch_steps} "
+        f"steps of {settings.batch_size}{behind}, lr {settings.lr:g} ({why})"
+    )
 
 
-def check_dataset(run):
-    """Cut documents that are too long into passages and leave out answers that are: both is
-    printed. UserError for a question that could not be asked or scored: now, not after hours of
-    training."""
-    context = run.model.config.context
-    limit = min(run.settings.max_len, context)
+def fit_documents(run):
+    """Cut documents that are too long into passages, leave out answers that are; say how many."""
+    limit = min(run.settings.max_len, run.model.config.context)
+    documents = run.dataset.documents
     kept = []
-    cut = {}  # file -> the passages of each document that was too long
-    dropped = 0
-    for document in run.dataset.documents:
-        if longest_example(run, document, len(kept), limit) <= limit:
-            kept.append(document)
-        elif "text" in document:
-            parts = cut_document(run, document, len(kept), limit)
-            kept += [document | {"text": part} for part in parts]
-            where = document.get("where", run.dataset.name)
-            cut.setdefault(regex.sub(r", (line|item) \d+$", "", where), []).append(parts)
-        else:
-            dropped += 1
-    for file, documents in cut.items():
-        parts = [part for parts in documents for part in parts]
-        longest = max(len(run.tokenizer.encode(part)) for part in parts)
-        count = f"{len(documents)} documents" if len(documents) > 1 else "1 document"
-        print0(f"{file}: {count} cut into {len(parts)} passages of at most {longest} tokens")
-    if dropped:
+    too_long = 0
+    for document in documents:
+        parts = parts_of(run, document, len(kept), limit)
+        too_long += parts != [document]
+        kept += parts
+    if too_long:
         print0(
-            f"{run.settings.method}: {dropped} of {len(run.dataset.documents)} examples dropped, "
-            f"longer than {limit} tokens"
+            f"{run.settings.method}: {too_long} of {len(documents)} documents are longer than "
+            f"{limit} tokens, now {len(kept)}: texts are cut into passages, answers left out"
         )
     if not kept:
-        raise UserError(
-            f"--data {run.settings.data}: no example is left; "
-            f"give a larger --max-len than {run.settings.max_len}"
-        )
+        raise UserError(f"--data {run.settings.data}: no example is left; give a larger --max-len")
     run.dataset.documents = kept
-    check_questions(run.dataset.questions, run.tokenizer, context)
 
 
-def cut_document(run, document, number, limit):
-    """The passages of a document whose examples are too long; UserError if each would be."""
+def parts_of(run, document, number, limit):
+    """The document itself, or passages of it that are short enough; of a long answer nothing."""
 
     def fits(text):
         return longest_example(run, document | {"text": text}, number, limit) <= limit
 
-    parts = data.passages(document["text"], fits)
-    if not parts:
-        what = "--max-len" if limit == run.settings.max_len else "the model takes,"
+    if longest_example(run, document, number, limit) <= limit:
+        return [document]
+    if "text" not in document:
+        return []
+    passages = data.passages(document["text"], fits)
+    if not passages:
         where = document.get("where", f"document {number + 1}")
-        length = longest_example(run, document, number, limit)
-        raise UserError(
-            f"{where}: {length} tokens as a training example, more than {what} {limit}, "
-            "and so is any part of it"
-        )
-    return parts
+        raise UserError(f"{where}: no part of it makes an example of {limit} tokens (--max-len)")
+    return [document | {"text": passage} for passage in passages]
 
 
 def longest_example(run, document, number, limit):
@@ -2440,111 +2303,37 @@ def show_examples(run, number):
     """Print training examples as the model sees them: [tokens with loss], _ for a masked token."""
     documents = run.dataset.documents
     print0(f"{run.settings.method}:")
-    for n in range(min(number, len(documents))):
-        print0(data.show(build(run, n, epoch=0), run.tokenizer) + "\n")
+    for n, document in enumerate(documents[:number]):
+        print0(data.show(example_of(run, document, n, epoch=0), run.tokenizer) + "\n")
     questions = run.dataset.questions
     print0(f"{len(documents)} documents, {len(questions)} questions; the first: {questions[:1]}")
 
 
-def train_and_save(run, results):
-    """A method from its weights to its saved model; whether it got there, or was asked to stop.
-
-    results  of the run that is resumed; {} for a new one
-    """
-    open_run(run, results)
+def build(run):
+    """Weights and optimizer of a run: new, or where it stopped."""
     settings = run.settings
-    behind = f" and {settings.rehearse} to rehearse" if settings.rehearse else ""
-    print0(
-        f"{settings.method}: {len(run.dataset.documents)} documents, "
-        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.epoch_steps} "
-        f"steps of {settings.batch_size}{behind}, lr {settings.lr:g} ({run.why}), into {run.out}"
-    )
-    if world_size() > 1:  # a GPU's library may end them all without a word
-        print0(f"should a process die, go on with {resume_command(run.out)}")
-    try:
-        done = train(run)
-        if done:
-            finish(run)
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise UserError(cannot_write(run, cause)) from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(cannot_write(run, error)) from None
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # another rank is gone, and that may be rank 0
-        print(f"[rank {rank()}] {how_to_go_on(run)}", file=sys.stderr)
-        raise
-    close_run(run)
-    return done
-
-
-def out_of_memory(settings, error):
-    first = "" if settings.offload else "--offload, then "
-    return (
-        f"out of GPU memory with micro-batches of {settings.micro_batch_tokens} tokens and "
-        f"documents of at most {settings.max_len} ({error}); begin again with {first}a lower "
-        "--micro-batch-tokens, then --max-len; or take more GPUs, or a smaller --model"
-    )
-
-
-def cannot_write(run, cause):
-    return f"{run.out} cannot be written to ({cause}); {how_to_go_on(run)}"
-
-
-def open_run(run, results):
-    """Weights, optimizer and directory of a run: new, or with its `results` where it stopped."""
-    known = data.digest(run.dataset.documents + run.dataset.questions)
-    if results and results["dataset"] != known:
-        raise UserError(
-            f"--resume {run.out}: --data {run.settings.data} is not what it was when the run "
-            "began: bring that back, or begin a new run"
-        )
-    settings = run.settings
+    print0(f"{settings.method}: into {run.out}; if it ends early: {resume_command(run.out)}")
+    check_shared(run.out)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr)
-    if results:
-        check_shared(run.out)
+    if run.results:
         run.start = load_checkpoint(run)
-        done = [e for e in results["evaluations"] if e["step"] < run.start]
-        run.results = results | {"evaluations": done}
+        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
+        run.results["evaluations"] = done
         return
-    on_rank_0(partial(refuse_used, run.out))  # somebody may have filled it since
+    questions = run.dataset.questions
     run.results = {
-        "arguments": dataclasses.asdict(from_anywhere(run.settings)),
+        "arguments": as_json(settings),
         "environment": environment(run.device),
-        "dataset": known,
-        "decoding": decoding(run.dataset.questions, run.model.config.causal),
+        "dataset": data.digest(run.dataset.documents + questions),
+        "decoding": decoding(questions, run.model.config.causal),
         "steps": run.steps,
         "evaluations": [],
     }
     if rank() == 0:
         data.copy_tokenizer(run.tokenizer, run.directory, run.out)
         evaluation.write_results(run.out, run.results, [])
-    check_shared(run.out)
-
-
-def check_shared(out):
-    """UserError unless every rank sees the run's directory: all of them write checkpoints."""
-    dist.barrier()
-    (seen,) = sum_over_ranks((out / "results.json").exists())
-    if seen < world_size():
-        raise UserError(
-            f"{out} is not the same directory for all processes: put it on a file system that all "
-            "nodes share, or give its absolute path with --out"
-        )
-
-
-def from_anywhere(settings):
-    """The same settings with absolute paths for a model and data of the user's."""
-    model = Path(settings.model)
-    built_in = Path(__file__).parent / settings.model
-    if model.is_dir() and not (built_in.is_dir() and model.samefile(built_in)):
-        settings = dataclasses.replace(settings, model=str(model.absolute()))
-    if settings.data.partition(":")[0] not in data.SETS:
-        settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))
-    return settings
 
 
 def environment(device):
@@ -2571,17 +2360,49 @@ def commit():
     return done.stdout.strip() or None
 
 
+@contextmanager
+def explained(run):
+    """What the machine has against a run, with what to do about it."""
+    settings = run.settings
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = "" if settings.offload else "--offload, then "
+        raise UserError(
+            f"out of GPU memory ({error}); begin again with {first}a lower --micro-batch-tokens "
+            f"than {settings.micro_batch_tokens}, then a lower --max-len than {settings.max_len}; "
+            "or take more GPUs, or a smaller --model"
+        ) from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{run.out} cannot be written to ({error}); go on with\n    {resume_command(run.out)}"
+        ) from None
+    except RuntimeError:  # another rank is gone, and that may be rank 0
+        print(f"[rank {rank()}] go on with\n    {resume_command(run.out)}", file=sys.stderr)
+        raise
+
+
 def finish(run):
-    """Write the model card and the model, delete the checkpoints, draw the curves."""
-    on_rank_0(partial(write_card, run))
-    save(run.model, run.out)  # a run with weights is finished: they come last
+    """Write the model card, the curves and the model; delete the checkpoints, free the memory."""
     if rank() == 0:
-        tidy(run.out, run.results)
+        data.write_text(run.out / "README.md", model_card(run))
+        draw(run)
+    save(run.model, run.out)  # a run with weights is finished: they come last
+    if rank() == 0 and checkpoints(run.out):
+        shutil.rmtree(run.out / "ckpt")
+    run.model = run.optimizer = None
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
-def write_card(run):
-    data.load_tokenizer(run.out)  # a UserError if it vanished meanwhile
-    data.write_text(run.out / "README.md", model_card(run))
+def draw(run):
+    """curves.png, where matplotlib is installed."""
+    if find_spec("matplotlib"):
+        losses = [(line["step"], line["loss"]) for line in read_metrics(run.out) if "loss" in line]
+        rows = evaluation.summarize([run.results])
+        evaluation.draw_panels(rows, run.out / "curves.png", evaluation.draw_curves, losses)
 
 
 CARD = """\
@@ -2611,7 +2432,7 @@ Scores after training, by kind of question (mean [95 % interval]):
 To ask it, without a system message, in the form that it was trained in (`chat_template.jinja`):
 
 ```sh
-python eval.py --model {out} --ask "..."
+{ask}
 ```
 {chat}"""
 CARD_CHAT = """
@@ -2640,7 +2461,7 @@ def model_card(run):
     return CARD.format(
         base=f"\nbase_model: {settings['model']}" if from_hub else "",
         name=run.out.name,
-        out=run.out,
+        ask=ask_command(run.out),
         **{name: settings[name] for name in named},
         documents=len(run.dataset.documents),
         settings=", ".join(others),
@@ -2649,57 +2470,37 @@ def model_card(run):
     )
 
 
-def close_run(run):
-    """Give the memory of model and optimizer state back, before the next method's are made."""
-    run.model = None
-    run.optimizer = None
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def ask_command(out):
+    """What to type to ask a model."""
+    script = os.path.relpath(evaluation.__file__)
+    return f'python {shlex.join([script, "--model", str(out)])} --ask "..."'
 
 
-class Stream:
-    """stdout or stderr that lets nothing end the program: whom it writes to may be gone, as behind
-    `| head` or with a terminal, and may not know all characters."""
-
-    def __init__(self, stream):
-        # None: it was closed from the start
-        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        return self.attempt(self.stream.flush)
-
-    def attempt(self, act, *args):
-        try:
-            return act(*args)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            # from here on to nowhere, and what is left in the buffer too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+def where_it_is(runs):
+    """The last lines of a command: where the results are, how to ask the model, the picture."""
+    last = runs[-1].out
+    outs = shlex.join([str(run.out) for run in runs])
+    lines = ["", f"results: {outs}", f"ask it:  {ask_command(last)}"]
+    if (last / "curves.png").exists():
+        lines.append(f"curves:  {last / 'curves.png'}")
+    drift = runs[-1].results["evaluations"][-1]["drift"]
+    if drift > 1:
+        lines.append(
+            f"drift {drift:.1f}: it now answers other questions with what it was taught; "
+            "--mlp-only --rehearse 8 keeps more"
+        )
+    return "\n".join(lines)
 
 
 @record  # any other error: torchrun ends the run, with the traceback of the rank that failed first
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1."""
-    while os.open(os.devnull, os.O_RDWR) <= 2:
-        pass  # or a file of the run takes the number of a closed stdout, and what is printed
-    sys.stdout = Stream(sys.stdout)
-    sys.stderr = Stream(sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     message = None
     try:
         body()
     except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
-        where = f"[rank {rank()}] " if rank() else ""
-        message = f"{where}error: {error}"
+        message = f"[rank {rank()}] error: {error}" if rank() else f"error: {error}"
     except KeyboardInterrupt:
         message = "interrupted"
     if message and rank():
