@@ -20,7 +20,6 @@ import gc
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -58,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
-from data import DATA_HELP, IGNORE, PARAPHRASES, Example, UserError, read_field
+from data import DATA_HELP, IGNORE, PARAPHRASES, SETS, Example, UserError, read_field
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -1194,16 +1193,10 @@ def longest_answer(questions):
 
 
 def decoding(questions, causal, max_new_tokens=None, **given):
-    """How answers are decoded, as results.json has it; given settings replace the usual ones."""
+    """How answers are decoded, as results.json has it; `given` are settings of the sampler."""
+    how = "greedy" if causal else "unmasking, low confidence, temperature 0"
     tokens = max_new_tokens or longest_answer(questions)
-    if causal:
-        how = {"decoding": "greedy"}
-    else:
-        name = "unmasking, low confidence, temperature 0"
-        how = {"decoding": name, "steps": tokens, "block_length": 4, **given}
-        if "threshold" in given:
-            del how["steps"]  # as many as it takes
-    return {"prompt": "chat, zero-shot", **how, "max_new_tokens": tokens}
+    return {"prompt": "chat, zero-shot", "decoding": how, "max_new_tokens": tokens, **given}
 
 
 def prompt_of(question, tokenizer):
@@ -1451,7 +1444,13 @@ def claim(run, out, locks):
     out = out or free_directory(run)
     out.mkdir(parents=True, exist_ok=True)
     locks.enter_context(locked(out))
-    return out, results_so_far(run, out)
+    results = unfinished(run, out)
+    if not results and any(path.name != ".lock" for path in out.iterdir()):
+        raise UserError(
+            f"{out} is in use, and not by an unfinished run of these settings and --data as it is "
+            "now: give another --out"
+        )
+    return out, results
 
 
 def free_directory(run):
@@ -1460,56 +1459,43 @@ def free_directory(run):
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     for n in count(1):
         out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
-        if again and is_unfinished(run, out):
+        if again and unfinished(run, out):
             return out
         with suppress(FileExistsError):  # from before, or made by another run this moment
             out.mkdir(parents=True)
             return out
 
 
-def is_unfinished(run, out):
-    """Whether a directory holds a run of these settings that was not finished."""
-    known = data.read_object(out / "results.json").get("arguments")
-    return known == as_json(run.settings) and not is_finished(out)
+def unfinished(run, out):
+    """The results so far of a run with these settings and data in a directory; {} if none is."""
+    results = data.read_object(out / "results.json")
+    same = [results.get(name) == value for name, value in identity(run).items()]
+    return results if all(same) and not is_finished(out) else {}
+
+
+def identity(run):
+    """What results.json says of a run's settings and data."""
+    arguments = json.loads(json.dumps(dataclasses.asdict(run.settings)))
+    return {
+        "arguments": arguments,
+        "dataset": data.digest(run.dataset.documents + run.dataset.questions),
+    }
 
 
 def is_finished(out):
     return any(out.glob("model*.safetensors"))  # what is written last
 
 
-def results_so_far(run, out):
-    """The results of the run in a directory, {} of an empty one; UserError if it is in use."""
-    results = data.read_object(out / "results.json")
-    if not results and not any(path.name != ".lock" for path in out.iterdir()):
-        return {}
-    if not is_unfinished(run, out):
-        raise UserError(
-            f"--out {out} is in use: give another name, or go on with what is there by --resume"
-        )
-    if results["dataset"] != data.digest(run.dataset.documents + run.dataset.questions):
-        raise UserError(
-            f"--out {out}: --data {run.settings.data} is not what it was when this run began: "
-            "bring that back, or begin a new run"
-        )
-    return results
-
-
 def settings_of(out, methods):
     """The Settings of the unfinished run that --resume names."""
-    with data.reading(out / "results.json", "not the settings of a run of this version"):
-        settings = Settings(**data.read_json(out / "results.json")["arguments"])
+    path = out / "results.json"
+    with data.reading(path, "not the settings of a run of this version"):
+        settings = Settings(**data.read_json(path)["arguments"])
     if settings.method not in methods:
-        raise UserError(
-            f"--resume {out}: a run of {settings.method}; go on with the script that began it"
-        )
+        raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
     if is_finished(out):
-        raise UserError(f"--resume {out}: this run is finished. To ask it: {ask_command(out)}")
+        raise UserError(f"{out}: this run is finished. To ask it: {ask_command(out)}")
     return settings
-
-
-def as_json(settings):
-    """Settings as they are read from results.json."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def check_shared(out):
@@ -1561,7 +1547,9 @@ class Settings:
 
     model: str = flag("directory or hub id (default: built-in; under torchrun with CUDA 8B)")
     data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)")
-    method: str = flag("one, or several to compare (default: {})", nargs="+")
+    method: str = flag(
+        "one, or several to compare (default: the last; of tiny the last two)", nargs="+"
+    )
     paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
     mask_ratio: list = flag(  # None: the method masks nothing
         "share of masked tokens, or lowest and highest (default: 0.05 0.95)",
@@ -1613,12 +1601,9 @@ def arguments(description, methods):
     )
     add = parser.add_argument
     for setting in dataclasses.fields(Settings):
-        more = dict(setting.metadata)
-        if setting.name == "method":
-            last = list(methods)[-2:]
-            usual = f"the last; of the built-in model {' '.join(last)}"
-            more |= {"choices": methods, "help": more["help"].format(usual)}
-        add(f"--{setting.name.replace('_', '-')}", default=setting.default, **more)
+        choices = {"choices": methods} if setting.name == "method" else {}
+        name = f"--{setting.name.replace('_', '-')}"
+        add(name, default=setting.default, **setting.metadata, **choices)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     show = "print what the model would see of N documents (3), and train nothing"
@@ -1663,22 +1648,27 @@ def decide(given, method, model, documents):
 
     documents  how many there are to learn
     """
-    paper_steps = STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
+    steps = STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
+    most_epochs = math.inf
     parameters = parameter_count(model)
     if parameters < TINY:
         why = "measured on the built-in models"
-        batch_size, lr, most_epochs, steps = 20, method.tiny_lr, math.inf, method.tiny_steps
+        batch_size = 20
+        lr = method.tiny_lr
+        steps = method.tiny_steps
     elif parameters < SMALL:
         why = "chosen for masked and sft on SmolLM2-135M"
-        batch_size, lr, most_epochs, steps = 10, method.small_lr, method.small_epochs, paper_steps
+        batch_size = 10
+        lr = method.small_lr
+        most_epochs = method.small_epochs
     else:
         why = "the paper's, A.4"
+        batch_size = 64
         llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
         lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
-        batch_size, most_epochs, steps = 64, math.inf, paper_steps
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or min(most_epochs, math.ceil(steps / math.ceil(documents / batch_size)))
-    doubling = [0] + [2**i for i in range(epochs.bit_length()) if 2**i < epochs]
+    doubling = [0, *(2**i for i in range(20) if 2**i < epochs)]
     decided = dataclasses.replace(
         given,
         batch_size=batch_size,
@@ -1687,9 +1677,7 @@ def decide(given, method, model, documents):
         eval_at=doubling if given.eval_at is None else given.eval_at,
         mask_ratio=given.mask_ratio if method.masks else None,
     )
-    asked = {"epochs": given.epochs, "batch size": given.batch_size, "lr": given.lr}
-    left = [name for name, value in asked.items() if not value]
-    return decided, f"default {', '.join(left)}: {why}" if left else "as set"
+    return decided, f"defaults: {why}"
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1804,7 +1792,7 @@ def make_optimizer(model, lr):
 
 
 def train(run):
-    """Fine-tune run.model; True when all is done, False when asked to stop (all is saved, then).
+    """Fine-tune run.model; Stopped if a signal comes.
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
     eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
@@ -1812,8 +1800,7 @@ def train(run):
     """
     saved_at = time.monotonic()
     begin_log(run)
-    if not prepare_chats(run):
-        return False
+    prepare_chats(run)
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
     for step in range(run.start, run.steps):
@@ -1837,7 +1824,8 @@ def train(run):
         epoch = min(epoch, run.settings.epochs)  # behind the last one, it stays there
         line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
         line["tokens_per_second"] = round(tokens / (time.monotonic() - began))
-        line["memory_gib"] = peak_memory_gib(run.device)
+        if run.device.type == "cuda":
+            line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         log(run, line)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
@@ -1846,12 +1834,9 @@ def train(run):
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
         if stopping and step + 1 < run.steps:  # in the last step there is nothing left to stop
-            bar.close()
-            print0(f"stopped after step {step}; go on with\n    {resume_command(run.out)}")
-            return False
+            raise Stopped
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
-    return True
 
 
 def lr_of_step(run, step):
@@ -1969,6 +1954,10 @@ def log(run, line):
             file.write(json.dumps(line) + "\n")
 
 
+class Stopped(Exception):
+    """A signal asked for the end, and all that is needed to go on is saved."""
+
+
 @contextmanager
 def listening(received):
     """Inside, a Ctrl-C, a SIGTERM or a closed terminal is put into `received`: stop after the
@@ -1991,14 +1980,6 @@ def listening(received):
             signal.signal(number, handler)
 
 
-def peak_memory_gib(device):
-    """Peak memory of this process: of the GPU, else resident."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3)
-
-
 # ------------------------------------------------------- what it knew before: chats of its own
 
 # Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
@@ -2015,25 +1996,20 @@ CHAT_ANSWER_TOKENS = 64
 def prepare_chats(run):
     """Have the model write the run's chats before it learns anything; a run that goes on has them.
 
-    What their answers cost now is written down too, for drift to be counted from. False when asked
-    to stop: there is nothing to save yet.
+    What their answers cost now is written down too, for drift to be counted from.
     """
     path = run.out / "rehearsal.jsonl"
     if run.start:
         with data.reading(path, "the model wrote it before it learned anything: begin a new run"):
             run.chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
-        return True
+        return
     run.chats = write_chats(run)
-    if not run.chats:
-        print0(f"stopped before the first step; go on with\n    {resume_command(run.out)}")
-        return False
     with answering(run):
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
         lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
         data.write_text(path, "".join(lines))
         evaluation.write_results(run.out, run.results, [])
-    return True
 
 
 def chats_of_step(run):
@@ -2041,12 +2017,8 @@ def chats_of_step(run):
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
-class Stopped(Exception):
-    """A signal came while the model wrote chats."""
-
-
 def write_chats(run):
-    """The chats of a run, shared out among the ranks; [] when asked to stop.
+    """The chats of a run, shared out among the ranks; Stopped if a signal comes.
 
     {"user", "assistant", "prompt", "answer"} each: two texts; the ids up to the answer; those of
     the answer, with the end of turn if there was room for it. The user's turn is random by (seed,
@@ -2066,7 +2038,7 @@ def write_chats(run):
         chats = chats_of(run, mine, moved)
     bar.close()
     if sum_over_ranks(len(run.stop))[0]:
-        return []
+        raise Stopped  # on every rank
     return in_order(dict(zip(mine, chats, strict=True)))
 
 
@@ -2149,8 +2121,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
         for run in runs:
             with explained(run):
                 build(run)
-                if not train(run):
-                    return
+                train(run)
                 finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
@@ -2175,13 +2146,12 @@ def wanted_settings(args, methods, models, device):
 
 def from_anywhere(settings):
     """The same settings with absolute paths for a model and data of the user's."""
-    model = settings.model
-    if Path(model).exists() and model not in BUILT_IN:
-        model = str(Path(model).absolute())
-    documents = settings.data
-    if documents.partition(":")[0] not in data.SETS:
-        documents = str(Path(documents).absolute())
-    return dataclasses.replace(settings, model=model, data=documents)
+    absolute = {
+        name: str(Path(value).absolute())
+        for name, value in (("model", settings.model), ("data", settings.data))
+        if Path(value).exists() and value not in (*BUILT_IN, *SETS)
+    }
+    return dataclasses.replace(settings, **absolute)
 
 
 def out_of(args, method, several):
@@ -2242,15 +2212,11 @@ def print_plan(run, why):
     """Say what will be trained, and refuse an --eval-at that never comes."""
     settings = run.settings
     if max(settings.eval_at) > settings.epochs:
-        raise UserError(
-            f"--eval-at {max(settings.eval_at)}: the {settings.epochs} epochs count from 0, "
-            f"and {settings.epochs} means after the last"
-        )
-    behind = f" and {settings.rehearse} to rehearse" if settings.rehearse else ""
+        raise UserError(f"--eval-at {max(settings.eval_at)}: there are {settings.epochs} epochs")
     print0(
         f"{settings.method}: {len(run.dataset.documents)} documents, "
-        f"{len(run.dataset.questions)} questions, {settings.epochs} epochs = {run.epoch_steps} "
-        f"steps of {settings.batch_size}{behind}, lr {settings.lr:g} ({why})"
+        f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
+        f"{settings.epochs} epochs, lr {settings.lr:g} ({why})"
     )
 
 
@@ -2278,9 +2244,9 @@ def parts_of(run, document, number, limit):
     """The document itself, or passages of it that are short enough; of a long answer nothing."""
 
     def fits(text):
-        return longest_example(run, document | {"text": text}, number, limit) <= limit
+        return example_length(run, document | {"text": text}, number) <= limit
 
-    if longest_example(run, document, number, limit) <= limit:
+    if example_length(run, document, number) <= limit:
         return [document]
     if "text" not in document:
         return []
@@ -2291,12 +2257,9 @@ def parts_of(run, document, number, limit):
     return [document | {"text": passage} for passage in passages]
 
 
-def longest_example(run, document, number, limit):
-    """The length of a document's example; of some methods it differs between epochs."""
-    length = len(example_of(run, document, number, epoch=0).ids)
-    if not limit / 2 < length <= limit:  # no other epoch decides
-        return length
-    return max(length, *(len(example_of(run, document, number, e).ids) for e in range(1, 8)))
+def example_length(run, document, number):
+    """In tokens, in the first epoch; of other epochs it differs by little, if at all."""
+    return len(example_of(run, document, number, epoch=0).ids)
 
 
 def show_examples(run, number):
@@ -2324,9 +2287,8 @@ def build(run):
         return
     questions = run.dataset.questions
     run.results = {
-        "arguments": as_json(settings),
+        **identity(run),
         "environment": environment(run.device),
-        "dataset": data.digest(run.dataset.documents + questions),
         "decoding": decoding(questions, run.model.config.causal),
         "steps": run.steps,
         "evaluations": [],
@@ -2352,33 +2314,31 @@ def environment(device):
 
 def commit():
     """The git commit of this file, with "-dirty" if files were changed since; None if unknown."""
-    here = Path(__file__).parent
-    if not (here / ".git").exists() or not shutil.which("git"):
+    if not shutil.which("git"):
         return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(describe, cwd=here, capture_output=True, text=True)
+    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
 @contextmanager
 def explained(run):
-    """What the machine has against a run, with what to do about it."""
-    settings = run.settings
+    """What ends a run early, with what to do about it."""
+    advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
+    except Stopped:
+        print0(f"stopped; {advice}")
+        raise
     except torch.OutOfMemoryError as error:
-        first = "" if settings.offload else "--offload, then "
         raise UserError(
-            f"out of GPU memory ({error}); begin again with {first}a lower --micro-batch-tokens "
-            f"than {settings.micro_batch_tokens}, then a lower --max-len than {settings.max_len}; "
-            "or take more GPUs, or a smaller --model"
+            f"out of GPU memory ({error}); begin again with --offload, with a lower "
+            "--micro-batch-tokens or --max-len, on more GPUs, or with a smaller --model"
         ) from None
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{run.out} cannot be written to ({error}); go on with\n    {resume_command(run.out)}"
-        ) from None
+        raise UserError(f"{run.out} cannot be written to ({error}); {advice}") from None
     except RuntimeError:  # another rank is gone, and that may be rank 0
-        print(f"[rank {rank()}] go on with\n    {resume_command(run.out)}", file=sys.stderr)
+        print(f"[rank {rank()}] {advice}", file=sys.stderr)
         raise
 
 
@@ -2503,6 +2463,8 @@ def entry_point(body):
         message = f"[rank {rank()}] error: {error}" if rank() else f"error: {error}"
     except KeyboardInterrupt:
         message = "interrupted"
+    except Stopped:
+        pass  # what to do was said
     if message and rank():
         time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
     # else a thread of the group's may abort at exit; with an error, other ranks may not come along
