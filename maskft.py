@@ -1318,8 +1318,11 @@ def shard(model, device, dtype, offload=False):
     """FSDP2: every block a unit, embedding, norm and head the root's.
 
     fp32 master weights and gradient sums; in bf16 the gathered copies are bf16. With `offload` all
-    but the gathered copies is in the host's memory: load the weights to the CPU.
+    but the gathered copies is in the host's memory: load the weights to the CPU. One process has
+    nothing to share out: the model stays plain, and autocast makes the bf16 copies.
     """
+    if world_size() == 1 and not offload:
+        return model
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # without cast_forward_inputs=False the RoPE tables would be rounded to bf16
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -1719,8 +1722,8 @@ class Run:
 
     @property
     def autocast(self):
-        """The FSDP policy makes the parameters bf16 already: autocast copies no weight, and covers
-        what is not a parameter."""
+        """Where the FSDP policy makes the parameters bf16 already, autocast copies no weight, and
+        covers what is not a parameter."""
         bf16 = self.settings.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
@@ -1886,7 +1889,9 @@ def update(run, examples, lr):
         # split
         (loss * world_size()).backward()
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0).full_tensor()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     run.optimizer.step()
     run.optimizer.zero_grad()
     return torch.stack([total, norm.to(run.device)])  # with --offload gradients are not there
