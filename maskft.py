@@ -421,6 +421,14 @@ LLADA_FIXED = {
     "rope_full_precision": True,
     "scale_logits": False,
 }
+# those of the same configuration class
+LLADA_DEFAULTS = {
+    "max_sequence_length": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "weight_tying": True,
+    "include_qkv_bias": False,
+}
 LLADA_WITHOUT = ("clip_qkv", "multi_query_attention", "quantization_config", "rope_scaling")
 # field of a Config: what a LLaDA's config.json calls it
 LLADA_FIELDS = {
@@ -440,6 +448,7 @@ LLADA_FIELDS = {
 def parse_llada(raw):
     """The Config in a LLaDA's config.json."""
     refuse_unless(raw, LLADA_FIXED | dict.fromkeys(LLADA_WITHOUT, False))
+    raw = LLADA_DEFAULTS | raw
     sizes = {ours: raw[theirs] for ours, theirs in LLADA_FIELDS.items()}
     vocab = data.embeddings(raw)
     if not 0 <= raw["mask_token_id"] < vocab:
