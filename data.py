@@ -415,6 +415,7 @@ class Tokenizer:
 
     def __post_init__(self):
         mergeable = {self.bytes_of[i]: rank for rank, i in enumerate(self.ids)}
+        self.ranks = {self.bytes_of[i]: i for i in self.ids}
         # tiktoken's own pattern is not used.
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=LLAMA3_PIECES, mergeable_ranks=mergeable, special_tokens={}

@@ -34,6 +34,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -57,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
-from data import DATA_HELP, IGNORE, PARAPHRASES, SETS, Example, UserError, read_field
+from data import DATA_HELP, IGNORE, PARAPHRASES, SETS, Example, UserError
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -130,8 +131,9 @@ def recover_answer(record, shown, masked, answer, tokenizer):
 def random_example(record, tokenizer, mask_ratio, rng):
     """The control [paper fig. 14]: random tokens in place of the masked document."""
     document = tokenizer.encode(text_of(record))
-    ordinary = rng.integers(len(tokenizer.ids), size=len(document))
-    return recover_document([tokenizer.ids[i] for i in ordinary], document, tokenizer)
+    ordinary = list(tokenizer.ranks.values())
+    drawn = rng.integers(len(ordinary), size=len(document))
+    return recover_document([ordinary[i] for i in drawn], document, tokenizer)
 
 
 def sft_example(record, tokenizer, mask_ratio, rng):
@@ -247,6 +249,9 @@ METHODS = {
 
 # how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
 RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}
+# Numbers as wide as the MLP that a layer keeps rather than making them again, which costs Python
+# time: of 8 B parameters, those of 292 tokens, in 32 layers 1 GiB in bf16.
+KEPT = 2**22
 CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
 
 
@@ -286,7 +291,7 @@ class Config:
     context: int  # longest sequence in tokens; with a sliding window (not implemented) at most that
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # {} = plain RoPE
+    rope_scaling: dict  # {} = plain RoPE; "factor" = linear; with the rest of LLAMA3_ROPE = llama3
     tied: bool  # the head is the embedding
     qkv_bias: bool = False
     out_bias: bool = False
@@ -295,128 +300,101 @@ class Config:
     raw: dict = field(default_factory=dict)  # its config.json, written back on saving
 
     def __post_init__(self):
-        sizes = ("vocab", "width", "heads", "kv_heads", "head_size", "mlp_width", "context")
-        for name in ("layers", *sizes):  # before anything of that size is made
-            size = getattr(self, name)
-            most = 2**10 if name == "layers" else 2**30
-            if not isinstance(size, int) or not 0 < size <= most:
-                raise UserError(f"{name} = {size!r} is not a size from 1 to {most}")
-        if self.heads % self.kv_heads or self.head_size % 2:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kind = int | float if f.type is float else f.type
+            is_number = f.type in (int, float)
+            if not isinstance(value, kind) or (is_number and not 0 < value < 1e12):
+                raise UserError(f"{f.name} = {value!r} is not possible")
+        if self.heads % self.kv_heads or self.head_size % 2 or self.layers > 1000:
             raise UserError(
-                f"heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}, or "
-                f"head_size = {self.head_size} is odd"
+                f"{self.layers} layers of {self.heads} heads of size {self.head_size} with "
+                f"{self.kv_heads} key/value heads are not possible"
             )
 
 
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: not found. A model is a directory with config.json, *.safetensors and a "
-            "tokenizer"
-        )
+    directory = Path(directory)
+    path = directory / "config.json"
+    adapter = data.read_object(directory / "adapter_config.json")
+    if adapter:
+        base = adapter.get("base_model_name_or_path")
+        raise UserError(f"{directory}: an adapter: merge it into {base}, and give what that makes")
     raw = data.read_object(path)
+    if not raw:
+        raise UserError(f"{path}: not found; {remedy(directory)}")
     with data.reading(path):
+        if "auto_map" in raw:
+            raw["auto_map"] = code_of(raw["auto_map"], directory)
         config = parse_config(raw)
-    return with_own_head(config, Path(directory))
+    return with_own_head(config, directory)
 
 
 def parse_config(raw):
     """The Config in the Hugging Face config of any supported family."""
-    family = read_field(raw, "model_type", str)
-    if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-    for name in DTYPE_FIELDS:
-        declared = raw.get(name)
-        if declared is not None:
-            raw[name] = parse_dtype(declared, name)
-    for name in ("bos", "eos", "pad"):
-        data.token_ids(raw, f"{name}_token_id")
-    parse, _ = FAMILIES[family]
-    return parse(raw)
+    parse = one_of(FAMILIES, raw["model_type"], "model_type").parse
+    declared_dtype(raw)  # refused now, not when the model is saved
+    given = {name: value for name, value in raw.items() if value is not None}
+    return dataclasses.replace(parse(given), raw=raw)
 
 
-DTYPE_FIELDS = ("dtype", "torch_dtype", "precision")  # the last is LLaDA's
-DTYPES = ("float32", "bfloat16", "float16", "float64", "amp_bf16", "amp_fp16")
-
-
-def parse_dtype(declared, name):
-    """What a config says of the dtype of its weights; "auto" is float32."""
-    dtype = str(declared).removeprefix("torch.").replace("auto", "float32")
-    if dtype not in DTYPES:
-        raise UserError(f'"{name}" must be one of {", ".join(DTYPES)}, found {declared!r}')
-    return dtype
+def one_of(table, name, what):
+    """table[name], or a UserError that lists the names."""
+    if name not in table:
+        raise UserError(f"{what} {name!r} is not one of {', '.join(table)}")
+    return table[name]
 
 
 def parse_llama(raw):
     """The Config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
     family = raw["model_type"]
-    refuse_unless(raw, hidden_act=("silu",), mlp_bias=(False, None), quantization_config=(None,))
-    size = partial(read_field, raw, kind=int)
-    flag = partial(read_field, raw, kind=bool)
-    width = size("hidden_size")
-    heads = size("num_attention_heads")
-    bias = flag("attention_bias", default=False)
-    context = size("max_position_embeddings", default=2048)
-    rope = parse_rope(raw, context)
+    refuse_unless(raw, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
+    width = raw["hidden_size"]
+    heads = raw["num_attention_heads"]
+    bias = raw.get("attention_bias", False)
+    context = raw.get("max_position_embeddings", 2048)
+    theta, scaling = parse_rope(raw, context)
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
-    if flag("use_sliding_window", default=family == "mistral"):
-        context = min(context, size("sliding_window", default=context))
+    if raw.get("use_sliding_window", family == "mistral"):
+        context = min(context, raw.get("sliding_window", context))
     return Config(
         vocab=data.embeddings(raw),
         width=width,
-        layers=size("num_hidden_layers"),
+        layers=raw["num_hidden_layers"],
         heads=heads,
-        kv_heads=size("num_key_value_heads", default=heads),
-        head_size=size("head_dim", default=width // heads),
-        mlp_width=size("intermediate_size"),
+        kv_heads=raw.get("num_key_value_heads", heads),
+        head_size=raw.get("head_dim", width // heads),
+        mlp_width=raw["intermediate_size"],
         context=context,
-        norm_eps=read_field(raw, "rms_norm_eps", float, 1e-6),
-        rope_theta=rope["rope_theta"],
-        rope_scaling={} if rope["rope_type"] == "default" else rope,
-        tied=flag("tie_word_embeddings", default=False),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=raw.get("tie_word_embeddings", False),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         qk_norm=family == "qwen3",
-        raw=raw,
     )
 
 
-ROPE_FACTORS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
+ROPE_FIELDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}
 
 
 def parse_rope(raw, context):
-    """The RoPE fields of a config, in both spellings: rope_type, rope_theta and ROPE_FACTORS.
-
-    As in transformers, rope_scaling goes before rope_parameters, and the original context is the
-    context where nothing else is said. UserError where the two disagree."""
-    old = read_field(raw, "rope_scaling", dict, {})
-    new = read_field(raw, "rope_parameters", dict, {})
-    rope = dict(old or new)
-    kind = read_field(rope, "rope_type", str, read_field(rope, "type", str, "default"))
-    if kind not in ROPE_FACTORS:
-        raise UserError(f"RoPE scaling {kind!r} is not one of {', '.join(ROPE_FACTORS)}")
-    theta = read_field(raw, "rope_theta", float, 10000.0)
-    rope |= {"rope_type": kind, "rope_theta": read_field(rope, "rope_theta", float, theta)}
-    for name, value in new.items():
-        if value not in ("default", None, rope.get(name)):
-            raise UserError(
-                f'"rope_scaling" and "rope_parameters" disagree about "{name}": '
-                f"{rope.get(name)!r} and {value!r}; delete one of them"
-            )
-    for name in ROPE_FACTORS[kind]:
-        read_field(rope, name, float)
-    if kind == "llama3":
-        original = "original_max_position_embeddings"
-        rope[original] = read_field(raw, original, int, read_field(rope, original, int, context))
-        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
-            raise UserError('"low_freq_factor" must be below "high_freq_factor"; correct it')
-    return rope
+    """theta, and the fields of a Config's rope_scaling. As in transformers, rope_scaling goes
+    before rope_parameters, and the original context is the context where nothing else is said."""
+    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), ORIGINAL: context}
+    rope |= raw.get("rope_scaling") or raw.get("rope_parameters", {})
+    rope[ORIGINAL] = raw.get(ORIGINAL, rope[ORIGINAL])
+    kind = rope.get("rope_type") or rope.get("type", "default")
+    fields = one_of(ROPE_FIELDS, kind, "RoPE scaling")
+    scaling = {name: float(rope[name]) for name in fields}
+    if min(scaling.values(), default=1) <= 0:
+        raise UserError(f"RoPE scaling by {scaling} is not possible")
+    return rope["rope_theta"], scaling
 
 
 # What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
@@ -439,51 +417,53 @@ LLADA_FIXED = {
     "rope_full_precision": True,
     "scale_logits": False,
 }
+# those of the same configuration class
+LLADA_DEFAULTS = {
+    "max_sequence_length": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "weight_tying": True,
+    "include_qkv_bias": False,
+}
+LLADA_WITHOUT = ("clip_qkv", "multi_query_attention", "quantization_config", "rope_scaling")
+# field of a Config: what a LLaDA's config.json calls it
+LLADA_FIELDS = {
+    "width": "d_model",
+    "layers": "n_layers",
+    "heads": "n_heads",
+    "kv_heads": "n_kv_heads",
+    "mlp_width": "mlp_hidden_size",
+    "context": "max_sequence_length",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tied": "weight_tying",
+    "qkv_bias": "include_qkv_bias",
+}
 
 
 def parse_llada(raw):
     """The Config in a LLaDA's config.json."""
-    allowed = {name: (value,) if value else (value, None) for name, value in LLADA_FIXED.items()}
-    absent = dict.fromkeys(["clip_qkv", "rope_scaling", "quantization_config"], (None,))
-    refuse_unless(raw, multi_query_attention=(None, False), **allowed, **absent)
-    size = partial(read_field, raw, kind=int)
+    refuse_unless(raw, LLADA_FIXED | dict.fromkeys(LLADA_WITHOUT, False))
+    raw = LLADA_DEFAULTS | raw
+    sizes = {ours: raw[theirs] for ours, theirs in LLADA_FIELDS.items()}
     vocab = data.embeddings(raw)
-    mask_id = size("mask_token_id", low=0)
-    if mask_id >= vocab:
-        raise UserError(f"mask_token_id = {mask_id} is not one of the {vocab} embeddings")
-    width = size("d_model")
-    heads = size("n_heads")
-    mlp_ratio = size("mlp_ratio", default=4)
-    return Config(
-        vocab=vocab,
-        width=width,
-        layers=size("n_layers"),
-        heads=heads,
-        kv_heads=size("n_kv_heads", default=heads),
-        head_size=width // heads,
-        mlp_width=size("mlp_hidden_size", default=mlp_ratio * width),
-        context=size("max_sequence_length", default=1024),
-        norm_eps=read_field(raw, "rms_norm_eps", float, 1e-5),
-        rope_theta=read_field(raw, "rope_theta", float, 10000.0),
-        rope_scaling={},
-        tied=read_field(raw, "weight_tying", bool, True),
-        qkv_bias=read_field(raw, "include_qkv_bias", bool, False),
-        causal=False,
-        raw=raw,
-    )
+    if not 0 <= raw["mask_token_id"] < vocab:
+        raise UserError(f"mask_token_id {raw['mask_token_id']} is not one of {vocab} embeddings")
+    head_size = raw["d_model"] // raw["n_heads"]
+    return Config(**sizes, vocab=vocab, head_size=head_size, rope_scaling={}, causal=False)
 
 
 def as_diffusion(config, tokenizer):
     """The Config to train a diffusion model with: a LLaDA's as it is, that of an autoregressive
     model as a LLaDA's. Its weights fit, with the causal mask off."""
+    raw = config.raw
     if not config.causal:
-        if config.raw["mask_token_id"] != tokenizer.mask_id:
+        if raw["mask_token_id"] != tokenizer.mask_id:
             raise UserError(
-                f"config.json says mask_token_id {config.raw['mask_token_id']}, "
+                f"config.json says mask_token_id {raw['mask_token_id']}, "
                 f"the tokenizer {tokenizer.mask_id}"
             )
         return config
-    raw = config.raw
     split = config.head_size * config.heads != config.width
     if config.out_bias or config.qk_norm or config.rope_scaling or split:
         raise UserError(
@@ -494,36 +474,23 @@ def as_diffusion(config, tokenizer):
         "an autoregressive model: its weights are where diffusion training starts, "
         "with the causal mask off"
     )
-    sizes = {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "d_model": config.width,
-        "n_layers": config.layers,
-        "n_heads": config.heads,
-        "n_kv_heads": config.kv_heads,
-        "mlp_hidden_size": config.mlp_width,
+    sizes = {theirs: getattr(config, ours) for ours, theirs in LLADA_FIELDS.items()}
+    vocabulary = {
         "vocab_size": config.vocab,
         "embedding_size": config.vocab,
-        "max_sequence_length": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "weight_tying": config.tied,
-        "include_qkv_bias": config.qkv_bias,
         "mask_token_id": tokenizer.mask_id,
         "eos_token_id": tokenizer.eos_id,
         "bos_token_id": raw.get("bos_token_id"),
         "pad_token_id": tokenizer.eos_id,
-        "torch_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
     }
-    return parse_llada(LLADA_FIXED | sizes)
+    return parse_config({"model_type": "llada"} | LLADA_FIXED | sizes | vocabulary)
 
 
-def refuse_unless(raw, **allowed):
-    """UserError for the first field of a config whose value is not implemented; absent is fine."""
-    for name, values in allowed.items():
-        if name in raw and raw[name] not in values:
-            only = " or ".join(map(repr, values))
-            raise UserError(f"{name} = {raw[name]!r} is not implemented (only {only})")
+def refuse_unless(raw, implemented):
+    """UserError for the first field of a config that has another value; absent is fine."""
+    for name, value in implemented.items():
+        if raw.get(name, value) != value:
+            raise UserError(f"{name} = {raw[name]!r:.80} is not implemented, only {value!r}")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -533,6 +500,8 @@ class RMSNorm(nn.RMSNorm):
     """torch's, kept out of autocast, which would run it in fp32 and keep that copy for backward."""
 
     def forward(self, x):
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
 
@@ -565,20 +534,19 @@ def rope_tables(positions, config):
     """
     index = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-index / config.head_size)  # (K/2,)
-    scaling = config.rope_scaling
-    if scaling.get("rope_type") == "linear":
-        frequency = frequency / scaling["factor"]
-    if scaling.get("rope_type") == "llama3":
-        # waves that turn often within the old context stay, those that never finish a turn are
-        # stretched
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    if config.rope_scaling:
+        factor, *llama3 = config.rope_scaling.values()
+        keep = 0
+        if llama3:
+            # waves that turn often within the old context stay, those that never finish a turn
+            # are stretched
+            low, high, old_context = llama3
+            turns = old_context * frequency / (2 * math.pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, K)
-    return angles.cos(), angles.sin()
+    sin = angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -586,8 +554,8 @@ def rotate(x, cos, sin):
 
     Split halves, the convention of Hugging Face checkpoints: loading permutes nothing.
     """
-    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, K/2) each
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # of each pair
+    return (x * cos + other * sin).type_as(x)
 
 
 class KVCache:
@@ -659,7 +627,7 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         gate = self.gate(h)  # (B, T, F)
         up = self.up(h)  # (B, T, F)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and gate.numel() > KEPT:
             # silu(gate) and the product are made again in backward, not kept: half of what is as
             # wide as the MLP, for no matmul (checkpoint stops running again once it has the input
             # of `down`, the last thing that backward needs)
@@ -798,25 +766,39 @@ LLADA_NAMES = {
     "norm": "model.transformer.ln_f",
     "head": "model.transformer.ff_out",
 }
-# config.json's model_type: how its config is read, what its tensors are called
+
+
+class Family(NamedTuple):
+    """How a model_type's config.json is read, what its tensors are called, and who opens it."""
+
+    parse: Callable
+    names: dict
+    architecture: str
+
+
 FAMILIES = {
-    "llama": (parse_llama, LLAMA_NAMES),
-    "mistral": (parse_llama, LLAMA_NAMES),
-    "qwen2": (parse_llama, LLAMA_NAMES),
-    "qwen3": (parse_llama, LLAMA_NAMES),
-    "llada": (parse_llada, LLADA_NAMES),
+    "llama": Family(parse_llama, LLAMA_NAMES, "LlamaForCausalLM"),
+    "mistral": Family(parse_llama, LLAMA_NAMES, "MistralForCausalLM"),
+    "qwen2": Family(parse_llama, LLAMA_NAMES, "Qwen2ForCausalLM"),
+    "qwen3": Family(parse_llama, LLAMA_NAMES, "Qwen3ForCausalLM"),
+    "llada": Family(parse_llada, LLADA_NAMES, "LLaDAModelLM"),
+}
+# what a config.json may declare (amp_...: LLaDA's words)
+DTYPES = {
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "amp_bf16": torch.bfloat16,
+    "amp_fp16": torch.float16,
 }
 
 
-def checkpoint_names(model, family):
-    """{our parameter name: its name in a checkpoint of that family}."""
-    _, table = FAMILIES[family]
-    names = {}
-    for name, _ in model.named_parameters():
-        *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        layer = block[-1] if block else ""
-        names[name] = f"{table[part].format(layer)}.{kind}"
-    return names
+def declared_dtype(raw):
+    """The dtype of the weights by their config.json; float32 if it says nothing."""
+    said = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
+    return one_of(DTYPES, said.removeprefix("torch."), "dtype")
 
 
 def load(path_or_id, device="cpu", dtype=torch.float32):
@@ -834,6 +816,8 @@ def find_model(name):
     for directory in (Path(name), Path(__file__).parent / name):
         if directory.is_dir():
             return directory
+        if directory.is_file():
+            raise UserError(f"--model {name}: is a file; give the directory of {MODEL_FILES}")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
         raise UserError(f"--model {name}: no such directory, and not a hub id (owner/name)")
     # never pickled weights, never code
@@ -856,55 +840,68 @@ def find_model(name):
     raise UserError(f"--model {name} {why}")
 
 
-def open_tensors(directory):
-    """{checkpoint name: (shape, file)} of a model directory; no tensor is read yet."""
+MODEL_FILES = "config.json, *.safetensors and a tokenizer"
+
+
+def hub_id(directory):
+    """owner/name of a directory in the hub's cache; None of any other."""
+    if directory.parent.name != "snapshots":
+        return None
+    return directory.parents[1].name.removeprefix("models--").replace("--", "/")
+
+
+def remedy(directory):
+    """What to do about a model directory that lacks a file."""
+    name = hub_id(directory)
+    if name:
+        return f"the download is incomplete: with a network, `hf download {name}` completes it"
+    return f"a model is a directory with {MODEL_FILES}; pickled weights are never read"
+
+
+def code_of(auto_map, directory):
+    """An auto_map that says where its code is: code is neither run nor copied."""
+    source = hub_id(directory) or directory.absolute()
+    return {kind: code if "--" in code else f"{source}--{code}" for kind, code in auto_map.items()}
+
+
+@contextmanager
+def opened(path):
+    """A safetensors file; UserError if it is not whole."""
+    guard = data.reading(path, "not a whole safetensors file: download it again")
+    with guard, safetensors.safe_open(path, framework="pt") as file:
+        yield file
+
+
+def find_tensors(directory):
+    """({checkpoint name: its file}, {checkpoint name: its shape}) of a model directory.
+
+    Of a tensor in several files, the one that the index names counts, as in transformers."""
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.is_file():
-        files = {single.name}
-    elif index.is_file():
-        try:
-            files = set(data.read_json(index)["weight_map"].values())
-        except (AttributeError, KeyError, TypeError):
-            raise UserError(
-                f"{index}: no weight_map, which says what file a tensor is in: download it again"
-            ) from None
+        with opened(single) as file:
+            files = dict.fromkeys(file.keys(), single)
     else:
-        raise UserError(
-            f"{directory}: neither {single.name} nor {index.name} (pickled weights are never read)"
-        )
-    tensors = {}
-    for path in [directory / str(file) for file in files]:
-        if path.parent != directory or not path.is_file():
-            raise UserError(f"{index}: names {path}, which is not a file of this directory")
-        try:
-            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.offset_keys():
-                    view = file.get_slice(name)
-                    check_number_format(view.get_dtype(), name, path)
-                    tensors[name] = view.get_shape(), path
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: not a whole safetensors file ({error}): download it again"
-            ) from None
-    return tensors
+        with data.reading(index):
+            weight_map = data.read_object(index).get("weight_map", {single.name: single.name})
+            files = {name: directory / Path(file).name for name, file in weight_map.items()}
+    shapes = {}
+    for path in set(files.values()):
+        if not path.is_file():
+            raise UserError(f"{path}: not found; {remedy(directory)}")
+        with opened(path) as file:
+            for name in [name for name in files if files[name] == path]:
+                view = file.get_slice(name)
+                shapes[name] = view.get_shape()
+                if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{name} is quantized: of type {view.get_dtype()}")
+    return files, shapes
 
 
-def check_number_format(name_of_dtype, name, path):
-    """UserError for a tensor of integers, or of 8 or fewer bits: those are quantized."""
-    if name_of_dtype not in ("F64", "F32", "F16", "BF16"):
-        raise UserError(
-            f"{path}: {name} holds numbers of type {name_of_dtype}; give a model that is not "
-            "quantized, in float32, bfloat16 or float16"
-        )
-
-
-def read_rows(tensors, name, start, stop):
-    """Rows of a tensor from its file.
-
-    The file is opened anew each time, as what was read of it stays mapped until it is closed."""
-    _, path = tensors[name]
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+def read_rows(path, name, start=0, stop=None):
+    """Rows of a tensor. The file is opened anew each time: what was read stays mapped until it is
+    closed."""
+    with opened(path) as file:
         return file.get_slice(name)[start:stop]
 
 
@@ -912,29 +909,26 @@ def with_own_head(config, directory):
     """The Config of a model directory: tied only if it has no head of its own.
 
     As in transformers, a head beside a tied embedding counts unless the two are equal."""
-    _, table = FAMILIES[config.raw["model_type"]]
-    tensors = open_tensors(directory) if config.tied else {}
-    head = f"{table['head']}.weight"
-    embedding = f"{table['embed']}.weight"
-    if head not in tensors or is_equal(tensors, head, embedding):
+    files, _ = find_tensors(directory)
+    names = FAMILIES[config.raw["model_type"]].names
+    head, embedding = (f"{names[part]}.weight" for part in ("head", "embed"))
+    if not config.tied or not {head, embedding} <= files.keys():
         return config
-    print0(f'{directory}: has a {head} of its own, so "tie_word_embeddings" does not hold')
+    first, second = (read_rows(files[name], name).float() for name in (head, embedding))
+    if torch.equal(first, second):
+        return config
+    print0(f"{directory}: has a {head} of its own, so the two are not tied, as config.json says")
     said = "tie_word_embeddings" if config.causal else "weight_tying"
     return dataclasses.replace(config, tied=False, raw=config.raw | {said: False})
 
 
-def is_equal(tensors, first, second):
-    """Whether two tensors of a checkpoint are the same, read a piece at a time."""
-    if second not in tensors or tensors[first][0] != tensors[second][0]:
-        return False
-    rows = tensors[first][0][0]
-    return all(
-        torch.equal(
-            read_rows(tensors, first, start, start + CHUNK).float(),
-            read_rows(tensors, second, start, start + CHUNK).float(),
-        )
-        for start in range(0, rows, CHUNK)
-    )
+def checkpoint_names(model, family):
+    """{our parameter name: its name in a checkpoint of that family}."""
+    names = {}
+    for name, _ in model.named_parameters():
+        *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
+        names[name] = f"{FAMILIES[family].names[part].format(*block[1:])}.{kind}"
+    return names
 
 
 def load_weights(model, directory, device):
@@ -943,22 +937,31 @@ def load_weights(model, directory, device):
     Each rank reads only the rows it holds. UserError names a tensor that is missing, extra or of
     another shape, before there is any room.
     """
-    tensors = open_tensors(directory)
-    family = data.read_json(directory / "config.json")["model_type"]
-    names = checkpoint_names(model, family)
-    check_tensors(model, tensors, names, family, directory)
+    files, shapes = find_tensors(directory)
+    names = checkpoint_names(model, data.read_json(directory / "config.json")["model_type"])
+    wanted = {names[name]: list(p.shape) for name, p in model.named_parameters()}
+    needed = {name for name in shapes if not name.endswith(UNREAD)}
+    for name in sorted(needed | wanted.keys()):
+        found, said = shapes.get(name, "none"), wanted.get(name, "none")
+        if found != said:
+            raise UserError(
+                f"{files.get(name, directory)}: {name} has shape {found}, by config.json {said}"
+            )
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, start = local_rows(parameter)
+        name = names[name]
         if local.shape[0]:
-            # into the shard in place
-            local.copy_(read_rows(tensors, names[name], start, start + local.shape[0]))
-            if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
-                _, path = tensors[names[name]]
-                raise UserError(
-                    f"{path}: {names[name]} holds NaN, infinite or absurdly large numbers (as "
-                    f"{local.dtype}): download it again, or use another checkpoint"
-                )
+            local.copy_(read_rows(files[name], name, start, start + local.shape[0]))
+        if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
+            raise UserError(
+                f"{files[name]}: {name} holds NaN, infinite or absurdly large numbers (as "
+                f"{local.dtype}): download it again, or use another checkpoint"
+            )
+
+
+# a copy of the embedding, which a tied model needs not, and a buffer of early Llama 2's
+UNREAD = ("lm_head.weight", "transformer.ff_out.weight", "rotary_emb.inv_freq")
 
 
 def local_rows(parameter):
@@ -973,29 +976,6 @@ def local_rows(parameter):
     return local.to_local(), start
 
 
-def check_tensors(model, tensors, names, family, directory):
-    """UserError unless the checkpoint has exactly the model's tensors, in its shapes."""
-    unread = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}  # early Llama 2's
-    if model.config.tied:
-        _, table = FAMILIES[family]
-        unread.add(f"{table['head']}.weight")  # a copy of the embedding
-    missing = set(names.values()) - set(tensors)
-    extra = set(tensors) - set(names.values()) - unread
-    if missing or extra:
-        what = "is missing" if missing else "is not part of this model"
-        which = missing or extra
-        raise UserError(
-            f"{directory}: the tensor {min(which)} {what} ({len(which)} such); "
-            "is config.json of the same model?"
-        )
-    for name, parameter in model.named_parameters():
-        shape, path = tensors[names[name]]
-        if shape != list(parameter.shape):
-            raise UserError(
-                f"{path}: {names[name]} has shape {shape}, config.json says {list(parameter.shape)}"
-            )
-
-
 def save(model, path):
     """Write config.json and safetensors of at most 5 GB, in the dtype that the config declares.
 
@@ -1004,20 +984,22 @@ def save(model, path):
     """
     path = Path(path)
     raw = model.config.raw
-    declared = next((raw[name] for name in DTYPE_FIELDS if raw.get(name)), "float32")
-    # LLaDA's words
-    dtype = getattr(torch, declared.replace("amp_bf16", "bfloat16").replace("amp_fp16", "float16"))
-    names = checkpoint_names(model, raw["model_type"])
-    parameters = {names[name]: p.detach() for name, p in model.named_parameters()}
-    empty = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    dtype = declared_dtype(raw)
+    family = raw["model_type"]
+    names = checkpoint_names(model, family)
+    tensors = {names[name]: p.detach() for name, p in model.named_parameters()}
+    empty = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in tensors.items()}
     plan = huggingface_hub.split_torch_state_dict_into_shards(empty)
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
-        data.write_text(path / "config.json", json.dumps(raw, indent=2) + "\n")
+        architecture = {"architectures": [FAMILIES[family].architecture]}  # other tools ask for it
+        data.write_json(path / "config.json", architecture | raw)
+        for old in path.glob("model*.safetensors*"):
+            old.unlink()  # or the next reader mixes them with these
     for file, members in plan.filename_to_tensors.items():
         whole = {}
         for name in members:
-            tensor = parameters[name]
+            tensor = tensors[name]
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()  # on every rank
             if rank() == 0:
@@ -1029,8 +1011,7 @@ def save(model, path):
             part.replace(path / file)  # a file that has its name is whole
     if rank() == 0 and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        text = json.dumps(index, indent=2) + "\n"
-        data.write_text(path / "model.safetensors.index.json", text)
+        data.write_json(path / "model.safetensors.index.json", index)
 
 
 # --------------------------------------------------------------------------------------- generation
