@@ -34,7 +34,6 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -45,9 +44,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
-from huggingface_hub import errors
 from huggingface_hub.utils import tqdm
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -291,7 +288,7 @@ class Config:
     context: int  # longest sequence in tokens; with a sliding window (not implemented) at most that
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # {} = plain RoPE; "factor" = linear; with the rest of LLAMA3_ROPE = llama3
+    rope_scaling: dict  # rope_type "default", "linear" or "llama3", and its numbers
     tied: bool  # the head is the embedding
     qkv_bias: bool = False
     out_bias: bool = False
@@ -299,62 +296,59 @@ class Config:
     causal: bool = True  # False: every token sees every other (LLaDA)
     raw: dict = field(default_factory=dict)  # its config.json, written back on saving
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            kind = int | float if f.type is float else f.type
-            is_number = f.type in (int, float)
-            if not isinstance(value, kind) or (is_number and not 0 < value < 1e12):
-                raise UserError(f"{f.name} = {value!r} is not possible")
-        if self.heads % self.kv_heads or self.head_size % 2 or self.layers > 1000:
-            raise UserError(
-                f"{self.layers} layers of {self.heads} heads of size {self.head_size} with "
-                f"{self.kv_heads} key/value heads are not possible"
-            )
-
 
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
-    directory = Path(directory)
-    path = directory / "config.json"
-    adapter = data.read_object(directory / "adapter_config.json")
-    if adapter:
-        base = adapter.get("base_model_name_or_path")
-        raise UserError(f"{directory}: an adapter: merge it into {base}, and give what that makes")
-    raw = data.read_object(path)
-    if not raw:
-        raise UserError(f"{path}: not found; {remedy(directory)}")
+    path = Path(directory) / "config.json"
+    if (path.parent / "adapter_config.json").exists():
+        raise UserError(f"{directory}: an adapter: merge it into its base model, and give that")
     with data.reading(path):
-        if "auto_map" in raw:
-            raw["auto_map"] = code_of(raw["auto_map"], directory)
-        config = parse_config(raw)
-    return with_own_head(config, directory)
+        raw = data.read_json(path)
+        config = parse_config(raw | code_elsewhere(raw, path.parent))
+        with torch.device("meta"):
+            Model(config)  # sizes that cannot be are found here
+    return with_own_head(config, path.parent)
+
+
+def code_elsewhere(raw, directory):
+    """An auto_map that says where its code is, as transformers takes it: none is run or copied."""
+    source = str(directory.absolute())
+    from_hub = regex.search("models--(.+?)--(.+)/snapshots/", source)
+    if from_hub:
+        source = "/".join(from_hub.groups())
+    code = raw.get("auto_map") or {}
+    return {"auto_map": {kind: f"{source}--{name}" for kind, name in code.items()}} if code else {}
 
 
 def parse_config(raw):
-    """The Config in the Hugging Face config of any supported family."""
-    parse = one_of(FAMILIES, raw["model_type"], "model_type").parse
-    declared_dtype(raw)  # refused now, not when the model is saved
+    """The Config in the Hugging Face config of any supported family; null is absent."""
     given = {name: value for name, value in raw.items() if value is not None}
-    return dataclasses.replace(parse(given), raw=raw)
+    refuse_unless(given, model_type=FAMILIES, quantization_config=())
+    parse, _, architecture = FAMILIES[given["model_type"]]
+    return dataclasses.replace(parse(given), raw={"architectures": [architecture]} | raw)
 
 
-def one_of(table, name, what):
-    """table[name], or a UserError that lists the names."""
-    if name not in table:
-        raise UserError(f"{what} {name!r} is not one of {', '.join(table)}")
-    return table[name]
+def refuse_unless(raw, **implemented):
+    """UserError for a field of a config with a value that is not implemented; absent is fine."""
+    for name, values in implemented.items():
+        if name in raw and raw[name] not in values:
+            raise UserError(f"{name} {raw[name]!r:.80} is not implemented, only {list(values)}")
 
 
 def parse_llama(raw):
     """The Config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
     family = raw["model_type"]
-    refuse_unless(raw, {"hidden_act": "silu", "mlp_bias": False, "quantization_config": None})
+    refuse_unless(raw, hidden_act=["silu"], mlp_bias=[False])
     width = raw["hidden_size"]
     heads = raw["num_attention_heads"]
     bias = raw.get("attention_bias", False)
     context = raw.get("max_position_embeddings", 2048)
-    theta, scaling = parse_rope(raw, context)
+    original = {"original_max_position_embeddings": context}
+    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
+    rope = original | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope |= {name: raw[name] for name in original if name in raw}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
+    refuse_unless(rope, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
     if raw.get("use_sliding_window", family == "mistral"):
         context = min(context, raw.get("sliding_window", context))
@@ -367,34 +361,14 @@ def parse_llama(raw):
         head_size=raw.get("head_dim", width // heads),
         mlp_width=raw["intermediate_size"],
         context=context,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+        rope_scaling=rope,
         tied=raw.get("tie_word_embeddings", False),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         qk_norm=family == "qwen3",
     )
-
-
-ORIGINAL = "original_max_position_embeddings"
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-ROPE_FIELDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3_ROPE}
-
-
-def parse_rope(raw, context):
-    """theta, and the fields of a Config's rope_scaling. As in transformers, rope_scaling goes
-    before rope_parameters, and the original context is the context where nothing else is said."""
-    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), ORIGINAL: context}
-    rope |= raw.get("rope_scaling") or raw.get("rope_parameters", {})
-    rope[ORIGINAL] = raw.get(ORIGINAL, rope[ORIGINAL])
-    kind = rope.get("rope_type") or rope.get("type", "default")
-    fields = one_of(ROPE_FIELDS, kind, "RoPE scaling")
-    scaling = {name: float(rope[name]) for name in fields}
-    if min(scaling.values(), default=1) <= 0:
-        raise UserError(f"RoPE scaling by {scaling} is not possible")
-    return rope["rope_theta"], scaling
 
 
 # What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
@@ -417,15 +391,8 @@ LLADA_FIXED = {
     "rope_full_precision": True,
     "scale_logits": False,
 }
-# those of the same configuration class
-LLADA_DEFAULTS = {
-    "max_sequence_length": 1024,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "weight_tying": True,
-    "include_qkv_bias": False,
-}
-LLADA_WITHOUT = ("clip_qkv", "multi_query_attention", "quantization_config", "rope_scaling")
+
+
 # field of a Config: what a LLaDA's config.json calls it
 LLADA_FIELDS = {
     "width": "d_model",
@@ -443,54 +410,39 @@ LLADA_FIELDS = {
 
 def parse_llada(raw):
     """The Config in a LLaDA's config.json."""
-    refuse_unless(raw, LLADA_FIXED | dict.fromkeys(LLADA_WITHOUT, False))
-    raw = LLADA_DEFAULTS | raw
+    refuse_unless(raw, **{name: [value] for name, value in LLADA_FIXED.items()})
     sizes = {ours: raw[theirs] for ours, theirs in LLADA_FIELDS.items()}
-    vocab = data.embeddings(raw)
-    if not 0 <= raw["mask_token_id"] < vocab:
-        raise UserError(f"mask_token_id {raw['mask_token_id']} is not one of {vocab} embeddings")
     head_size = raw["d_model"] // raw["n_heads"]
-    return Config(**sizes, vocab=vocab, head_size=head_size, rope_scaling={}, causal=False)
+    scaling = {"rope_type": "default"}
+    return Config(
+        **sizes, vocab=data.embeddings(raw), head_size=head_size, rope_scaling=scaling, causal=False
+    )
 
 
 def as_diffusion(config, tokenizer):
     """The Config to train a diffusion model with: a LLaDA's as it is, that of an autoregressive
     model as a LLaDA's. Its weights fit, with the causal mask off."""
-    raw = config.raw
     if not config.causal:
-        if raw["mask_token_id"] != tokenizer.mask_id:
-            raise UserError(
-                f"config.json says mask_token_id {raw['mask_token_id']}, "
-                f"the tokenizer {tokenizer.mask_id}"
-            )
+        refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id])
         return config
     split = config.head_size * config.heads != config.width
-    if config.out_bias or config.qk_norm or config.rope_scaling or split:
+    scaled = config.rope_scaling["rope_type"] != "default"
+    if config.out_bias or config.qk_norm or scaled or split:
         raise UserError(
-            f"this {raw['model_type']} cannot become a LLaDA, whose config has no output bias, "
-            "query and key norms, RoPE scaling, or head size other than width / heads"
+            "--model: no LLaDA has output bias, query and key norms, RoPE scaling, or a head size "
+            "other than width / heads; take another model"
         )
-    print0(
-        "an autoregressive model: its weights are where diffusion training starts, "
-        "with the causal mask off"
-    )
+    print0("an autoregressive model: diffusion training starts from its weights, without the mask")
     sizes = {theirs: getattr(config, ours) for ours, theirs in LLADA_FIELDS.items()}
     vocabulary = {
         "vocab_size": config.vocab,
         "embedding_size": config.vocab,
         "mask_token_id": tokenizer.mask_id,
         "eos_token_id": tokenizer.eos_id,
-        "bos_token_id": raw.get("bos_token_id"),
+        "bos_token_id": tokenizer.bos_id,
         "pad_token_id": tokenizer.eos_id,
     }
     return parse_config({"model_type": "llada"} | LLADA_FIXED | sizes | vocabulary)
-
-
-def refuse_unless(raw, implemented):
-    """UserError for the first field of a config that has another value; absent is fine."""
-    for name, value in implemented.items():
-        if raw.get(name, value) != value:
-            raise UserError(f"{name} = {raw[name]!r:.80} is not implemented, only {value!r}")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -534,16 +486,17 @@ def rope_tables(positions, config):
     """
     index = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-index / config.head_size)  # (K/2,)
-    if config.rope_scaling:
-        factor, *llama3 = config.rope_scaling.values()
-        keep = 0
-        if llama3:
-            # waves that turn often within the old context stay, those that never finish a turn
-            # are stretched
-            low, high, old_context = llama3
-            turns = old_context * frequency / (2 * math.pi)
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / factor
+    scaling = config.rope_scaling
+    if scaling["rope_type"] == "linear":
+        frequency = frequency / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        # waves that turn often within the old context stay, those that never finish a turn are
+        # stretched
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
     sin = angles.sin()
     return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -768,37 +721,14 @@ LLADA_NAMES = {
 }
 
 
-class Family(NamedTuple):
-    """How a model_type's config.json is read, what its tensors are called, and who opens it."""
-
-    parse: Callable
-    names: dict
-    architecture: str
-
-
+# config.json's model_type: how its config is read, what its tensors are called, who opens it
 FAMILIES = {
-    "llama": Family(parse_llama, LLAMA_NAMES, "LlamaForCausalLM"),
-    "mistral": Family(parse_llama, LLAMA_NAMES, "MistralForCausalLM"),
-    "qwen2": Family(parse_llama, LLAMA_NAMES, "Qwen2ForCausalLM"),
-    "qwen3": Family(parse_llama, LLAMA_NAMES, "Qwen3ForCausalLM"),
-    "llada": Family(parse_llada, LLADA_NAMES, "LLaDAModelLM"),
+    "llama": (parse_llama, LLAMA_NAMES, "LlamaForCausalLM"),
+    "mistral": (parse_llama, LLAMA_NAMES, "MistralForCausalLM"),
+    "qwen2": (parse_llama, LLAMA_NAMES, "Qwen2ForCausalLM"),
+    "qwen3": (parse_llama, LLAMA_NAMES, "Qwen3ForCausalLM"),
+    "llada": (parse_llada, LLADA_NAMES, "LLaDAModelLM"),
 }
-# what a config.json may declare (amp_...: LLaDA's words)
-DTYPES = {
-    "auto": torch.float32,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "amp_bf16": torch.bfloat16,
-    "amp_fp16": torch.float16,
-}
-
-
-def declared_dtype(raw):
-    """The dtype of the weights by their config.json; float32 if it says nothing."""
-    said = raw.get("dtype") or raw.get("torch_dtype") or raw.get("precision") or "float32"
-    return one_of(DTYPES, said.removeprefix("torch."), "dtype")
 
 
 def load(path_or_id, device="cpu", dtype=torch.float32):
@@ -811,124 +741,86 @@ def load(path_or_id, device="cpu", dtype=torch.float32):
     return model.eval()
 
 
+WANTED = ["*.safetensors", "*.json", "*.jinja"]  # never pickled weights, never code
+
+
 def find_model(name):
     """The directory of a model: the path itself, one beside this file (`tiny`), or a download."""
-    for directory in (Path(name), Path(__file__).parent / name):
-        if directory.is_dir():
-            return directory
-        if directory.is_file():
-            raise UserError(f"--model {name}: is a file; give the directory of {MODEL_FILES}")
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
-        raise UserError(f"--model {name}: no such directory, and not a hub id (owner/name)")
-    # never pickled weights, never code
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    for path in (Path(name), Path(__file__).parent / name):
+        if path.is_dir():
+            return path
+        if path.is_file():
+            raise UserError(
+                f"--model {name} is a file: give the directory that has its config.json"
+            )
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except errors.GatedRepoError:
-        why = (
-            f"is gated: accept its licence at https://huggingface.co/{name}, then "
-            "`hf auth login`, or give a local directory or the built-in model (--model tiny)"
-        )
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        why = "is no directory, and no model on the hub (a private one needs `hf auth login`)"
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        why = (
-            "is not in the local cache and the hub could not be reached "
-            f"({type(error).__name__}). On a machine with a network: "
-            f"`hf download {name} --local-dir DIR`, then --model DIR; or --model tiny"
-        )
-    raise UserError(f"--model {name} {why}")
-
-
-MODEL_FILES = "config.json, *.safetensors and a tokenizer"
-
-
-def hub_id(directory):
-    """owner/name of a directory in the hub's cache; None of any other."""
-    if directory.parent.name != "snapshots":
-        return None
-    return directory.parents[1].name.removeprefix("models--").replace("--", "/")
-
-
-def remedy(directory):
-    """What to do about a model directory that lacks a file."""
-    name = hub_id(directory)
-    if name:
-        return f"the download is incomplete: with a network, `hf download {name}` completes it"
-    return f"a model is a directory with {MODEL_FILES}; pickled weights are never read"
-
-
-def code_of(auto_map, directory):
-    """An auto_map that says where its code is: code is neither run nor copied."""
-    source = hub_id(directory) or directory.absolute()
-    return {kind: code if "--" in code else f"{source}--{code}" for kind, code in auto_map.items()}
-
-
-@contextmanager
-def opened(path):
-    """A safetensors file; UserError if it is not whole."""
-    guard = data.reading(path, "not a whole safetensors file: download it again")
-    with guard, safetensors.safe_open(path, framework="pt") as file:
-        yield file
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
+    except (OSError, ValueError) as error:  # of the hub's all are one or the other
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"--model {name} is no directory, and cannot be downloaded ({why:.200}). Of a gated or "
+            f"private one: `hf auth login`. Where there is no network: `hf download {name} "
+            "--local-dir DIR` elsewhere, then --model DIR; or --model tiny, which is built in"
+        ) from None
 
 
 def find_tensors(directory):
-    """({checkpoint name: its file}, {checkpoint name: its shape}) of a model directory.
+    """{checkpoint name: its file} of a model directory.
 
-    Of a tensor in several files, the one that the index names counts, as in transformers."""
+    Of a tensor in several files, the one that the index names counts, as in transformers.
+    """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
-    if single.is_file():
-        with opened(single) as file:
-            files = dict.fromkeys(file.keys(), single)
-    else:
-        with data.reading(index):
-            weight_map = data.read_object(index).get("weight_map", {single.name: single.name})
-            files = {name: directory / Path(file).name for name, file in weight_map.items()}
-    shapes = {}
-    for path in set(files.values()):
-        if not path.is_file():
-            raise UserError(f"{path}: not found; {remedy(directory)}")
-        with opened(path) as file:
-            for name in [name for name in files if files[name] == path]:
-                view = file.get_slice(name)
-                shapes[name] = view.get_shape()
-                if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise UserError(f"{name} is quantized: of type {view.get_dtype()}")
-    return files, shapes
+    if not single.exists() and not index.exists():
+        raise UserError(
+            f"{directory}: neither {single.name} nor {index.name} (of pickled weights none are "
+            f"read). Is the download complete? `hf download` goes on with it"
+        )
+    if single.exists():
+        with data.reading(single), safetensors.safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    with data.reading(index):
+        weight_map = data.read_json(index)["weight_map"]
+        return {name: directory / Path(file).name for name, file in weight_map.items()}
 
 
 def read_rows(path, name, start=0, stop=None):
     """Rows of a tensor. The file is opened anew each time: what was read stays mapped until it is
     closed."""
-    with opened(path) as file:
+    with data.reading(path), safetensors.safe_open(path, "pt") as file:
         return file.get_slice(name)[start:stop]
 
 
 def with_own_head(config, directory):
     """The Config of a model directory: tied only if it has no head of its own.
 
-    As in transformers, a head beside a tied embedding counts unless the two are equal."""
-    files, _ = find_tensors(directory)
-    names = FAMILIES[config.raw["model_type"]].names
+    As in transformers, a head beside a tied embedding counts unless the two are equal.
+    """
+    files = find_tensors(directory)
+    _, names, _ = FAMILIES[config.raw["model_type"]]
     head, embedding = (f"{names[part]}.weight" for part in ("head", "embed"))
-    if not config.tied or not {head, embedding} <= files.keys():
+    if not config.tied or head not in files:
         return config
     first, second = (read_rows(files[name], name).float() for name in (head, embedding))
     if torch.equal(first, second):
         return config
-    print0(f"{directory}: has a {head} of its own, so the two are not tied, as config.json says")
-    said = "tie_word_embeddings" if config.causal else "weight_tying"
-    return dataclasses.replace(config, tied=False, raw=config.raw | {said: False})
+    print0(f"{directory}: has a {head} of its own: not tied, whatever config.json says")
+    untied = {"tie_word_embeddings": False, "weight_tying": False}
+    return dataclasses.replace(config, tied=False, raw=config.raw | untied)
 
 
-def checkpoint_names(model, family):
-    """{our parameter name: its name in a checkpoint of that family}."""
+def checkpoint_names(model):
+    """{our parameter name: its name in a checkpoint of the model's family}."""
+    _, table, _ = FAMILIES[model.config.raw["model_type"]]
     names = {}
     for name, _ in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        names[name] = f"{FAMILIES[family].names[part].format(*block[1:])}.{kind}"
+        names[name] = f"{table[part].format(*block[1:])}.{kind}"
     return names
+
+
+# a copy of the embedding, which a tied model needs not, and a buffer of early Llama 2's
+UNREAD = ("lm_head.weight", "transformer.ff_out.weight", "rotary_emb.inv_freq")
 
 
 def load_weights(model, directory, device):
@@ -937,31 +829,29 @@ def load_weights(model, directory, device):
     Each rank reads only the rows it holds. UserError names a tensor that is missing, extra or of
     another shape, before there is any room.
     """
-    files, shapes = find_tensors(directory)
-    names = checkpoint_names(model, data.read_json(directory / "config.json")["model_type"])
-    wanted = {names[name]: list(p.shape) for name, p in model.named_parameters()}
-    needed = {name for name in shapes if not name.endswith(UNREAD)}
-    for name in sorted(needed | wanted.keys()):
-        found, said = shapes.get(name, "none"), wanted.get(name, "none")
-        if found != said:
-            raise UserError(
-                f"{files.get(name, directory)}: {name} has shape {found}, by config.json {said}"
-            )
+    files = find_tensors(directory)
+    names = {theirs: ours for ours, theirs in checkpoint_names(model).items()}
+    odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
+    if odd:
+        raise UserError(
+            f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
+            "such): are they of one model, not quantized, and complete?"
+        )
+    for theirs, ours in names.items():
+        with data.reading(files[theirs]), safetensors.safe_open(files[theirs], "pt") as file:
+            shape = file.get_slice(theirs).get_shape()
+        if shape != list(model.get_parameter(ours).shape):
+            raise UserError(f"{files[theirs]}: {theirs} has shape {shape}, unlike config.json")
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        local, start = local_rows(parameter)
-        name = names[name]
+    for theirs, ours in names.items():
+        local, start = local_rows(model.get_parameter(ours))
         if local.shape[0]:
-            local.copy_(read_rows(files[name], name, start, start + local.shape[0]))
+            local.copy_(read_rows(files[theirs], theirs, start, start + local.shape[0]))
         if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
             raise UserError(
-                f"{files[name]}: {name} holds NaN, infinite or absurdly large numbers (as "
+                f"{files[theirs]}: {theirs} holds NaN, infinite or absurdly large numbers (as "
                 f"{local.dtype}): download it again, or use another checkpoint"
             )
-
-
-# a copy of the embedding, which a tied model needs not, and a buffer of early Llama 2's
-UNREAD = ("lm_head.weight", "transformer.ff_out.weight", "rotary_emb.inv_freq")
 
 
 def local_rows(parameter):
@@ -980,38 +870,30 @@ def save(model, path):
     """Write config.json and safetensors of at most 5 GB, in the dtype that the config declares.
 
     After training that is the dtype it was scored in. Call it on every rank: tensors are gathered
-    one by one, and rank 0 keeps those of one file at a time.
+    one by one, onto rank 0's CPU. A file that has its name is whole.
     """
     path = Path(path)
     raw = model.config.raw
-    dtype = declared_dtype(raw)
-    family = raw["model_type"]
-    names = checkpoint_names(model, family)
-    tensors = {names[name]: p.detach() for name, p in model.named_parameters()}
-    empty = {n: torch.empty(t.shape, dtype=dtype, device="meta") for n, t in tensors.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(empty)
+    said = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said, torch.float32)
+    tensors = {}
+    for ours, theirs in checkpoint_names(model).items():
+        tensor = model.get_parameter(ours).detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()  # on every rank
+        if rank() == 0:
+            tensors[theirs] = tensor.to("cpu", dtype)
     if rank() == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        architecture = {"architectures": [FAMILIES[family].architecture]}  # other tools ask for it
-        data.write_json(path / "config.json", architecture | raw)
+        part = path / "model.part"
+        part.mkdir(parents=True, exist_ok=True)
+        data.write_json(path / "config.json", raw)
+        huggingface_hub.save_torch_state_dict(tensors, part)
         for old in path.glob("model*.safetensors*"):
             old.unlink()  # or the next reader mixes them with these
-    for file, members in plan.filename_to_tensors.items():
-        whole = {}
-        for name in members:
-            tensor = tensors[name]
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()  # on every rank
-            if rank() == 0:
-                whole[name] = tensor.to("cpu", dtype).contiguous()
-        if rank() == 0:
-            part = path / f"{file}.part"
-            save_file(whole, part, metadata={"format": "pt"})
-            shutil.copymode(path / "config.json", part)  # not for its owner's eyes alone
-            part.replace(path / file)  # a file that has its name is whole
-    if rank() == 0 and plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        data.write_json(path / "model.safetensors.index.json", index)
+        for file in sorted(part.iterdir()):
+            file.chmod((path / "config.json").stat().st_mode)  # not for its owner's eyes alone
+            file.replace(path / file.name)
+        part.rmdir()
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -1045,7 +927,6 @@ def generate(
     generators    of random numbers, one a prompt, so that no draw depends on other prompts
     on_answer     called behind every token with the number of answers that it completed
     """
-    check_sampling(max_new_tokens, temperature, top_p)
     model.check_length(max(map(len, prompts), default=0) + max_new_tokens)
     room = [len(prompt) + max_new_tokens for prompt in prompts]
     answers = [[] for _ in prompts]
@@ -1081,14 +962,6 @@ def generate(
         if on_answer:
             on_answer(before - len(going))
     return [until_stop(answer, stop_ids) for answer in answers]
-
-
-def check_sampling(max_new_tokens, temperature, top_p):
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
-            f"found {max_new_tokens}, {temperature}, {top_p}"
-        )
 
 
 def take_rows(cache, going, waiting, room):
