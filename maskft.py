@@ -809,9 +809,9 @@ def with_own_head(config, directory):
     return dataclasses.replace(config, tied=False, raw=config.raw | untied)
 
 
-def checkpoint_names(model):
-    """{our parameter name: its name in a checkpoint of the model's family}."""
-    _, table, _ = FAMILIES[model.config.raw["model_type"]]
+def checkpoint_names(model, family):
+    """{our parameter name: its name in a checkpoint of that family}."""
+    _, table, _ = FAMILIES[family]
     names = {}
     for name, _ in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
@@ -830,7 +830,8 @@ def load_weights(model, directory, device):
     another shape, before there is any room.
     """
     files = find_tensors(directory)
-    names = {theirs: ours for ours, theirs in checkpoint_names(model).items()}
+    family = data.read_json(directory / "config.json")["model_type"]
+    names = {theirs: ours for ours, theirs in checkpoint_names(model, family).items()}
     odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
     if odd:
         raise UserError(
@@ -877,7 +878,7 @@ def save(model, path):
     said = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said, torch.float32)
     tensors = {}
-    for ours, theirs in checkpoint_names(model).items():
+    for ours, theirs in checkpoint_names(model, raw["model_type"]).items():
         tensor = model.get_parameter(ours).detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()  # on every rank
