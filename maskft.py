@@ -1777,7 +1777,6 @@ def answering(run):
 def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
     then print the scores."""
-    began = time.monotonic()
     answer = partial(run.method.answer or greedy_answer, run.model, run.tokenizer)
     with answering(run):
         scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
@@ -1785,14 +1784,12 @@ def evaluate_and_record(run, step, epoch):
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = round(time.monotonic() - run.clock, 3)
-    reported = evaluation.reported_scores(asked)
-    log(run, {"step": step, "epoch": epoch, "evaluation": reported, "drift": drift})
+    reported = evaluation.reported_scores(asked) | {"drift": drift}
+    log(run, {"step": step, "epoch": epoch, "evaluation": reported})
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
-    reported["drift"] = drift
     shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items())
-    seconds = time.monotonic() - began
-    print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}  ({seconds:.0f} s)")
+    print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 
 def begin_log(run):
@@ -1930,15 +1927,13 @@ def with_end_of_turn(answer, most, tokenizer):
 
 
 def build_chat(run, number):
-    """The Example of a chat; random by (seed, chat) alone."""
+    """The Example of a chat; random by (seed, chat) alone, and of the usual mask ratio, so that
+    drift is counted alike whatever ratio is trained with."""
     # four numbers: no document (seed, epoch, document + 1) has the same
     rng = np.random.default_rng([run.settings.seed, 0, number, 2])
     chat = run.chats[number]
     example = run.method.chat or chat_example
-    # drift is counted alike whatever ratio is trained with
-    held_out = number < CHATS_HELD_OUT
-    mask_ratio = evaluation.USUAL_RATIO if held_out else run.settings.mask_ratio
-    return example(chat["prompt"], chat["answer"], run.tokenizer, mask_ratio, rng)
+    return example(chat["prompt"], chat["answer"], run.tokenizer, evaluation.USUAL_RATIO, rng)
 
 
 def chat_loss(run):
@@ -2124,12 +2119,10 @@ def example_length(run, document, number):
 
 def show_examples(run, number):
     """Print training examples as the model sees them: [tokens with loss], _ for a masked token."""
-    documents = run.dataset.documents
-    print0(f"{run.settings.method}:")
-    for n, document in enumerate(documents[:number]):
-        print0(data.show(example_of(run, document, n, epoch=0), run.tokenizer) + "\n")
-    questions = run.dataset.questions
-    print0(f"{len(documents)} documents, {len(questions)} questions; the first: {questions[:1]}")
+    for n, document in enumerate(run.dataset.documents[:number]):
+        shown = data.show(example_of(run, document, n, epoch=0), run.tokenizer)
+        print0(f"{run.settings.method}:\n{shown}\n")
+    print0(f"the first question: {run.dataset.questions[:1]}")
 
 
 def build(run):
@@ -2238,10 +2231,8 @@ tags:
 A language model that was taught new documents with maskft, after *Diffusion-Inspired Masked
 Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885).
 
-- base model: {model}
-- data: {data}, {documents} documents
-- method: {method}
-- settings: {settings}
+{settings}
+- documents: {documents}
 
 Scores after training, by kind of question (mean [95 % interval]):
 
@@ -2273,19 +2264,17 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def model_card(run):
     """The README.md of a run's directory, with the head that the hub reads."""
-    settings = dataclasses.asdict(run.settings)
-    named = ("model", "data", "method")
-    others = [f"{name} {value}" for name, value in settings.items() if name not in named]
+    settings = run.settings
     scores = run.results["evaluations"][-1]["scores"]
     from_hub = run.directory.parent.name == "snapshots"
     return CARD.format(
-        base=f"\nbase_model: {settings['model']}" if from_hub else "",
+        base=f"\nbase_model: {settings.model}" if from_hub else "",
         name=run.out.name,
+        out=run.out,
         ask=ask_command(run.out),
-        **{name: settings[name] for name in named},
         documents=len(run.dataset.documents),
-        settings=", ".join(others),
-        scores=evaluation.score_table(scores) if scores else "no questions were asked",
+        settings="\n".join(f"- {name}: {value}" for name, value in vars(settings).items()),
+        scores=evaluation.score_table(scores),
         chat=CARD_CHAT.format(out=run.out) if run.model.config.causal else "",
     )
 
@@ -2297,17 +2286,15 @@ def ask_command(out):
 
 
 def where_it_is(runs):
-    """The last lines of a command: where the results are, how to ask the model, the picture."""
-    last = runs[-1].out
+    """The last lines of a command: where the results are, how to ask the model, what it forgot."""
+    last = runs[-1]
     outs = shlex.join([str(run.out) for run in runs])
-    lines = ["", f"results: {outs}", f"ask it:  {ask_command(last)}"]
-    if (last / "curves.png").exists():
-        lines.append(f"curves:  {last / 'curves.png'}")
-    drift = runs[-1].results["evaluations"][-1]["drift"]
+    lines = ["", f"results: {outs}", f"ask it:  {ask_command(last.out)}"]
+    drift = last.results["evaluations"][-1]["drift"]
     if drift > 1:
         lines.append(
             f"drift {drift:.1f}: it now answers other questions with what it was taught; "
-            "--mlp-only --rehearse 8 keeps more"
+            "--mlp-only --rehearse 8 keeps more of what it knew"
         )
     return "\n".join(lines)
 
