@@ -310,13 +310,12 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             kind = int | float if f.type is float else f.type
-            is_number = f.type in (int, float)
-            if not isinstance(value, kind) or (is_number and not 0 < value < 1e12):
+            if not isinstance(value, kind) or (kind not in (bool, dict) and not 0 < value < 1e12):
                 raise UserError(f"{f.name} = {value!r} is not possible")
         if self.heads % self.kv_heads or self.head_size % 2 or self.layers > 1000:
             raise UserError(
-                f"{self.layers} layers of {self.heads} heads of size {self.head_size} with "
-                f"{self.kv_heads} key/value heads are not possible"
+                "heads are a multiple of kv_heads, head_size is even, and there are at most 1000 "
+                f"layers; found {self.heads}, {self.kv_heads}, {self.head_size}, {self.layers}"
             )
 
 
@@ -566,10 +565,10 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen: one pair of (rows, G, size, K) a layer.
+    """Keys and values of the tokens already seen: a (2, rows, G, columns, K) for each layer.
 
     Every row is filled from its first column on, however long the others are: a row can be given
-    to another text at any time.
+    to another text at any time. Columns are added as texts grow, to `size` or a few more.
     """
 
     def __init__(self, layers, rows, size):
@@ -590,22 +589,22 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Write (B, G, T, K) into a layer; all keys and values of these rows, (B, G, S, K)."""
-        if self.layers[layer] is None:
-            B, G, _, K = k.shape
-            shape = (self.rows, G, self.size, K)
+        B, G, _, K = k.shape
+        kept = self.layers[layer]
+        if kept is None:
+            kept = k.new_empty(2, self.rows, G, 0, K)
+        if self.end > kept.shape[3]:
             # zeros: what is masked counts nothing, but nothing times NaN is NaN
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        found = []
-        for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            kept[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
-            found.append(kept[self.first : self.first + len(new), :, : self.end])  # a view
-        return found
+            kept = F.pad(kept, (0, 0, 0, self.end + 31 - kept.shape[3]))
+            self.layers[layer] = kept
+        for whole, new in zip(kept, (k, v), strict=True):
+            whole[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
+        return kept[:, self.first : self.first + B, :, : self.end]  # a view
 
     def move(self, source, target):
         """Give a row the contents of another."""
         for kept in self.layers:
-            for tensor in kept:
-                tensor[target] = tensor[source]
+            kept[:, target] = kept[:, source]
 
 
 class Block(nn.Module):
@@ -1024,9 +1023,10 @@ def save(model, path):
 # --------------------------------------------------------------------------------------- generation
 
 
-# Prompts and the room for their answers at a time: as 64 rows of 144, or 1.1 GiB of keys and values
-# of a Llama-3.1-8B in bf16.
-ANSWER_BATCH_TOKENS = 9216
+# Keys and values in memory at a time, as 56 rows of 144 tokens of a Llama-3.1-8B in bf16, and rows:
+# more are no faster.
+ANSWER_BYTES = 2**30
+ANSWER_ROWS = 256
 
 
 @torch.no_grad()
@@ -1038,7 +1038,7 @@ def generate(
     temperature=0.0,
     top_p=1.0,
     generator=None,
-    batch_tokens=ANSWER_BATCH_TOKENS,
+    cache_bytes=ANSWER_BYTES,
     on_answer=None,
 ):
     """Answers to any number of prompts: lists of ids in, lists of new ids out (no stop id).
@@ -1048,7 +1048,7 @@ def generate(
 
     temperature   0 = the likeliest token; else a draw from softmax(logits / temperature)
     top_p         draws are of the fewest tokens that have this probability together
-    batch_tokens  rows times (prompt + max_new_tokens) at most; one row may be longer
+    cache_bytes   keys and values of prompts and room for answers at most; one row may have more
     on_answer     called with 1 for every answer that is complete
     """
     check_sampling(max_new_tokens, temperature, top_p)
@@ -1060,8 +1060,7 @@ def generate(
     while waiting or going:
         # 1. free rows are taken by the next prompts, which are computed beside the other rows
         if not going:
-            most = room[waiting[-1]]
-            cache = KVCache(model.config.layers, max(1, batch_tokens // most), most)
+            cache = new_cache(model, room[waiting[-1]], cache_bytes)
         first = len(going)
         take_rows(cache, going, waiting, room)
         if first == len(going):
@@ -1093,6 +1092,14 @@ def check_sampling(max_new_tokens, temperature, top_p):
             "max_new_tokens is at least 1, temperature at least 0, top_p above 0 and at most 1; "
             f"found {max_new_tokens}, {temperature}, {top_p}"
         )
+
+
+def new_cache(model, size, cache_bytes):
+    """A cache for texts of `size` tokens, of as many rows as the bytes allow, and one at least."""
+    config = model.config
+    numbers = 2 * config.layers * config.kv_heads * config.head_size * size
+    rows = cache_bytes // (numbers * next(model.parameters()).dtype.itemsize)
+    return KVCache(config.layers, max(1, min(rows, ANSWER_ROWS)), size)
 
 
 def take_rows(cache, going, waiting, room):
