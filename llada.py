@@ -68,6 +68,10 @@ def diffuse(prompt, target, mask_id, mask_ratio, rng):
 
 # ----------------------------------------------------------------------- difference 3: the sampler
 
+# Prompts and their answers at a time: every step computes all of them anew, so that more tokens are
+# no faster.
+BATCH_TOKENS = 9216
+
 
 @torch.no_grad()
 def sample(
@@ -251,7 +255,7 @@ def answer(
 ):
     """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0.
 
-    A batch is as large as maskft.generate's; prompts of alike length should be neighbors.
+    Prompts of alike length should be neighbors, as they are answered batch by batch.
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of
     text.
     """
@@ -259,7 +263,7 @@ def answer(
     while len(answers) < len(prompts):
         left = prompts[len(answers) :]
         longest = len(max(left, key=len)) + max_new_tokens
-        rows = max(1, maskft.ANSWER_BATCH_TOKENS // longest)
+        rows = max(1, BATCH_TOKENS // longest)
         answers += sample(
             model,
             left[:rows],

@@ -512,10 +512,10 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen: one pair of (rows, G, size, K) a layer.
+    """Keys and values of the tokens already seen: a (2, rows, G, columns, K) for each layer.
 
     Every row is filled from its first column on, however long the others are: a row can be given
-    to another text at any time.
+    to another text at any time. Columns are added as texts grow, to `size` or a few more.
     """
 
     def __init__(self, layers, rows, size):
@@ -536,22 +536,22 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Write (B, G, T, K) into a layer; all keys and values of these rows, (B, G, S, K)."""
-        if self.layers[layer] is None:
-            B, G, _, K = k.shape
-            shape = (self.rows, G, self.size, K)
+        B, G, _, K = k.shape
+        kept = self.layers[layer]
+        if kept is None:
+            kept = k.new_empty(2, self.rows, G, 0, K)
+        if self.end > kept.shape[3]:
             # zeros: what is masked counts nothing, but nothing times NaN is NaN
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        found = []
-        for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            kept[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
-            found.append(kept[self.first : self.first + len(new), :, : self.end])  # a view
-        return found
+            kept = F.pad(kept, (0, 0, 0, self.end + 31 - kept.shape[3]))
+            self.layers[layer] = kept
+        for whole, new in zip(kept, (k, v), strict=True):
+            whole[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
+        return kept[:, self.first : self.first + B, :, : self.end]  # a view
 
     def move(self, source, target):
         """Give a row the contents of another."""
         for kept in self.layers:
-            for tensor in kept:
-                tensor[target] = tensor[source]
+            kept[:, target] = kept[:, source]
 
 
 class Block(nn.Module):
@@ -900,9 +900,10 @@ def save(model, path):
 # --------------------------------------------------------------------------------------- generation
 
 
-# Prompts and the room for their answers at a time: as 64 rows of 144, or 1.1 GiB of keys and values
-# of a Llama-3.1-8B in bf16.
-ANSWER_BATCH_TOKENS = 9216
+# Keys and values in memory at a time, as 56 rows of 144 tokens of a Llama-3.1-8B in bf16, and rows:
+# more are no faster.
+ANSWER_BYTES = 2**30
+ANSWER_ROWS = 256
 
 
 @torch.no_grad()
@@ -914,7 +915,7 @@ def generate(
     temperature=0.0,
     top_p=1.0,
     generators=None,
-    batch_tokens=ANSWER_BATCH_TOKENS,
+    cache_bytes=ANSWER_BYTES,
     on_answer=None,
 ):
     """Answers to any number of prompts: lists of ids in, lists of new ids out (no stop id).
@@ -924,7 +925,7 @@ def generate(
 
     temperature   0 = the likeliest token; else a draw from softmax(logits / temperature)
     top_p         draws are of the fewest tokens that have this probability together
-    batch_tokens  rows times (prompt + max_new_tokens) at most; one row may be longer
+    cache_bytes   keys and values of prompts and room for answers at most; one row may have more
     generators    of random numbers, one a prompt, so that no draw depends on other prompts
     on_answer     called behind every token with the number of answers that it completed
     """
@@ -936,8 +937,7 @@ def generate(
     while waiting or going:
         # 1. free rows are taken by the next prompts, which are computed beside the other rows
         if not going:
-            most = room[waiting[-1]]
-            cache = KVCache(model.config.layers, max(1, batch_tokens // most), most)
+            cache = new_cache(model, room[waiting[-1]], cache_bytes)
         first = len(going)
         take_rows(cache, going, waiting, room)
         if first == len(going):
@@ -956,13 +956,21 @@ def generate(
         before = len(going)
         for row in reversed(range(before)):
             answer = answers[going[row]]
-            if answer[-1] in stop_ids or len(answer) == max_new_tokens:
+            if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
                 cache.move(len(going) - 1, row)
                 going[row] = going[-1]
                 going.pop()
         if on_answer:
             on_answer(before - len(going))
     return [until_stop(answer, stop_ids) for answer in answers]
+
+
+def new_cache(model, size, cache_bytes):
+    """A cache for texts of `size` tokens, of as many rows as the bytes allow, and one at least."""
+    config = model.config
+    numbers = 2 * config.layers * config.kv_heads * config.head_size * size
+    rows = cache_bytes // (numbers * next(model.parameters()).dtype.itemsize)
+    return KVCache(config.layers, max(1, min(rows, ANSWER_ROWS)), size)
 
 
 def take_rows(cache, going, waiting, room):

@@ -240,7 +240,7 @@ def in_batches(answer, prompts, max_new_tokens, on_answer):
     while len(answers) < len(prompts):
         left = prompts[len(answers) :]
         longest = len(max(left, key=len)) + max_new_tokens
-        batch = left[: max(1, maskft.ANSWER_BATCH_TOKENS // longest)]
+        batch = left[: max(1, llada.BATCH_TOKENS // longest)]
         answers += answer(batch, max_new_tokens)
         on_answer(len(batch))
     return answers
