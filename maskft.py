@@ -8,10 +8,6 @@ The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in 
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), config, model, weights, generation,
 FSDP2 and checkpoints, the training loop, what the model knew before, settings.
-
-Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the cache's
-length), D width, H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions
-that were picked out of B x T.
 """
 
 import argparse
@@ -56,6 +52,10 @@ from torch.utils.checkpoint import checkpoint
 import data
 import eval as evaluation
 from data import DATA_HELP, IGNORE, PARAPHRASES, SETS, Example, UserError
+
+# Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the cache's
+# length), D width, H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions
+# that were picked out of B x T.
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -1034,9 +1034,10 @@ def world_size():
 
 
 def print0(*values):
-    """Print on rank 0, above the progress bar."""
+    """Print on rank 0; on a terminal above the progress bar."""
+    say = tqdm.write if sys.stderr.isatty() else print
     if rank() == 0:
-        tqdm.write(" ".join(map(str, values)))
+        say(" ".join(map(str, values)))
 
 
 # how a progress bar looks in a log file: a line a minute
@@ -1226,8 +1227,12 @@ def save_checkpoint(run, step):
         part.mkdir(parents=True)
     dist.barrier()
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    with dcp_errors():
-        dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=part)
+    try:
+        with dcp_errors():
+            dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=part)
+    except RuntimeError:  # torch keeps to itself what the system said: have it said again
+        (part / "probe").write_bytes(bytes(2**20))
+        raise
     dist.barrier()
     if rank() == 0:
         part.replace(folder / f"step-{step}")
@@ -2044,7 +2049,7 @@ def prepare(given, method, device, stop):
         print0(note)
     if not dataset.documents:
         raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
-    dtype, why = (given.dtype, "as set") if given.dtype else native_dtype(device)
+    dtype, why = given_dtype(given.dtype, device) if given.dtype else native_dtype(device)
     print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
     config.raw = {name: value for name, value in config.raw.items() if name != "dtype"}
@@ -2069,6 +2074,14 @@ def native_dtype(device):
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return "bfloat16", "native here"
     return "float32", "bfloat16 is not native here"
+
+
+def given_dtype(dtype, device):
+    """(dtype, the reason); a CPU may be slow in what is asked for."""
+    native = torch.cpu.get_capabilities()
+    if dtype == "bfloat16" and device.type == "cpu" and not native.get("avx512_bf16"):
+        return dtype, "as set; this CPU has none of it, float32 is several times faster"
+    return dtype, "as set"
 
 
 def print_plan(run, why):
