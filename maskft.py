@@ -53,9 +53,9 @@ import data
 import eval as evaluation
 from data import DATA_HELP, IGNORE, PARAPHRASES, SETS, Example, UserError
 
-# Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the cache's
-# length), D width, H heads, G key/value heads, K head size, F MLP width, V vocabulary, N positions
-# that were picked out of B x T.
+# Dimension names in shape comments: B batch, T sequence, S keys seen by attention (T, or the
+# cache's length), D width, H heads, G key/value heads, K head size, F MLP width, V vocabulary, N
+# positions that were picked out of B x T.
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
