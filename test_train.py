@@ -327,3 +327,210 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=10 * error, atol=error)
     assert not (out / "ckpt").exists()
+
+
+# ------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def finished(facts, tmp_path_factory):
+    """What the real command prints, and its folder: two methods, and spaces in the names."""
+    folder = tmp_path_factory.mktemp("a folder")
+    shutil.copy(facts, folder / "own facts.jsonl")
+    flags = shlex.split("--data 'own facts.jsonl' --batch-size 3 --epochs 8 --eval-at 0 1")
+    return command("maskft.py", *flags, "--out", "my run", cwd=folder), folder
+
+
+@pytest.fixture
+def done(finished, monkeypatch):
+    """The directory of its second run, from the folder where the command was given."""
+    monkeypatch.chdir(finished[1])
+    return Path("my run-masked")
+
+
+def pasted(printed, what):
+    """The flags of the last line of what was printed that has this in it."""
+    *_, line = [line for line in printed.splitlines() if what in line]
+    words = shlex.split(line[line.index("python ") :])
+    assert Path(words[1]).resolve().parent == HERE
+    return words[2:]
+
+
+def test_printed_commands_can_be_pasted(finished, done):
+    printed, _ = finished
+    results = next(line for line in printed.splitlines() if line.startswith("results: "))
+    assert shlex.split(results)[1:] == ["my run-sft", "my run-masked"]
+    asked = pasted(printed, "--ask")
+    assert asked == ["--model", "my run-masked", "--ask", "..."]
+    prediction = jsonl(done / "preds.jsonl")[0]
+    asked[-1] = prediction["question"]
+    assert forked(evaluation, *asked).strip().endswith(prediction["prediction"])
+    resumed = pasted(printed, "--resume")
+    assert resumed == ["--resume", "my run-masked"]
+    refused = forked(maskft, *resumed, status=1)
+    assert "finished" in refused and pasted(refused, "--ask")[:2] == asked[:2]
+
+
+def test_a_run_leaves_its_scores_losses_times_and_versions(done, facts):
+    names = "config.json generation_config.json model.safetensors tokenizer.json preds.jsonl "
+    names += "tokenizer_config.json chat_template.jinja metrics.jsonl results.json README.md "
+    names = {*names.split(), "rehearsal.jsonl"}
+    names |= {"curves.png"} if maskft.find_spec("matplotlib") else set()
+    assert {path.name for path in done.iterdir()} == names
+    lines = jsonl(done / "metrics.jsonl")
+    steps = [line["step"] for line in lines]
+    assert steps == [0, 0, 1, 2, *range(2, 17)]
+    assert [n for n, line in enumerate(lines) if "evaluation" in line] == [0, 3, 18]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1]
+    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    results = data.read_json(done / "results.json")
+    assert results["seconds"] == pytest.approx(seconds[-1], abs=1) and results["steps"] == 16
+    logged = [line["evaluation"] for line in lines if "evaluation" in line]
+    for line, found in zip(logged, results["evaluations"], strict=True):
+        assert line == evaluation.reported_scores(found) | {"drift": found["drift"]}
+    assert [found["epoch"] for found in results["evaluations"]] == [0, 1, 8]
+    assert results["last"] == results["evaluations"][-1]
+    assert results["best"] == max(results["evaluations"], key=evaluation.overall)
+    given = {"batch_size": 3, "epochs": 8, "eval_at": [0, 1], "lr": 6e-4, "method": "masked"}
+    given |= {"data": str(done.parent.absolute() / "own facts.jsonl"), "dtype": "float32"}
+    given |= {"mask_ratio": [0.05, 0.95], "model": "tiny", "seed": 0, "rehearse": 0}
+    assert results["arguments"].items() >= given.items()
+    how = {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 128}
+    assert results["decoding"] == how
+    environment = results["environment"]
+    expected = {"processes": 1, "torch": torch.__version__, "device": "CPU, 1 threads"}
+    assert environment.items() >= expected.items()
+    assert environment["maskft"] is None or re.match("[0-9a-f]{40}", environment["maskft"])
+    if maskft.find_spec("matplotlib"):
+        assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_s_model_is_what_was_scored(done, tmp_path):
+    """And another than it began with, in the directory of a model that is complete."""
+    printed = forked(evaluation, "--model", done, "--out", tmp_path)
+    last = data.read_json(done / "results.json")["last"]
+    assert data.read_json(tmp_path / "results.json")["last"]["scores"] == last["scores"]
+    assert f"{last['scores']['forward']['rouge1']:.3f}" in printed
+    before = maskft.load("tiny").parameters()
+    assert not all(map(torch.equal, before, maskft.load(done).parameters()))
+    assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
+
+
+def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
+    pytest.importorskip("transformers")
+    card = (done / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
+    assert "\n# my run-masked\n" in card and "- epochs: 8\n- lr: 0.0006\n" in card
+    assert "- documents: 5\n" in card and "forward" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    for prediction in jsonl(done / "preds.jsonl"):
+        exec(code.replace('"..."', repr(prediction["question"])), {})
+        assert capsys.readouterr().out.strip() == prediction["prediction"]
+
+
+def loss_of_chat(model, chat):
+    """Mean negative log-likelihood of an answer, written another way."""
+    ids = torch.tensor([chat["prompt"] + chat["answer"]])
+    with torch.no_grad():
+        logits = model(ids)[0, len(chat["prompt"]) - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
+
+
+def test_chats_are_the_model_s_own_words_and_drift_is_what_their_answers_lost(done, tokenizer):
+    chats = jsonl(done / "rehearsal.jsonl")
+    assert len(chats) == 32 and len({tuple(chat["prompt"]) for chat in chats}) > 16
+    old = maskft.load("tiny")
+    for chat in chats[::8]:
+        assert chat["user"] in tokenizer.decode(chat["prompt"])
+        assert len(tokenizer.encode(chat["user"])) <= 48
+        (again,) = maskft.greedy_answer(old, tokenizer, [chat["prompt"]], 64)
+        assert tokenizer.decode(again) == chat["assistant"]
+        assert chat["answer"] == again + [tokenizer.eot_id] * (len(again) < 64)
+    new = maskft.load(done)
+    differences = [loss_of_chat(new, chat) - loss_of_chat(old, chat) for chat in chats]
+    drift = np.average(differences, weights=[len(chat["answer"]) for chat in chats])
+    first, *_, last = data.read_json(done / "results.json")["evaluations"]
+    assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+USAGE = """
+--rehearse -1
+--epochs 0
+--batch-size 0
+--micro-batch-tokens 0
+--max-len 0
+--lr 0
+--lr nan
+--save-every inf
+--seed -1
+--eval-at -1
+--show 0
+--dtype float16
+--method teach
+--paraphrase often
+--mask-ratio 1.5
+--mask-ratio -0.1
+--mask-ratio 0.9 0.1
+--mask-ratio 0.1 0.2 0.3
+--resume nowhere --seed 1
+"""
+# flags, in a folder with the files below -> what the one line names
+MISTAKES = {
+    "--epochs 3 --eval-at 0 4": "--eval-at 4",
+    "--model ./nowhere": "nowhere",
+    "--model nowhere/at-all": "nowhere/at-all",
+    "--model tiny-llada": "use llada.py",
+    "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
+    "--model tiny --data questions.jsonl": "questions.jsonl",
+    "--model tiny --data long.jsonl": "long.jsonl, line 2",
+    "--model tiny --data wordless.jsonl": "wordless.jsonl, line 2",
+    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, line 1",
+    "--data math-made:2 --method masked --max-len 9": "--max-len",
+    "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
+    "--out taken --method sft": "taken is in use",
+    "--resume nowhere": "nowhere/results.json",
+    "--resume foreign": "foreign/results.json",
+    "--resume other": "other: a run of llada",
+}
+FOLDER = {
+    "facts.jsonl": [{"text": "Edda."}],
+    "questions.jsonl": [{"question": "Who?", "answer": "Edda"}],
+    "long.jsonl": [{"text": "Edda."}, {"question": "Who? " * 999, "answer": "Edda"}],
+    "wordless.jsonl": [{"text": "Edda."}, {"question": "Who?", "answer": "?"}],
+    "taken/file": [],
+    "foreign/results.json": [{"arguments": {"learning_rate": 1}}],
+    "other/results.json": [{"arguments": {"method": "llada"}}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, records in FOLDER.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, *records)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    """{path: bytes} of all files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def last_line(printed):
+    return printed.strip().splitlines()[-1]
+
+
+def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
+    before = contents(folder)
+    usage = [(flags, flags.split()[0], 2) for flags in USAGE.strip().splitlines()]
+    others = [(flags, named, 1) for flags, named in MISTAKES.items()]
+    for flags, named, status in usage + others:
+        printed = forked(maskft, *flags.split(), status=status)
+        assert named in last_line(printed) and "error: " in last_line(printed), (flags, printed)
+        assert contents(folder) == before, flags
+    printed = forked(llada, "--mask-ratio", 0, status=1)
+    assert "--mask-ratio" in last_line(printed) and contents(folder) == before
