@@ -1872,8 +1872,11 @@ def prepare_chats(run):
     if run.start:
         with data.reading(path, "the model wrote it before it learned anything: begin a new run"):
             run.chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
+            if data.digest(run.chats) != run.results["chats"]:
+                raise ValueError("not as it was")
         return
     run.chats = write_chats(run)
+    run.results["chats"] = data.digest(run.chats)
     with answering(run):
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
@@ -2156,7 +2159,8 @@ def build(run):
     run.optimizer = make_optimizer(run.model, settings.lr)
     if run.results:
         run.start = load_checkpoint(run)
-        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
+        with data.reading(run.out / "results.json", "not the results of a run of this version"):
+            done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
         run.results["evaluations"] = done
         return
     questions = run.dataset.questions

@@ -1,0 +1,536 @@
+"""Tests of maskft.py's training: life cycle, what a run leaves, mistakes, its parts."""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import eval as evaluation
+import llada
+import maskft
+from data import IGNORE, Example, UserError
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # two threads spin on matrices this small
+# Most tests fork, and CUDA breaks in a fork. One backward now, so that autograd starts no threads
+# later, which break in a fork as well.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+torch.zeros(1, requires_grad=True).backward()
+
+# --- common ---
+
+
+def write(path, *records):
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def command(script, *flags, processes=1, status=0, cwd=None):
+    """What a script of the project prints, run as its user does; it has to end with `status`."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    done = subprocess.run(
+        [*start, str(HERE / script), *map(str, flags)],
+        env=os.environ | environment,
+        cwd=cwd,
+        timeout=170,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def forked(script, *flags, status=0, before=lambda: None, kill_after=None, processes=1):
+    """The same by the main() of a module in a fork, which saves the seconds of importing.
+
+    `before` is called first, in the fork. No end is a traceback; that of a fork which is killed
+    after some seconds may be any. Several processes are a group as torchrun makes it."""
+
+    def body(rank):
+        gc.freeze()  # what the parent left, process groups for one, is not for the child to free
+        os.dup2(log.fileno(), 1)
+        os.dup2(1, 2)
+        sys.stdout = sys.stderr = log
+        sys.argv = [f"{script.__name__}.py", *map(str, flags)]
+        if processes > 1:
+            os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        data.huggingface_hub.constants.HF_HUB_OFFLINE = True
+        before()
+        maskft.entry_point(script.main)
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    group |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(processes))
+    with tempfile.TemporaryFile("w+") as log:
+        fork = multiprocessing.get_context("fork").Process
+        running = [fork(target=body, args=(rank,)) for rank in range(processes)]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join(kill_after or 100)
+            process.kill()
+            process.join()
+        log.seek(0)
+        printed = log.read()
+    assert kill_after or {process.exitcode for process in running} == {status}, printed
+    assert "Traceback" not in printed, printed
+    return printed
+
+
+def losses(out):
+    """What has to be the same where a run is repeated."""
+    compared = ("step", "epoch", "loss", "lr", "grad_norm")
+    lines = jsonl(out / "metrics.jsonl")
+    return [[line[name] for name in compared] for line in lines if "loss" in line]
+
+
+def send(number, where, name, nth):
+    """Have `where.name` send this process a signal at the end of its nth call."""
+    calls = itertools.count(1)
+    real = getattr(where, name)
+
+    def wrapped(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(where, name, wrapped)
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def llama(**changes):
+    """The raw config of a small Llama."""
+    return {**SIZES, "model_type": "llama", **changes}
+
+
+def random_model(**changes):
+    """A small Llama with random weights, norms and biases included."""
+    torch.manual_seed(0)
+    model = maskft.Model(maskft.parse_config(llama(**changes)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.load_tokenizer(HERE / "tiny")
+
+
+# ------------------------------------------------------------------------------------- life cycle
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """Five documents of different lengths and two questions: steps of three and of two."""
+    documents = [{"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 3, 2, 1, 4)]
+    forward = {"question": "When was Edda Marlow born?", "answer": "on 3 June 1971"}
+    backward = {"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow"}
+    questions = [forward | {"direction": "forward"}, backward | {"direction": "backward"}]
+    return write(tmp_path_factory.mktemp("data") / "facts.jsonl", *documents, *questions)
+
+
+def quick():
+    """In a fork: few chats, short answers and no picture."""
+    maskft.CHATS_HELD_OUT = 3
+    maskft.CHAT_USER_TOKENS = maskft.CHAT_ANSWER_TOKENS = 8
+    data.ANSWER_TOKENS = dict.fromkeys(data.ANSWER_TOKENS, 8)
+    maskft.find_spec = lambda name: None
+
+
+def signalled(number, name, nth, where=maskft, only=("0", "1")):
+    """The same, with a signal after the nth call of a function, on these ranks only."""
+    quick()
+    if os.environ.get("RANK", "0") in only:
+        send(number, where, name, nth)
+
+
+ROWS = {
+    "masked": (maskft, "--method masked"),
+    "sft": (maskft, "--method sft --mlp-only"),
+    "rehearse": (maskft, "--method masked --rehearse 2 --mask-ratio 0.2"),
+    "llada": (llada, "--rehearse 1"),
+}
+# a gentle rate: in a few steps of tiny's own, rounding would grow
+USUAL = "--batch-size 3 --epochs 3 --eval-at 0 2 --lr 1e-4"
+
+
+class Row:
+    """A run of one row: its command line, and the directory of it trained at one go."""
+
+    def __init__(self, name, facts, folder):
+        self.script, flags = ROWS[name]
+        model = "tiny-llada" if name == "llada" else "tiny"
+        self.flags = [*shlex.split(f"--model {model} {USUAL} {flags} --data"), facts]
+        self.whole = folder / name
+        self.train(self.whole)
+
+    def train(self, out, *more, before=quick, **how):
+        return forked(self.script, *self.flags, "--out", out, *more, before=before, **how)
+
+    def resume(self, out, before=quick, **how):
+        return forked(self.script, "--resume", out, before=before, **how)
+
+
+@pytest.fixture(scope="module")
+def rows(facts, tmp_path_factory):
+    """{name: Row}, each trained when it is asked for first."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    class Rows(dict):
+        def __missing__(self, name):
+            self[name] = Row(name, facts, folder)
+            return self[name]
+
+    return Rows()
+
+
+def stopped(row, out):
+    """By SIGTERM, the same command again, by Ctrl-C, then --resume."""
+    stop = partial(signalled, signal.SIGTERM, "update", 1)
+    assert f"--resume {out}" in row.train(out, before=stop)
+    assert len(losses(out)) == 1
+    row.train(out, before=partial(signalled, signal.SIGINT, "update", 4))
+    assert len(losses(out)) == 5
+    row.resume(out)
+
+
+def stopped_late(row, out):
+    """Behind the epochs, where it rehearses, and with a line of its log torn by a crash."""
+    row.train(out, before=partial(signalled, signal.SIGINT, "update", 7))
+    with (out / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "epoch": 3, "loss": 9, "seconds": 9}\n{"step": 7, "lo')
+    row.resume(out)
+
+
+def killed(row, out):
+    """Inside the fourth save, all written but not named; and when the model is to be written."""
+    save = partial(signalled, signal.SIGKILL, "save", 4, maskft.dcp)
+    row.train(out, "--save-every", "1e-9", before=save, status=-9)
+    assert [path.name for path in maskft.checkpoints(out)] == ["step-2", "step-3"]
+    draw = partial(signalled, signal.SIGKILL, "draw", 1)
+    row.resume(out, before=draw, status=-9)
+    assert sorted(path.name for path in (out / "ckpt").iterdir()) == ["step-5", "step-6"]
+    assert not maskft.is_finished(out)
+    row.resume(out)
+
+
+def two_processes(row, out):
+    row.train(out, processes=2)
+
+
+def small(row, out):
+    row.train(out, "--micro-batch-tokens", 1)
+
+
+def offloaded(row, out):
+    """Stopped, and resumed, too."""
+    stop = partial(signalled, signal.SIGTERM, "update", 2)
+    row.train(out, "--offload", before=stop)
+    row.resume(out)
+
+
+def one_then_two(row, out):
+    row.train(out, before=partial(signalled, signal.SIGTERM, "update", 3))
+    row.resume(out, processes=2)
+
+
+def two_then_one(row, out):
+    """A signal to one process stops all."""
+    stop = partial(signalled, signal.SIGTERM, "update", 3, only=["1"])
+    row.train(out, "--offload", processes=2, before=stop)
+    assert len(losses(out)) == 3
+    row.resume(out)
+
+
+EXACT = [stopped, stopped_late, killed]
+LIVES = [
+    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped, two_processes]),
+    ("rehearse", stopped_late),
+    ("masked", killed),
+    *itertools.product(["sft", "llada"], [small]),
+    ("masked", offloaded),
+    ("rehearse", one_then_two),
+    ("masked", two_then_one),
+]
+
+
+@pytest.mark.parametrize("name, way", LIVES)
+def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
+    """Losses, evaluations, chats, answers and weights are those of a run at one go."""
+    row = rows[name]
+    out = tmp_path / "run"
+    way(row, out)
+    error = 0 if way in EXACT else 1e-5
+    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
+        assert ours[:4] == pytest.approx(theirs[:4], rel=error, abs=0)
+        assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
+    for file in ("rehearsal.jsonl", "preds.jsonl"):
+        assert (out / file).read_text() == (row.whole / file).read_text()
+    ours, theirs = (data.read_json(run / "results.json") for run in (out, row.whole))
+    for ours, theirs in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        assert ours | {"drift": 0} == theirs | {"drift": 0}
+        assert ours["drift"] == pytest.approx(theirs["drift"], rel=100 * error, abs=error)
+    ours, theirs = (maskft.load(run).parameters() for run in (out, row.whole))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=10 * error, atol=error)
+    assert not (out / "ckpt").exists()
+
+
+# ------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.fixture(scope="module")
+def finished(facts, tmp_path_factory):
+    """What the real command prints, and its folder: two methods, and spaces in the names."""
+    folder = tmp_path_factory.mktemp("a folder")
+    shutil.copy(facts, folder / "own facts.jsonl")
+    flags = shlex.split("--data 'own facts.jsonl' --batch-size 3 --epochs 8 --eval-at 0 1")
+    return command("maskft.py", *flags, "--out", "my run", cwd=folder), folder
+
+
+@pytest.fixture
+def done(finished, monkeypatch):
+    """The directory of its second run, from the folder where the command was given."""
+    monkeypatch.chdir(finished[1])
+    return Path("my run-masked")
+
+
+def pasted(printed, what):
+    """The flags of the last line of what was printed that has this in it."""
+    *_, line = [line for line in printed.splitlines() if what in line]
+    words = shlex.split(line[line.index("python ") :])
+    assert Path(words[1]).resolve().parent == HERE
+    return words[2:]
+
+
+def test_printed_commands_can_be_pasted(finished, done):
+    printed, _ = finished
+    results = next(line for line in printed.splitlines() if line.startswith("results: "))
+    assert shlex.split(results)[1:] == ["my run-sft", "my run-masked"]
+    asked = pasted(printed, "--ask")
+    assert asked == ["--model", "my run-masked", "--ask", "..."]
+    prediction = jsonl(done / "preds.jsonl")[0]
+    asked[-1] = prediction["question"]
+    assert forked(evaluation, *asked).strip().endswith(prediction["prediction"])
+    resumed = pasted(printed, "--resume")
+    assert resumed == ["--resume", "my run-masked"]
+    refused = forked(maskft, *resumed, status=1)
+    assert "finished" in refused and pasted(refused, "--ask")[:2] == asked[:2]
+
+
+def test_a_run_leaves_its_scores_losses_times_and_versions(done, facts):
+    names = "config.json generation_config.json model.safetensors tokenizer.json preds.jsonl "
+    names += "tokenizer_config.json chat_template.jinja metrics.jsonl results.json README.md "
+    names = {*names.split(), "rehearsal.jsonl"}
+    names |= {"curves.png"} if maskft.find_spec("matplotlib") else set()
+    assert {path.name for path in done.iterdir()} == names
+    lines = jsonl(done / "metrics.jsonl")
+    steps = [line["step"] for line in lines]
+    assert steps == [0, 0, 1, 2, *range(2, 17)]
+    assert [n for n, line in enumerate(lines) if "evaluation" in line] == [0, 3, 18]
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1]
+    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    results = data.read_json(done / "results.json")
+    assert results["seconds"] == pytest.approx(seconds[-1], abs=1) and results["steps"] == 16
+    logged = [line["evaluation"] for line in lines if "evaluation" in line]
+    for line, found in zip(logged, results["evaluations"], strict=True):
+        assert line == evaluation.reported_scores(found) | {"drift": found["drift"]}
+    assert [found["epoch"] for found in results["evaluations"]] == [0, 1, 8]
+    assert results["last"] == results["evaluations"][-1]
+    assert results["best"] == max(results["evaluations"], key=evaluation.overall)
+    given = {"batch_size": 3, "epochs": 8, "eval_at": [0, 1], "lr": 6e-4, "method": "masked"}
+    given |= {"data": str(done.parent.absolute() / "own facts.jsonl"), "dtype": "float32"}
+    given |= {"mask_ratio": [0.05, 0.95], "model": "tiny", "seed": 0, "rehearse": 0}
+    assert results["arguments"].items() >= given.items()
+    how = {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 128}
+    assert results["decoding"] == how
+    environment = results["environment"]
+    expected = {"processes": 1, "torch": torch.__version__, "device": "CPU, 1 threads"}
+    assert environment.items() >= expected.items()
+    assert environment["maskft"] is None or re.match("[0-9a-f]{40}", environment["maskft"])
+    if maskft.find_spec("matplotlib"):
+        assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_s_model_is_what_was_scored(done, tmp_path):
+    """And another than it began with, in the directory of a model that is complete."""
+    printed = forked(evaluation, "--model", done, "--out", tmp_path)
+    last = data.read_json(done / "results.json")["last"]
+    assert data.read_json(tmp_path / "results.json")["last"]["scores"] == last["scores"]
+    assert f"{last['scores']['forward']['rouge1']:.3f}" in printed
+    before = maskft.load("tiny").parameters()
+    assert not all(map(torch.equal, before, maskft.load(done).parameters()))
+    assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
+
+
+def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
+    pytest.importorskip("transformers")
+    card = (done / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
+    assert "\n# my run-masked\n" in card and "- epochs: 8\n- lr: 0.0006\n" in card
+    assert "- documents: 5\n" in card and "forward" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    for prediction in jsonl(done / "preds.jsonl"):
+        exec(code.replace('"..."', repr(prediction["question"])), {})
+        assert capsys.readouterr().out.strip() == prediction["prediction"]
+
+
+def loss_of_chat(model, chat):
+    """Mean negative log-likelihood of an answer, written another way."""
+    ids = torch.tensor([chat["prompt"] + chat["answer"]])
+    with torch.no_grad():
+        logits = model(ids)[0, len(chat["prompt"]) - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
+
+
+def test_chats_are_the_model_s_own_words_and_drift_is_what_their_answers_lost(done, tokenizer):
+    chats = jsonl(done / "rehearsal.jsonl")
+    assert len(chats) == 32 and len({tuple(chat["prompt"]) for chat in chats}) > 16
+    old = maskft.load("tiny")
+    for chat in chats[::8]:
+        assert chat["user"] in tokenizer.decode(chat["prompt"])
+        assert len(tokenizer.encode(chat["user"])) <= 48
+        (again,) = maskft.greedy_answer(old, tokenizer, [chat["prompt"]], 64)
+        assert tokenizer.decode(again) == chat["assistant"]
+        assert chat["answer"] == again + [tokenizer.eot_id] * (len(again) < 64)
+    new = maskft.load(done)
+    differences = [loss_of_chat(new, chat) - loss_of_chat(old, chat) for chat in chats]
+    drift = np.average(differences, weights=[len(chat["answer"]) for chat in chats])
+    first, *_, last = data.read_json(done / "results.json")["evaluations"]
+    assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+USAGE = """
+--rehearse -1
+--epochs 0
+--batch-size 0
+--micro-batch-tokens 0
+--max-len 0
+--lr 0
+--lr nan
+--save-every inf
+--seed -1
+--eval-at -1
+--show 0
+--dtype float16
+--method teach
+--paraphrase often
+--mask-ratio 1.5
+--mask-ratio -0.1
+--mask-ratio 0.9 0.1
+--mask-ratio 0.1 0.2 0.3
+--resume nowhere --seed 1
+"""
+# flags, in a folder with the files below -> what the one line names
+MISTAKES = {
+    "--epochs 3 --eval-at 0 4": "--eval-at 4",
+    "--model ./nowhere": "nowhere",
+    "--model nowhere/at-all": "nowhere/at-all",
+    "--model tiny-llada": "use llada.py",
+    "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
+    "--model tiny --data questions.jsonl": "questions.jsonl",
+    "--model tiny --data long.jsonl": "long.jsonl, line 2",
+    "--model tiny --data wordless.jsonl": "wordless.jsonl, line 2",
+    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, line 1",
+    "--data math-made:2 --method masked --max-len 9": "--max-len",
+    "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
+    "--out taken --method sft": "taken is in use",
+    "--resume nowhere": "nowhere/results.json",
+    "--resume foreign": "foreign/results.json",
+    "--resume other": "other: a run of llada",
+}
+FOLDER = {
+    "facts.jsonl": [{"text": "Edda."}],
+    "questions.jsonl": [{"question": "Who?", "answer": "Edda"}],
+    "long.jsonl": [{"text": "Edda."}, {"question": "Who? " * 999, "answer": "Edda"}],
+    "wordless.jsonl": [{"text": "Edda."}, {"question": "Who?", "answer": "?"}],
+    "taken/file": [],
+    "foreign/results.json": [{"arguments": {"learning_rate": 1}}],
+    "other/results.json": [{"arguments": {"method": "llada"}}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, records in FOLDER.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, *records)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    """{path: bytes} of all files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def last_line(printed):
+    return printed.strip().splitlines()[-1]
+
+
+def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
+    before = contents(folder)
+    usage = [(flags, flags.split()[0], 2) for flags in USAGE.strip().splitlines()]
+    others = [(flags, named, 1) for flags, named in MISTAKES.items()]
+    for flags, named, status in usage + others:
+        printed = forked(maskft, *flags.split(), status=status)
+        assert named in last_line(printed) and "error: " in last_line(printed), (flags, printed)
+        assert contents(folder) == before, flags
+    printed = forked(llada, "--mask-ratio", 0, status=1)
+    assert "--mask-ratio" in last_line(printed) and contents(folder) == before
