@@ -1,16 +1,10 @@
 """Tests of maskft.py's training: life cycle, what a run leaves, mistakes, its parts."""
 
-import contextlib
-import copy
-import dataclasses
 import gc
-import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import random
 import re
 import shlex
 import shutil
@@ -19,26 +13,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
 import llada
 import maskft
-from data import IGNORE, Example, UserError
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # two threads spin on matrices this small
