@@ -59,12 +59,79 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
-from data import IGNORE, Example, UserError, read_field
+from data import IGNORE, Example, UserError
 
 try:
     import resource
 except ImportError:  # there is none on Windows
     resource = None
+
+# ------------------------------------------- stand-ins until config.json is read under the guard
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS |= {dict: "an object ({...})", list: "a list"}
+LIMITS = {int: (1, 10**9), float: (1e-12, 1e12)}  # sizes, ids and factors of any real model
+REQUIRED = object()
+
+
+def read_field(content, name, kind, default=REQUIRED, low=None):
+    """A field of a JSON object, as the kind that it has to be; put right where it is evident.
+
+    A number or a truth value may be text, as in "1e-05"; numbers have LIMITS, `low` another lower
+    one. null is absent. UserError names the field and what was found."""
+    if not isinstance(content, dict):
+        raise UserError(
+            f'found {shown(content)} where an object with "{name}" must be; download it again'
+        )
+    value = content.get(name)
+    if value is None and default is not REQUIRED:
+        return default
+    found = as_kind(value, kind)
+    wanted = KINDS[kind]
+    is_good = found is not None
+    if kind in LIMITS:
+        least, most = LIMITS[kind]
+        least = least if low is None else low
+        wanted += f" from {least:g} to {most:g}"
+        is_good = is_good and least <= found <= most
+    if not is_good:
+        what = shown(value) if name in content else "nothing"
+        raise UserError(
+            f'"{name}" must be {wanted}, found {what}; correct it, or download it again'
+        )
+    content[name] = found
+    return found
+
+
+def as_kind(value, kind):
+    """A JSON value as `kind`, a number or truth value also from text; None if it is none."""
+    if isinstance(value, str) and kind in (bool, int, float):
+        try:
+            value = json.loads(value.lower())
+        except ValueError:
+            return None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    return value if type(value) is kind else None
+
+
+def shown(value):
+    """A JSON value as a message shows it."""
+    if isinstance(value, dict | list):  # nested too deeply, maybe, to be written
+        return KINDS[type(value)]
+    return json.dumps(value)[:80]
+
+
+def token_ids(content, name):
+    """The ids in a field that holds one or several, or -1, which some files have for none."""
+    found = content.get(name)
+    if not isinstance(found, list):
+        return [read_field(content, name, int, None, low=-1)]
+    content[name] = [read_field({name: i}, name, int, low=-1) for i in found]
+    return content[name]
+
 
 # ------------------------------------------------------------------ the paper: masking and the loss
 
@@ -137,8 +204,9 @@ def recover_answer(record, shown, masked, answer, tokenizer):
 def random_example(record, tokenizer, mask_ratio, rng):
     """The control [paper fig. 14]: random tokens in place of the masked document."""
     document = tokenizer.encode(text_of(record))
-    ordinary = rng.integers(len(tokenizer.ids), size=len(document))
-    return recover_document([tokenizer.ids[i] for i in ordinary], document, tokenizer)
+    ordinary = list(tokenizer.ranks.values())
+    drawn = rng.integers(len(ordinary), size=len(document))
+    return recover_document([ordinary[i] for i in drawn], document, tokenizer)
 
 
 def sft_example(record, tokenizer, mask_ratio, rng):
@@ -339,7 +407,7 @@ def parse_config(raw):
         if declared is not None:
             raw[name] = parse_dtype(declared, name)
     for name in ("bos", "eos", "pad"):
-        data.token_ids(raw, f"{name}_token_id")
+        token_ids(raw, f"{name}_token_id")
     parse, _ = FAMILIES[family]
     return parse(raw)
 
@@ -2336,7 +2404,7 @@ def prepare(given, method, device, stop):
     # the finished model is saved in the dtype that it was scored in
     raw = {name: value for name, value in config.raw.items() if name != "dtype"}
     config.raw = raw | {"torch_dtype": dtype}
-    pad_id = data.as_kind(raw.get("pad_token_id"), int)
+    pad_id = as_kind(raw.get("pad_token_id"), int)
     if pad_id is not None and pad_id >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
