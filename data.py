@@ -173,18 +173,15 @@ def read_rows(path):
     """{"FILE, record N": its fields} of a file; {} if nothing in it has a text or a question.
 
     null and "" are absent: tables written as JSON have null or NaN where there is nothing."""
-    text = read_text(path)
     if ending(path) not in READERS:
         raise UserError(f"{path}: the ending {ending(path)!r} is not read; these are: {ENDINGS}")
+    text = read_text(path)
     found = {}
-    where = path
-    try:
+    with reading(path):
         for number, row in enumerate(READERS[ending(path)](text), 1):
-            where = f"{path}, record {number}"
             fields = row.items() if isinstance(row, dict) else ()
-            found[where] = {k: v for k, v in fields if v not in (None, "") and v == v}
-    except Exception as error:
-        raise UserError(f"{where}, or behind it: {reason(error)}") from None
+            present = {k: v for k, v in fields if v not in (None, "") and v == v}
+            found[f"{path}, record {number}"] = present
     has_some = any("text" in row or "question" in row for row in found.values())
     return found if has_some else {}
 
@@ -381,12 +378,8 @@ class Tokenizer:
         return self._join(self._split(self.opening))
 
     def _frame(self, before, behind):
-        pair = f"{before}>{behind}"
-        if pair not in self.frames:
-            raise UserError(
-                f"the model's chat template has no {pair}, only {', '.join(self.frames)}"
-            )
-        return self._split(self.frames[pair])
+        with reading("the model's chat template", "has no such chat"):
+            return self._split(self.frames[f"{before}>{behind}"])
 
     def _split(self, text):
         """A template's own text: the one place where special tokens are read as such, each [id]."""
@@ -445,18 +438,18 @@ def load_tokenizer(path):
     with reading(path / "tokenizer.json"):
         tokenizer = read_bpe(content)
     texts, (bos, eos, pad) = read_declared(path, tokenizer)
+    config = read_object(path / "config.json")
+    with reading(path / "config.json"):
+        rows = embeddings(config)
+        check_ids(tokenizer, rows, set(pad) - {*bos, *eos})
     file, template = find_template(path)
     with reading(file, "its chat template"):
         start = read_chat_form(tokenizer, renderer(template, texts))
     tokenizer.bos_id = bos[0] if bos else tokenizer.special.get(start)
     tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
     tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eot_id, *eos]))
-    config = read_object(path / "config.json")
-    with reading(path / "config.json"):
-        rows = embeddings(config)
-        # any: padding is masked out everywhere
-        tokenizer.pad_id = next((i for i in pad if i < rows), tokenizer.eos_id)
-        check_ids(tokenizer, rows, set(pad) - {tokenizer.bos_id, *tokenizer.stop_ids})
+    # any: padding is masked out everywhere
+    tokenizer.pad_id = next((i for i in pad if i < rows), tokenizer.eos_id)
     # LLaDA's end of text is no sign of a base model: it ends its chats with both
     if eos and tokenizer.eot_id not in eos and "<|mdm_mask|>" not in tokenizer.special:
         turn = tokenizer.decode([tokenizer.eot_id], special=True)
@@ -702,18 +695,16 @@ def leave_system_turn(frames, end, tokens):
     end      the special token that ends a turn
     tokens   a pattern for all that may start a chat"""
     opening = frames[">user"]
-    system, _, header = opening.rpartition(end)
-    header = header.lstrip() if system.strip() else opening
-    start = ""
-    while not frames["assistant>user"].endswith(header):
-        first = tokens.match(header)
-        if not first:
-            differing(frames.values())
-        start += first.group()
-        header = header.removeprefix(first.group())
-    first = tokens.match(system)
-    if first and "system" not in first.group() and not header.startswith(first.group()):
-        start = first.group()
+    ending = frames["assistant>user"]
+    header = opening.rpartition(end)[2].lstrip()
+    first = tokens.match(opening)
+    start = first.group() if first else ""
+    if not ending.endswith(header):
+        header = header.removeprefix(start)
+    elif header.startswith(start) or "system" in start:  # it starts a turn, not the chat
+        start = ""
+    if not ending.endswith(header):
+        differing(frames.values())
     frames[">user"] = start + header
     return start
 
