@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -622,7 +623,7 @@ def test_loading_holds_the_weights_once(tmp_path):
 
 
 RESPONSE = Namespace(headers={}, request=None, status_code=403)
-HUB = maskft.huggingface_hub.errors
+HUB = huggingface_hub.errors
 NOT_FOUND = [  # what the hub says to a/b, and what its user is told
     (HUB.GatedRepoError("", response=RESPONSE), "https://huggingface.co/a/b"),
     (HUB.RepositoryNotFoundError("", response=RESPONSE), "no model on the hub"),
