@@ -144,7 +144,7 @@ def csv_rows(text):
     delimiter = max(",;\t", key=first_line.count)
     rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-    return rows
+    return (row for row in rows if any(row.values()))
 
 
 READERS = {
@@ -396,11 +396,12 @@ class Tokenizer:
 
     @cached_property
     def _added_pattern(self):
-        return any_of(self.added)
+        # a special token is stepped over, for none may be found inside of it
+        return regex.compile(f"{any_of(self.special)}(*SKIP)(*FAIL)|({any_of(self.added)})")
 
     @cached_property
     def _special_pattern(self):
-        return any_of(self.special)
+        return regex.compile(f"({any_of(self.special)})")
 
     @cached_property
     def mask_id(self):
@@ -424,9 +425,9 @@ class Tokenizer:
 
 
 def any_of(tokens):
-    """A pattern for any of some tokens, the longest first; of none, for what never is."""
+    """A regular expression for any of some tokens, the longest first; of none, one for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
+    return f"(?:{'|'.join(map(regex.escape, longest_first)) or '(?!)'})"
 
 
 def load_tokenizer(path):
@@ -531,8 +532,13 @@ def read_bpe(content):
         refuse(f"the normalizer {kinds}")
     special = {}
     added = {}
+    last = len(model["vocab"]) - 1
     for token in content["added_tokens"]:
         text = token["content"]
+        # the reference numbers what is new to it, whatever the file says
+        last = max(last, model["vocab"].get(text, last + 1))
+        if token["id"] not in (last, model["vocab"].get(text)):
+            refuse(f"the added token {text!r} with the id {token['id']}, not in line,")
         is_special = token["special"] or text in ALWAYS_SPECIAL
         odd = [option for option in TOKEN_OPTIONS if token[option]]
         if not is_special and (odd or kinds and token["normalized"]):
@@ -658,7 +664,7 @@ def read_chat_form(tokenizer, render):
             more = read_frames(render, roles, asks)
             if all(frames.get(pair, text) == text for pair, text in more.items()):
                 frames |= more
-    tokens = any_of(tokenizer.special | tokenizer.added)
+    tokens = regex.compile(any_of(tokenizer.special | tokenizer.added))
     for token in tokens.findall(MARK.join(frames.values())):
         if token in tokenizer.added:  # whatever the file says: no text may end a turn
             tokenizer.special[token] = tokenizer.added.pop(token)
@@ -751,7 +757,7 @@ def jinja_template(frames):
         '{{ frames[chat.before + ">" + message["role"]] + message["content"] }}'
         '{% set chat.before = message["role"] %}'
         "{% endif %}{% endfor %}"
-        '{{ frames[chat.before + ">" + ("assistant" if add_generation_prompt else "")] }}'
+        '{{ "" + frames[chat.before + ">" + ("assistant" if add_generation_prompt else "")] }}'
     )
     return template.replace("FRAMES", json.dumps(frames, ensure_ascii=False))
 
@@ -847,7 +853,8 @@ def load(name, paraphrase="none", seed=0):
     make, usual, wordings = SETS[kind] if kind in GENERATED else (None, ND_FACTS, PARAPHRASES)
     with reading(asked, "a number, if any, is as in bio:20"):
         number = int(count or usual)
-    if number < 1 or paraphrase not in wordings or (count and kind in UNDIVIDED):
+    most = 0 if kind in UNDIVIDED else ND_FACTS
+    if number < 1 or paraphrase not in wordings or (count and not make and number > most):
         raise UserError(f"{asked}: there is no such part of {kind}")
     if make:
         with reading(asked, "cannot be made"):
