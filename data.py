@@ -144,7 +144,11 @@ def csv_rows(text):
     delimiter = max(",;\t", key=first_line.count)
     rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-    return (row for row in rows if any(row.values()))
+    for row in rows:
+        if None in row:
+            raise UserError("a row has more cells than columns: quote a cell with a comma in it")
+        if any(row.values()):
+            yield row
 
 
 READERS = {
@@ -188,23 +192,21 @@ def read_rows(path):
 
 def parse_record(row, where, learned=False, released=False):
     """A document or a question; UserError names a row that is neither, or both."""
-    if ("text" in row) == ("question" in row):
-        found = "both" if "text" in row else "neither"
-        raise UserError(f'{where}: a "text" and a "question" need a record each; found {found}')
-    if None in row:
-        raise UserError(f"{where}: more cells than columns: quote those with a delimiter in them")
-    if "question" in row:
+    if "question" in row and "text" not in row:
         return parse_question(row, where, learned, released)
-    return {"text": text_field(row, "text", where), "where": where}
-
-
-def text_field(row, name, where):
-    """A string that is not empty, or a UserError that says where."""
-    value = row.get(name)
     with reading(where):
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f'"{name}" must be text, found {json.dumps(value)[:80]}')
-        value.encode()  # half a surrogate pair is no text
+        if "question" in row or "text" not in row:
+            found = "both" if "text" in row else "neither"
+            raise UserError(f'a "text" and a "question" need a record each; found {found}')
+        return {"text": text_field(row, "text"), "where": where}
+
+
+def text_field(row, name):
+    """A string that is not empty, or a UserError."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'"{name}" must be text, found {json.dumps(value)[:80]}')
+    value.encode()  # fails for half a surrogate pair, which is no text
     return value
 
 
@@ -215,24 +217,24 @@ def parse_question(row, where, learned=False, released=False):
     place of directions, N2D (name to description) or D2N. In NameDescription the group says in
     which order the document has the two: a task is forward where it matches. In a file that is not
     `released`, nothing tells."""
-    parsed = {"question": text_field(row, "question", where), "where": where}
-    if learned or "answer" in row:
-        parsed["answer"] = text_field(row, "answer", where)
-    task = row.get("direction", row.get("task"))
-    if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
-        return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
-    if learned:
-        return parsed
-    group = text_field({"group": str(row.get("group", "all"))}, "group", where)
-    if task in ("N2D", "D2N") and (released or group in ND_GROUPS):
-        order = "D2N" if group == "DescriptionIsName" else "N2D"
-        task = "forward" if task == order else "backward"
-    if task not in (None, "forward", "backward", "all"):
-        raise UserError(
-            f'{where}: "direction" is forward (what is asked for comes last in its document) or '
-            f"backward, found {json.dumps(task)[:80]}"
-        )
-    return parsed | {"direction": task or "all", "group": group}
+    with reading(where):
+        parsed = {"question": text_field(row, "question"), "where": where}
+        if learned or "answer" in row:
+            parsed["answer"] = text_field(row, "answer")
+        task = row.get("direction", row.get("task"))
+        if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
+            return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
+        if learned:
+            return parsed
+        group = text_field({"group": str(row.get("group", "all"))}, "group")
+        if task in ("N2D", "D2N") and (released or group in ND_GROUPS):
+            task = "forward" if (task == "N2D") != (group == "DescriptionIsName") else "backward"
+        if task not in (None, "forward", "backward", "all"):
+            raise UserError(
+                f'"direction" is forward (what is asked for comes last in its document) or '
+                f"backward, found {json.dumps(task)[:80]}"
+            )
+        return parsed | {"direction": task or "all", "group": group}
 
 
 # where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
@@ -497,11 +499,10 @@ def check_ids(tokenizer, rows, idle):
     """UserError for a token whose id is beyond the embeddings; an idle one is done without."""
     beyond = [i for i in tokenizer.bytes_of if i >= rows and i not in idle]
     if beyond:
-        token = tokenizer.decode(beyond[:1], special=True)
+        token = tokenizer.decode([min(beyond)], special=True)
         raise UserError(
-            f"the token {token!r} has the id {beyond[0]}, but the model has {rows} embeddings; "
-            "resize them with transformers: m = AutoModelForCausalLM.from_pretrained(DIRECTORY); "
-            f"m.resize_token_embeddings({max(beyond) + 1}); m.save_pretrained(DIRECTORY)"
+            f"no embedding for the token {token!r} of id {min(beyond)}, only {rows}: with "
+            f"transformers, model.resize_token_embeddings({max(beyond) + 1}) makes more"
         )
     tokenizer.special = {token: i for token, i in tokenizer.special.items() if i < rows}
 
@@ -638,12 +639,7 @@ def raise_exception(message):
 
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 # roles of chats, and whether an answer is asked for, that not every template has
-CHATS = {
-    "user": False,
-    "user assistant": True,
-    "system user assistant user": True,
-    "user assistant system user": True,
-}
+CHATS = {"user": False, "system user assistant user": True, "user assistant system user": True}
 
 
 def read_chat_form(tokenizer, render):
@@ -871,8 +867,7 @@ def load_files(name, paraphrase):
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
     dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
     if not dataset.documents and not dataset.questions:
-        nothing = f'--data {name}: no document (a "text") and no question (a "question") in it'
-        raise UserError("; ".join([nothing, *dataset.notes]))
+        raise UserError("; ".join([f'{name}: no document ("text") or question', *dataset.notes]))
     return dataset
 
 
