@@ -541,13 +541,14 @@ def read_bpe(content):
         if token["id"] not in (last, model["vocab"].get(text)):
             refuse(f"the added token {text!r} with the id {token['id']}, not in line,")
         is_special = token["special"] or text in ALWAYS_SPECIAL
-        odd = [option for option in TOKEN_OPTIONS if token[option]]
-        if not is_special and (odd or kinds and token["normalized"]):
-            refuse(f"the added token {text!r}, normalized or {odd},")
+        options = TOKEN_OPTIONS + ("normalized",) * bool(kinds)  # with no normalizer it is idle
+        odd = [option for option in options if token[option]]
+        if odd and not is_special:
+            refuse(f"the added token {text!r} with {odd}")
         (special if is_special else added)[text] = token["id"]
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    bytes_of = {i: spelled(token) for token, i in vocab.items()}
-    ranks = read_merges(vocab, model["merges"])
+    bytes_of = {i: token.translate(BYTES).encode("latin-1", "ignore") for token, i in vocab.items()}
+    ranks = read_merges(vocab, bytes_of, model["merges"])
     if model.get("unk_token") and not ALPHABET.keys() <= vocab.keys():
         refuse("a model with unk_token")  # with all the bytes, nothing is unknown
     return Tokenizer(
@@ -561,12 +562,7 @@ def read_bpe(content):
     )
 
 
-def spelled(token):
-    """The bytes that a token of the vocabulary stands for."""
-    return token.translate(BYTES).encode("latin-1", "ignore")
-
-
-def read_merges(vocab, merges):
+def read_merges(vocab, bytes_of, merges):
     """{bytes: id} of what can be merged, in the order of the merges.
 
     tiktoken joins two neighbours whose bytes are a token, the one with the lowest id first; the
@@ -576,7 +572,7 @@ def read_merges(vocab, merges):
     merged = list(dict.fromkeys("".join(pair) for pair in pairs))
     ids = [vocab[token] for token in merged]
     tokens = [token for token in vocab if token in ALPHABET] + merged
-    ranks = {spelled(token): vocab[token] for token in tokens}
+    ranks = {bytes_of[vocab[token]]: vocab[token] for token in tokens}
     if ids != sorted(ids) or len(set(ranks.values())) < len(tokens):
         refuse("a vocabulary whose ids are in another order than its merges")
     return ranks
@@ -630,7 +626,7 @@ def renderer(template, texts):
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # transformers' mark of answers renders nothing; nor does `with`
     template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return partial(environment.from_string(template).render, texts)
+    return partial(environment.from_string(template).render, texts, tools=None, documents=None)
 
 
 def raise_exception(message):
@@ -777,7 +773,6 @@ AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/d
 THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
 ND_FILE = "people-description.json"
-UNDIVIDED = ("bio-released", "wiki", "gsm8k")  # read whole
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
 ND_GROUPS = ("NameIsDescription", "DescriptionIsName")
@@ -846,11 +841,11 @@ def load(name, paraphrase="none", seed=0):
     if kind not in SETS:
         return load_files(name, paraphrase)
     asked = f"--data {name} --paraphrase {paraphrase}"
-    make, usual, wordings = SETS[kind] if kind in GENERATED else (None, ND_FACTS, PARAPHRASES)
+    make, usual, wordings = GENERATED.get(kind, (None, ND_FACTS, PARAPHRASES))
     with reading(asked, "a number, if any, is as in bio:20"):
         number = int(count or usual)
-    most = 0 if kind in UNDIVIDED else ND_FACTS
-    if number < 1 or paraphrase not in wordings or (count and not make and number > most):
+    whole = not make and count and (kind != "nd" or number > ND_FACTS)
+    if number < 1 or paraphrase not in wordings or whole:
         raise UserError(f"{asked}: there is no such part of {kind}")
     if make:
         with reading(asked, "cannot be made"):
