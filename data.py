@@ -915,7 +915,7 @@ def dataset_files(path, paraphrase):
                 f"{pattern}.json; training files found: {names}"
             )
         # a README beside them is no document
-        json_files = [p for p in files if READERS[ending(p)] is json_rows]
+        json_files = [p for p in files if READERS.get(ending(p)) is json_rows]
         files = [p for p in json_files if p not in training or p in wanted]
     return files, [p for p in found if p not in files]
 
