@@ -353,13 +353,14 @@ FAMILIES = {
         "<|end|>\n<|assistant|>\n",
         "<|end|>\n<|endoftext|>",
     ),
-    "zephyr": (  # headers are text, not tokens
+    "zephyr": (  # headers are text, not tokens; lines that only hold a block vanish
         MISTRAL,
         "<s>",
         "</s>",
-        template("{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}").replace(
-            "{% endif %}", "{{ '<|assistant|>\n' }}{% endif %}"
-        ),
+        "{% for m in messages %}\n  {% if m %}\n"
+        "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n  {% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+        "{% endfor %}",
         "<|user|>\n",
         "</s>\n<|assistant|>\n",
         "</s>\n",
