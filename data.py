@@ -144,7 +144,11 @@ def csv_rows(text):
     delimiter = max(",;\t", key=first_line.count)
     rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-    return rows
+    for row in rows:
+        if None in row:
+            raise UserError("a row has more cells than columns: quote a cell with a comma in it")
+        if any(row.values()):
+            yield row
 
 
 READERS = {
@@ -188,23 +192,21 @@ def read_rows(path):
 
 def parse_record(row, where, learned=False, released=False):
     """A document or a question; UserError names a row that is neither, or both."""
-    if ("text" in row) == ("question" in row):
-        found = "both" if "text" in row else "neither"
-        raise UserError(f'{where}: a "text" and a "question" need a record each; found {found}')
-    if None in row:
-        raise UserError(f"{where}: more cells than columns: quote those with a delimiter in them")
-    if "question" in row:
+    if "question" in row and "text" not in row:
         return parse_question(row, where, learned, released)
-    return {"text": text_field(row, "text", where), "where": where}
-
-
-def text_field(row, name, where):
-    """A string that is not empty, or a UserError that says where."""
-    value = row.get(name)
     with reading(where):
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f'"{name}" must be text, found {json.dumps(value)[:80]}')
-        value.encode()  # half a surrogate pair is no text
+        if "question" in row or "text" not in row:
+            found = "both" if "text" in row else "neither"
+            raise UserError(f'a "text" and a "question" need a record each; found {found}')
+        return {"text": text_field(row, "text"), "where": where}
+
+
+def text_field(row, name):
+    """A string that is not empty, or a UserError."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'"{name}" must be text, found {json.dumps(value)[:80]}')
+    value.encode()  # fails for half a surrogate pair, which is no text
     return value
 
 
@@ -215,24 +217,24 @@ def parse_question(row, where, learned=False, released=False):
     place of directions, N2D (name to description) or D2N. In NameDescription the group says in
     which order the document has the two: a task is forward where it matches. In a file that is not
     `released`, nothing tells."""
-    parsed = {"question": text_field(row, "question", where), "where": where}
-    if learned or "answer" in row:
-        parsed["answer"] = text_field(row, "answer", where)
-    task = row.get("direction", row.get("task"))
-    if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
-        return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
-    if learned:
-        return parsed
-    group = text_field({"group": str(row.get("group", "all"))}, "group", where)
-    if task in ("N2D", "D2N") and (released or group in ND_GROUPS):
-        order = "D2N" if group == "DescriptionIsName" else "N2D"
-        task = "forward" if task == order else "backward"
-    if task not in (None, "forward", "backward", "all"):
-        raise UserError(
-            f'{where}: "direction" is forward (what is asked for comes last in its document) or '
-            f"backward, found {json.dumps(task)[:80]}"
-        )
-    return parsed | {"direction": task or "all", "group": group}
+    with reading(where):
+        parsed = {"question": text_field(row, "question"), "where": where}
+        if learned or "answer" in row:
+            parsed["answer"] = text_field(row, "answer")
+        task = row.get("direction", row.get("task"))
+        if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
+            return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
+        if learned:
+            return parsed
+        group = text_field({"group": str(row.get("group", "all"))}, "group")
+        if task in ("N2D", "D2N") and (released or group in ND_GROUPS):
+            task = "forward" if (task == "N2D") != (group == "DescriptionIsName") else "backward"
+        if task not in (None, "forward", "backward", "all"):
+            raise UserError(
+                f'"direction" is forward (what is asked for comes last in its document) or '
+                f"backward, found {json.dumps(task)[:80]}"
+            )
+        return parsed | {"direction": task or "all", "group": group}
 
 
 # where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
@@ -396,11 +398,12 @@ class Tokenizer:
 
     @cached_property
     def _added_pattern(self):
-        return any_of(self.added)
+        # a special token is stepped over, for none may be found inside of it
+        return regex.compile(f"{any_of(self.special)}(*SKIP)(*FAIL)|({any_of(self.added)})")
 
     @cached_property
     def _special_pattern(self):
-        return any_of(self.special)
+        return regex.compile(f"({any_of(self.special)})")
 
     @cached_property
     def mask_id(self):
@@ -424,9 +427,9 @@ class Tokenizer:
 
 
 def any_of(tokens):
-    """A pattern for any of some tokens, the longest first; of none, for what never is."""
+    """A regular expression for any of some tokens, the longest first; of none, one for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
+    return f"(?:{'|'.join(map(regex.escape, longest_first)) or '(?!)'})"
 
 
 def load_tokenizer(path):
@@ -496,11 +499,10 @@ def check_ids(tokenizer, rows, idle):
     """UserError for a token whose id is beyond the embeddings; an idle one is done without."""
     beyond = [i for i in tokenizer.bytes_of if i >= rows and i not in idle]
     if beyond:
-        token = tokenizer.decode(beyond[:1], special=True)
+        token = tokenizer.decode([min(beyond)], special=True)
         raise UserError(
-            f"the token {token!r} has the id {beyond[0]}, but the model has {rows} embeddings; "
-            "resize them with transformers: m = AutoModelForCausalLM.from_pretrained(DIRECTORY); "
-            f"m.resize_token_embeddings({max(beyond) + 1}); m.save_pretrained(DIRECTORY)"
+            f"no embedding for the token {token!r} of id {min(beyond)}, only {rows}: with "
+            f"transformers, model.resize_token_embeddings({max(beyond) + 1}) makes more"
         )
     tokenizer.special = {token: i for token, i in tokenizer.special.items() if i < rows}
 
@@ -531,16 +533,22 @@ def read_bpe(content):
         refuse(f"the normalizer {kinds}")
     special = {}
     added = {}
+    last = len(model["vocab"]) - 1
     for token in content["added_tokens"]:
         text = token["content"]
+        # the reference numbers what is new to it, whatever the file says
+        last = max(last, model["vocab"].get(text, last + 1))
+        if token["id"] not in (last, model["vocab"].get(text)):
+            refuse(f"the added token {text!r} with the id {token['id']}, not in line,")
         is_special = token["special"] or text in ALWAYS_SPECIAL
-        odd = [option for option in TOKEN_OPTIONS if token[option]]
-        if not is_special and (odd or kinds and token["normalized"]):
-            refuse(f"the added token {text!r}, normalized or {odd},")
+        options = TOKEN_OPTIONS + ("normalized",) * bool(kinds)  # with no normalizer it is idle
+        odd = [option for option in options if token[option]]
+        if odd and not is_special:
+            refuse(f"the added token {text!r} with {odd}")
         (special if is_special else added)[text] = token["id"]
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    bytes_of = {i: spelled(token) for token, i in vocab.items()}
-    ranks = read_merges(vocab, model["merges"])
+    bytes_of = {i: token.translate(BYTES).encode("latin-1", "ignore") for token, i in vocab.items()}
+    ranks = read_merges(vocab, bytes_of, model["merges"])
     if model.get("unk_token") and not ALPHABET.keys() <= vocab.keys():
         refuse("a model with unk_token")  # with all the bytes, nothing is unknown
     return Tokenizer(
@@ -554,12 +562,7 @@ def read_bpe(content):
     )
 
 
-def spelled(token):
-    """The bytes that a token of the vocabulary stands for."""
-    return token.translate(BYTES).encode("latin-1", "ignore")
-
-
-def read_merges(vocab, merges):
+def read_merges(vocab, bytes_of, merges):
     """{bytes: id} of what can be merged, in the order of the merges.
 
     tiktoken joins two neighbours whose bytes are a token, the one with the lowest id first; the
@@ -569,7 +572,7 @@ def read_merges(vocab, merges):
     merged = list(dict.fromkeys("".join(pair) for pair in pairs))
     ids = [vocab[token] for token in merged]
     tokens = [token for token in vocab if token in ALPHABET] + merged
-    ranks = {spelled(token): vocab[token] for token in tokens}
+    ranks = {bytes_of[vocab[token]]: vocab[token] for token in tokens}
     if ids != sorted(ids) or len(set(ranks.values())) < len(tokens):
         refuse("a vocabulary whose ids are in another order than its merges")
     return ranks
@@ -623,7 +626,7 @@ def renderer(template, texts):
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # transformers' mark of answers renders nothing; nor does `with`
     template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return partial(environment.from_string(template).render, texts)
+    return partial(environment.from_string(template).render, texts, tools=None, documents=None)
 
 
 def raise_exception(message):
@@ -632,12 +635,7 @@ def raise_exception(message):
 
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 # roles of chats, and whether an answer is asked for, that not every template has
-CHATS = {
-    "user": False,
-    "user assistant": True,
-    "system user assistant user": True,
-    "user assistant system user": True,
-}
+CHATS = {"user": False, "system user assistant user": True, "user assistant system user": True}
 
 
 def read_chat_form(tokenizer, render):
@@ -658,7 +656,7 @@ def read_chat_form(tokenizer, render):
             more = read_frames(render, roles, asks)
             if all(frames.get(pair, text) == text for pair, text in more.items()):
                 frames |= more
-    tokens = any_of(tokenizer.special | tokenizer.added)
+    tokens = regex.compile(any_of(tokenizer.special | tokenizer.added))
     for token in tokens.findall(MARK.join(frames.values())):
         if token in tokenizer.added:  # whatever the file says: no text may end a turn
             tokenizer.special[token] = tokenizer.added.pop(token)
@@ -751,7 +749,7 @@ def jinja_template(frames):
         '{{ frames[chat.before + ">" + message["role"]] + message["content"] }}'
         '{% set chat.before = message["role"] %}'
         "{% endif %}{% endfor %}"
-        '{{ frames[chat.before + ">" + ("assistant" if add_generation_prompt else "")] }}'
+        '{{ "" + frames[chat.before + ">" + ("assistant" if add_generation_prompt else "")] }}'
     )
     return template.replace("FRAMES", json.dumps(frames, ensure_ascii=False))
 
@@ -775,7 +773,6 @@ AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/d
 THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
 ND_FILE = "people-description.json"
-UNDIVIDED = ("bio-released", "wiki", "gsm8k")  # read whole
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
 ND_GROUPS = ("NameIsDescription", "DescriptionIsName")
@@ -844,10 +841,11 @@ def load(name, paraphrase="none", seed=0):
     if kind not in SETS:
         return load_files(name, paraphrase)
     asked = f"--data {name} --paraphrase {paraphrase}"
-    make, usual, wordings = SETS[kind] if kind in GENERATED else (None, ND_FACTS, PARAPHRASES)
+    make, usual, wordings = GENERATED.get(kind, (None, ND_FACTS, PARAPHRASES))
     with reading(asked, "a number, if any, is as in bio:20"):
         number = int(count or usual)
-    if number < 1 or paraphrase not in wordings or (count and kind in UNDIVIDED):
+    whole = not make and count and (kind != "nd" or number > ND_FACTS)
+    if number < 1 or paraphrase not in wordings or whole:
         raise UserError(f"{asked}: there is no such part of {kind}")
     if make:
         with reading(asked, "cannot be made"):
@@ -864,8 +862,7 @@ def load_files(name, paraphrase):
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
     dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
     if not dataset.documents and not dataset.questions:
-        nothing = f'--data {name}: no document (a "text") and no question (a "question") in it'
-        raise UserError("; ".join([nothing, *dataset.notes]))
+        raise UserError("; ".join([f'{name}: no document ("text") or question', *dataset.notes]))
     return dataset
 
 
@@ -918,7 +915,7 @@ def dataset_files(path, paraphrase):
                 f"{pattern}.json; training files found: {names}"
             )
         # a README beside them is no document
-        json_files = [p for p in files if READERS[ending(p)] is json_rows]
+        json_files = [p for p in files if READERS.get(ending(p)) is json_rows]
         files = [p for p in json_files if p not in training or p in wanted]
     return files, [p for p in found if p not in files]
 
