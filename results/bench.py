@@ -64,7 +64,7 @@ def command_seconds(*words):
     began = sum(os.times()[2:4])  # user's and system's, of processes that have ended
     command = [sys.executable, *map(str, words)]
     if subprocess.run(command, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"this failed: {' '.join(command)}")
+        raise UserError("a command failed, as it said above")
     return sum(os.times()[2:4]) - began
 
 
@@ -182,8 +182,8 @@ def training(model):
 
     directory = maskft.find_model(model)
     ours = random_model(maskft.read_config(directory))
-    how = {"attn_implementation": "sdpa", "dtype": torch.float32}
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), **how)
+    shape = AutoConfig.from_pretrained(directory)
+    theirs = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     ids = torch.randint(ours.config.vocab, (ROWS, TOKENS))
     labels = ids.where(torch.arange(TOKENS) >= PROMPT, IGNORE)
     weights = torch.full([ROWS], 1 / (labels != IGNORE).sum())
@@ -285,11 +285,9 @@ def answers(model, longest=128):
 
     directory = maskft.find_model(model)
     device = maskft.start_processes()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = data.load_tokenizer(directory)
-    ours = maskft.load(directory, device, dtype)
-    how = {"attn_implementation": "sdpa", "dtype": dtype}
-    theirs = AutoModelForCausalLM.from_pretrained(directory, **how).to(device).eval()
+    ours = maskft.load(directory, device)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
     prompts = uneven_prompts(tokenizer)
     said = {}
 
@@ -303,15 +301,11 @@ def answers(model, longest=128):
         said["maskft"] = maskft.generate(ours, prompts, longest, tokenizer.stop_ids)
 
     taken = in_turns({"transformers": ask_theirs, "maskft": ask_ours})
-    same = [answer == other for answer, other in zip(*said.values(), strict=True)]
-    figures = {}
-    for name, each in taken.items():
-        figures[name] = {
-            "seconds": each,
-            "answers/s": len(prompts) / each,
-            "identical": sum(same),
-        }
-    return figures
+    same = sum(one == other for one, other in zip(*said.values(), strict=True))
+    print(f"{len(prompts)} answers, {same} identical")
+    return {
+        name: {"seconds": each, "answers/s": len(prompts) / each} for name, each in taken.items()
+    }
 
 
 def uneven_prompts(tokenizer):
