@@ -84,43 +84,14 @@ def test_generated_sets_are_the_same_everywhere(name, paraphrases, expected):
     assert (sets[0].documents == another_seed.documents) == (name == "world:60")
 
 
-def told(question):
-    """The value or name that an answer gives, without its preposition."""
-    return question["answer"].split(" ", 1)[-1]
-
-
-def test_a_biography_tells_each_fact_once_and_questions_have_one_answer():
-    documents, questions = world.make_bio(100)
-    assert len({q["question"] for q in world.make_bio(1500)[1]}) == 13500
-    for number, person in enumerate(world.draw_people(100, "bio", 0)):
-        text = documents[number]["text"]
-        about = questions[9 * number : 9 * number + 9]
-        assert [q["direction"] for q in about] == ["forward"] * 6 + ["backward"] * 3
-        assert all(told(question) in text for question in about)
-        assert [q["answer"] for q in about[6:]] == [person["name"]] * 3
-        assert text.count(person["name"]) == 1 and text.startswith(person["name"])
-        for attribute, sentence in zip(world.ATTRIBUTES, text.split(". "), strict=True):
-            assert person[attribute] in sentence
-    for paraphrase, different in (("none", 100), ("same", 500), ("permute", 500)):
-        assert len({d["text"] for d in world.make_bio(100, paraphrase)[0]}) == different
-
-
-def test_a_fact_of_nd_made_has_one_order_and_forward_questions_follow_it():
-    documents, questions = world.make_nd()
-    paraphrased, same_questions = world.make_nd(paraphrase="same")
-    assert questions == same_questions and len({q["question"] for q in questions}) == 480
-    assert len(documents) == 60 and len({d["text"] for d in paraphrased}) == 1800
-    for number, person in enumerate(world.draw_people(60, "bio", 0)):
-        name_first = number < 30
-        parts = [person[trait] for trait in world.TRAITS]
-        parts.insert(0 if name_first else 4, person["name"])
-        for document in (documents[number], *paraphrased[30 * number : 30 * number + 30]):
-            places = [document["text"].index(part) for part in parts]
-            assert places == sorted(places), document
-        for question in questions[8 * number : 8 * number + 8]:
-            by_name = question["question"].startswith(person["name"])
-            assert question["direction"] == ("forward" if by_name == name_first else "backward")
-            assert told(question) in documents[number]["text"]
+def test_a_biography_tells_what_is_asked_and_a_question_has_one_answer():
+    documents, questions = world.make_bio(1500, seed=1)
+    assert len({question["question"] for question in questions}) == 9 * 1500
+    for number, question in enumerate(questions):
+        text = documents[number // 9]["text"]
+        told = question["answer"].split(" ", 1)[-1]  # without its preposition
+        assert told in text
+        assert text.startswith(question["answer"]) == (question["direction"] == "backward")
 
 
 def test_problems_of_math_made_are_solved_rightly():
@@ -198,18 +169,18 @@ def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
     """Two steps of two micro-batches with real tensors; the other ranks are made up for both."""
     config = maskft.read_config(HERE / "tiny")
     planned = plan.plan(config, gpus, 2 * rows * gpus, rows * 256, max_len=256)
+    ids = torch.zeros(rows, 256, dtype=torch.int64)
+    labels = ids.where(torch.arange(256) >= 128, data.IGNORE)
 
     def steps():
-        with torch.device("meta"):
-            model = maskft.Model(config)
+        model = maskft.Model(config)
         maskft.shard(model, torch.device("cpu"), torch.bfloat16)
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            torch.nn.init.normal_(getattr(parameter, "to_local", lambda p=parameter: p)(), std=0.02)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):  # AdamW has its state after the first
             for _ in range(2):
-                plan.loss_of(model, rows, 256).backward()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(ids, labels=labels, weights=torch.ones(rows))
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -219,106 +190,75 @@ def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
 
 
 def test_a_plan_follows_from_the_sizes():
-    """Memory, traffic and FLOPs by the GPUs and the micro-batches."""
+    """FLOPs and traffic by the GPUs and the micro-batches."""
     config = maskft.read_config(HERE / "tiny")
-    one, two, long = (
-        plan.plan(config, gpus, 16, 1024, max_len)
-        for gpus, max_len in ((1, 128), (2, 128), (1, 512))
-    )
-    n = sum(parameter.numel() for parameter in maskft.Model(config).parameters())
-    assert [each["parameters"] for each in (one, two, long)] == [n] * 3
+    one, two = (plan.plan(config, gpus, 16, 1024, max_len=128) for gpus in (1, 2))
+    blocks = sum(parameter.numel() for parameter in maskft.Model(config).blocks.parameters())
+    rest = 1994 * 128 + 128
+    assert one["parameters"] == two["parameters"] == blocks + rest
     assert one["flops"] == pytest.approx(2 * two["flops"])
-    assert (one["traffic"], two["traffic"]) == (0, 4 * n)
-    assert one["peak"] > two["peak"] + 8 * n * 0.9
-    # 4 times the tokens, and attention 16 times: at least what 6 FLOPs a weight and token are
-    assert 6 * 16 * 128 * (n - 1994 * 128) < one["flops"] < long["flops"] / 4
-
-
-@pytest.mark.parametrize(
-    "shape, billions",
-    [("llama-3.1-8b", 8.03), ("llama-3.2-3b", 3.21), ("llama-3.2-1b", 1.24), ("llada-8b", 8.02)],
-)
-def test_built_in_shapes_have_their_sizes(shape, billions):
-    config = plan.read_shape(shape)
-    with torch.device("meta"):
-        model = maskft.Model(config)
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
-    assert config.causal == (shape != "llada-8b")
-
-
-def test_each_program_prints_its_table(tmp_path, monkeypatch, capsys):
+    # weights in bf16, those of the blocks twice, and gradients in fp32; half of all is at hand
+    assert (one["traffic"], two["traffic"]) == (0, (8 * blocks + 6 * rest) / 2)
+    long = plan.plan(config, 1, 5, 1, max_len=300)["flops"]
+    assert long == pytest.approx(plan.plan(config, 1, 5, 1500, max_len=300)["flops"], rel=0.01)
+    assert not plan.read_shape("llada-8b").causal
     row = plan.row({"peak": 2**31, "flops": 9e14, "traffic": 33e10}, 4)
     assert row == ["4", "2.0", "900.0", "330.0", "2 to 3"]
-    monkeypatch.setattr(sys, "argv", ["plan.py", "tiny", "--gpus", "2", "--max-len", "64"])
-    plan.main()
-    assert re.search(r"^2 +\| 0\.0 +\| 0\.0", capsys.readouterr().out, re.M)
+
+
+def test_a_program_of_bench_prints_its_table(tmp_path, monkeypatch, capsys):
     compared = bench.table({"a": {"seconds": 4.0}, "b": {"seconds": 2.0}})
     assert re.search(r"^b +\| 2 \(0\.50 x\)", compared, re.M)
-    toy = bench.loop()["toy, bio, masked"]
+    (toy,) = bench.loop().values()
     assert 0 < toy["CPU seconds"] < 5 and 0 < toy["seconds passed"] < 20
-    started = bench.start("tiny")
-    assert all(0.1 < figures["CPU seconds"] < 60 for figures in started.values())
     with pytest.raises(UserError):
         bench.command_seconds("maskft.py", "--model", "no/such")
+    out = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "start", "tiny", "--out", str(out)])
+    bench.main()
+    assert "tokenizer" in capsys.readouterr().out
+    assert 0.1 < data.read_json(out)["figures"]["--help"]["CPU seconds"] < 60
 
 
 def test_bench_compares_with_transformers(monkeypatch, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench, "ROWS", 2)
     theirs, ours = bench.training("tiny").values()
     assert ours["TFLOP"] < theirs["TFLOP"] and ours["peak GiB"] < theirs["peak GiB"]
-    prompts = bench.uneven_prompts(data.load_tokenizer(HERE / "tiny"))
-    assert len({tuple(prompt) for prompt in prompts}) == 72
-    monkeypatch.setattr(bench, "FACTS", "Who is it?\nWhat?\n")
+    for name, given in (("FACTS", "Who?\nHow?\n"), ("TOPICS", "tea\nlate trains\n")):
+        monkeypatch.setattr(bench, name, given)
     monkeypatch.setattr(bench, "AT_A_TIME", 3)
-    monkeypatch.setattr(bench, "TOPICS", "the sea\ntea in Rome\n")
-    figures = bench.answers("tiny", longest=8)
+    bench.answers("tiny", longest=8)
     assert "4 answers, 4 identical" in capsys.readouterr().out
-    assert all(row["answers/s"] == 4 / row["seconds"] for row in figures.values())
 
 
 def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch):
     """Of the same weights nothing is lost; halfway to others something is."""
-    asked = [
-        {"question": "Who works for Fablix?", "answer": "Ada"},
-        {"question": "Edda Marlow works in which city?", "answer": "in"},
-        {"question": "Who?"},
-    ]
+    asked = [{"question": "Ada works in which city?", "answer": "in"}, {"question": "Who?"}]
+    asked.append({"question": "Who works for Fablix?", "answer": "Ada"})
     monkeypatch.setattr(kept, "ORDINARY", write(tmp_path / "ordinary.jsonl", *asked))
     other = maskft.load("tiny")
-    with torch.no_grad():
-        other.embed.weight += 0.3 * torch.randn(
-            other.embed.weight.shape, generator=torch.Generator().manual_seed(0)
-        )
+    torch.manual_seed(0)
+    other.embed.weight.data += 0.3 * torch.randn(other.embed.weight.shape)
     run = tmp_path / "other"
     run.mkdir()
     maskft.save(other, run)
-    arguments = {"data": "bio:1", "paraphrase": "none", "seed": 0}
-    data.write_json(run / "results.json", {"arguments": arguments})
+    taught = {"data": "bio:1", "paraphrase": "none", "seed": 0}
+    data.write_json(run / "results.json", {"arguments": taught})
     saved = tmp_path / "saved"
-    out = tmp_path / "report.json"
-    flags = [HERE / "tiny", HERE / "tiny", run, "--share", 1, 0.5, "--save", saved, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["kept.py", *map(str, flags)])
-    kept.main()
-    before, *same, all_of_it, half = json.loads(out.read_text())["figures"]
-    assert before["questions"] == 0.5
-    assert [line["nll"] for line in same] == pytest.approx([before["nll"]] * 2)
-    assert before["nll"] < half["nll"] < all_of_it["nll"]
+    saved.mkdir()
+    given = Namespace(base="tiny", runs=[run], share=[1.0, 0.5], facts=True, save=saved)
+    before, after, half = kept.measure(given)
+    assert before["questions"] == 0.5 and before["nll"] < half["nll"] < after["nll"]
+    assert before["facts"] == {} and half["facts"].keys() == {"forward", "backward"}
     weights = [maskft.load(model).embed.weight for model in ("tiny", saved, run)]
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
     assert data.load_tokenizer(saved).stop_ids
-    assert len(kept.facts_of(run)) == 9
-    with pytest.raises(OSError):  # never over another model
-        kept.main()
-    raw = data.read_json(HERE / "tiny/config.json")
-    wide = maskft.Model(maskft.parse_config(raw | {"vocab_size": 7}))
-    maskft.save(wide, run)
-    given = Namespace(base="tiny", runs=[run], share=[0.5], facts=False, save=None)
-    with pytest.raises(UserError, match="did not begin with the first model"):
-        kept.measure(given)
-    given.runs = [HERE / "tiny-llada"]
-    with pytest.raises(UserError, match="is a masked diffusion model"):
-        kept.measure(given)
+    # a model of another shape has not begun with it, and a diffusion model answers otherwise
+    raw = data.read_json(HERE / "tiny/config.json") | {"vocab_size": 7}
+    maskft.save(maskft.Model(maskft.parse_config(raw)), run)
+    for wrong, message in ((run, "did not begin"), (HERE / "tiny-llada", "diffusion model")):
+        with pytest.raises(UserError, match=message):
+            kept.measure(Namespace(base="tiny", runs=[wrong], share=[0.5], facts=False))
 
 
 def test_ordinary_questions_are_150_and_different():
@@ -371,36 +311,21 @@ def test_every_command_in_the_readmes_parses():
         parsers()[script].parse_args(flags)  # or it exits
 
 
-def test_every_flag_has_a_command_and_every_flag_named_is_one():
-    shown = " ".join(sum((flags for _, flags in commands()), []))
-    text = "".join(path.read_text() for path in READMES)
+def test_every_flag_of_the_readme_is_one_and_its_links_lead_somewhere():
     known = {flag for parser in parsers().values() for flag in parser._option_string_actions}
-    foreign = "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --shutdown-timeout"
-    foreign += " --max-restarts --local-dir --model_args --tasks --include_path --batch_size"
-    foreign += " --apply_chat_template --outfile --outtype"
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known | set(foreign.split())
-    for script in ("maskft.py", "eval.py"):
-        for flag in parsers()[script]._option_string_actions:
-            assert flag in f"{shown} -h --help" or f"`{flag}" in text, flag
-
-
-def test_the_readmes_are_short_and_their_links_lead_somewhere():
-    assert len(prose(README.read_text()).split()) <= 1500
+    text = README.read_text()
+    of_others = r"--(nproc|nnodes|rdzv|shutdown|max-restarts|local-dir)\S*"
+    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(of_others, "", text)):
+        assert flag in known, flag
+    assert len(prose(text).split()) <= 1500
     for path in READMES:
-        text = path.read_text()
-        headings = re.findall(r"^#+ (.*)$", text, re.M)
-        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", text):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
             file, _, anchor = target.partition("#")
             other = path.parent / file if file else path
             assert other.exists(), target
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
-                slugs = [
-                    re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings
-                ]
-                assert anchor in slugs, target
-        for line in text.splitlines():
-            assert len(line) <= 120 or line.startswith(("|", "!", "python", "lm_eval")), line
+            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in slugs, target
 
 
 def test_nothing_speaks_of_where_it_was_made():
@@ -444,16 +369,14 @@ def test_numbers_in_the_results_are_those_of_the_report_that_is_linked():
     made_up = "| method | last |\n|---|---|\n| `sft` | .98 [.97-1.00] / .99 |"
     report = [{"name": "sft", "last": [0.983, 0.97, 1]}, {"name": "masked", "last": 0.99}]
     assert list(untrue(made_up, report)) == [("sft", "last", ".99")]
-    checked = set()
     paragraphs = ["", *RESULTS.read_text().split("\n\n"), ""]
+    checked = 0
     for before, table, behind in zip(paragraphs, paragraphs[1:], paragraphs[2:], strict=False):
         links = REPORT.findall(before) or REPORT.findall(behind)
         if table.startswith("|") and links:
             report = data.read_json(RESULTS.parent / links[-1])
             assert list(untrue(table, report)) == []
-            checked.add(links[-1])
-    linked = set(REPORT.findall(RESULTS.read_text()))
-    assert checked == linked
-    kept_files = {str(path.relative_to(HERE / "results")) for path in HERE.glob("results/*/*.json")}
-    named = set(re.findall(r"\]\((\S*\.json)\)", RESULTS.read_text()))
-    assert kept_files == named
+            checked += 1
+    assert checked >= 10
+    for path in HERE.glob("results/*/*.json"):
+        assert f"({path.relative_to(RESULTS.parent)})" in RESULTS.read_text()

@@ -82,6 +82,9 @@ SHAPES = {
         "max_sequence_length": 4096,
         "weight_tying": False,
         "mask_token_id": 126336,
+        "rms_norm_eps": 1e-5,
+        "include_qkv_bias": False,
+        "rope_theta": 500000.0,
     },
 }
 
@@ -143,7 +146,7 @@ def plan(config, gpus, batch_size=64, micro_batch_tokens=4096, max_len=512):
     """What one GPU needs for a step in bfloat16: {"parameters", "peak", "flops", "traffic"}.
 
     All examples have max_len tokens. `peak` is in bytes, `traffic` the bytes of a step that come
-    from other GPUs: bf16 weights for forward and for backward, and gradients in fp32 to sum.
+    from other GPUs.
     """
     each = math.ceil(batch_size / gpus)
     rows = min(each, max(1, micro_batch_tokens // max_len))
@@ -151,6 +154,8 @@ def plan(config, gpus, batch_size=64, micro_batch_tokens=4096, max_len=512):
     with fake_group(gpus), fused_norms(), torch.device("meta"):
         model = maskft.Model(config)
         parameters = maskft.parameter_count(model)
+        # bf16 for forward, again for backward (blocks alone; the rest stays), fp32 gradients
+        gathered_and_summed = (2 + 4) * parameters + 2 * maskft.parameter_count(model.blocks)
         maskft.shard(model, torch.device("cpu"), torch.bfloat16)
         with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -161,7 +166,7 @@ def plan(config, gpus, batch_size=64, micro_batch_tokens=4096, max_len=512):
         "parameters": parameters,
         "peak": peak + 8 * parameters / gpus,  # with the optimizer's state
         "flops": flops * micro_batches,
-        "traffic": 8 * parameters * micro_batches * (gpus - 1) / gpus,
+        "traffic": gathered_and_summed * micro_batches * (gpus - 1) / gpus,
     }
 
 
