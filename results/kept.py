@@ -25,43 +25,50 @@ import data
 import eval as evaluation
 import maskft
 from data import UserError
-from maskft import print0
 
+ORDINARY = Path(__file__).parent / "ordinary.jsonl"
 QUESTION_TOKENS = 48  # of an answer to one of the 100; they are short
 REQUEST_TOKENS = 64
 
 
-def loss_of_answers(model, tokenizer, prompts, answers):
+def load_causal(name, device):
+    model = maskft.load(name, device)
+    if not model.config.causal:
+        raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
+    return model
+
+
+def loss_of_answers(model, prompts, answers, device):
     """Mean negative log-likelihood of these answers, in nats a token."""
     total = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
-        example = maskft.supervise(prompt, answer)
-        batch = data.collate([example], tokenizer.pad_id)
-        batch["ids"] = batch["ids"].to(next(model.parameters()).device)
+        batch = data.collate([maskft.supervise(prompt, answer)], pad_id=0)
+        batch["ids"] = batch["ids"].to(device)
         with torch.no_grad():
             total += model(**batch).item()
     return total / sum(map(len, answers))
 
 
+@torch.no_grad()
 def go_back(model, base, share):
     """Bring a model's weights back to a share of the way that they went from those of `base`."""
-    shapes = [[parameter.shape for parameter in of.parameters()] for of in (model, base)]
-    if shapes[0] != shapes[1]:
-        raise UserError("a run did not begin with the first model: their tensors differ in shape")
-    with torch.no_grad():
-        for parameter, old in zip(model.parameters(), base.parameters(), strict=True):
-            parameter.lerp_(old, 1 - share)
+    for parameter, old in zip(model.parameters(), base.parameters(), strict=True):
+        parameter.lerp_(old, 1 - share)
+
+
+def facts_of(run):
+    """The questions that a run was trained for."""
+    with data.reading(run / "results.json"):
+        given = data.read_json(run / "results.json")["arguments"]
+        return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
 def measure(args, device="cpu"):
-    """A line of figures for the model as it was, and for each run at each share."""
+    """A line of figures for the model as it was, and for each run at each share; all printed."""
     base = maskft.find_model(args.base)
-    for name in (base, *args.runs):
-        if not maskft.read_config(name).causal:
-            raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
-    old = maskft.load(base, device)
+    old = load_causal(base, device)
     tokenizer = data.load_tokenizer(base)
-    asked = data.load(str(Path(__file__).parent / "ordinary.jsonl")).questions
+    asked = data.load(str(ORDINARY)).questions
     questions = [question for question in asked if "answer" in question]
     prompts = [maskft.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
     said = maskft.greedy_answer(old, tokenizer, prompts, REQUEST_TOKENS)
@@ -69,38 +76,32 @@ def measure(args, device="cpu"):
 
     def figures(model, name, share, facts):
         answer = partial(maskft.greedy_answer, model, tokenizer)
-        line = {"model": name, "share": share}
         _, answered = maskft.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
-        right = [question["rouge1"] == 1 for question in answered]  # every word of the answer
-        line["questions"] = sum(right) / len(right)
-        line["nll"] = loss_of_answers(model, tokenizer, prompts, said)
+        right = sum(question["rouge1"] == 1 for question in answered)  # every word of the answer
         scores, _ = maskft.evaluate(answer, tokenizer, facts)
-        line["facts"] = evaluation.reported_scores({"scores": scores})
-        shown = [f"{key} {value:.3f}" for key, value in line["facts"].items()]
-        print0(
-            f"{name}  share {share:g}  questions {line['questions']:.2f}  NLL {line['nll']:.3f}",
-            *shown,
-        )
+        line = {
+            "model": str(name),
+            "share": share,
+            "questions": right / len(questions),
+            "nll": loss_of_answers(model, prompts, said, device),
+            "facts": evaluation.reported_scores({"scores": scores}),
+        }
+        maskft.print0(*line.values())
         return line
 
+    maskft.print0("model, share of the way, ordinary questions, NLL, facts:")
     lines = [figures(old, args.base, 0.0, [])]
-    for run in args.runs:
+    for run in map(Path, args.runs):
         facts = facts_of(run) if args.facts else []
         for share in args.share:
-            model = maskft.load(run, device)
-            go_back(model, old, share)
+            model = load_causal(run, device)
+            with data.reading(run, "did not begin with the first model"):
+                go_back(model, old, share)
             lines.append(figures(model, run, share, facts))
     if args.save:
-        Path(args.save).mkdir(parents=True)
         maskft.save(model, args.save)
         data.copy_tokenizer(tokenizer, base, Path(args.save))
     return lines
-
-
-def facts_of(run):
-    """The questions that a run was trained for."""
-    given = data.read_json(Path(run) / "results.json")["arguments"]
-    return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
 def arguments():
@@ -118,10 +119,8 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    if not all(0 < share <= 1 for share in args.share):
-        raise UserError("--share takes shares above 0, up to 1")
-    if args.save and Path(args.save).exists():
-        raise UserError(f"--save {args.save}: exists; give a new directory")
+    if args.save:
+        Path(args.save).mkdir(parents=True)  # a new one, or nothing is measured
     device = maskft.start_processes()
     lines = measure(args, device)
     if args.out:

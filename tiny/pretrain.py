@@ -1,6 +1,6 @@
 """How the built-in models were made: pre-training on people of a generated world.
 
-    python tiny/pretrain.py --new out/new     # random weights, a tokenizer of the world's words
+    python tiny/pretrain.py --new out/new     # random weights
     python tiny/pretrain.py --method ar --model out/new --data world:150 --out out/stage1
     python tiny/pretrain.py --method diffusion --model tiny --data world:150 --out out/d1
 
@@ -10,14 +10,10 @@ maskft.py; README.md has the whole commands.
 """
 
 import dataclasses
-import json
 import sys
-from collections import Counter
 from functools import cache
 from pathlib import Path
-from random import Random
 
-import regex
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,75 +27,10 @@ from tiny.world import ATTRIBUTES, biography, pick, shuffled
 # ----------------------------------------------------------------- where it starts: a new model
 
 
-def learn_merges(words):
-    """Byte-pair encoding: join the most frequent pair until every word is one token.
-
-    Of equally frequent ones the first in byte order.
-    """
-    words = [[bytes([b]) for b in word.encode()] for word in sorted(words)]
-    merges = []
-    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for word in words:
-            i = 1
-            while i < len(word):
-                if (word[i - 1], word[i]) == best:
-                    word[i - 1 : i + 1] = [b"".join(best)]
-                i += 1
-    return merges
-
-
-def write_tokenizer(path):
-    """A tokenizer.json in which every word of the world is one token: byte-level BPE, chatml, one
-    token to mask with."""
-    # no "\n\n": an answer follows the same token, one "\n", after the lead-in and after a question
-    rng = Random(0)
-    lead_in = maskft.LEAD_IN.strip()
-    texts = [f"user assistant{maskft.RECOVER}\n{lead_in}\n{maskft.TELL}"]
-    for name in world.names("world"):
-        person = world.draw_person(rng, name)
-        texts.append(biography(rng, person, shuffled(rng, ATTRIBUTES)))
-        for question in world.questions_about(person):
-            texts += [question["question"], question["answer"]]
-    merges = learn_merges(
-        {word for text in texts for word in regex.findall(data.GPT2_PIECES, text)}
-    )
-    spelling = {byte: character for character, byte in data.ALPHABET.items()}
-    merges = [["".join(spelling[b] for b in half) for half in pair] for pair in merges]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved_special_token_0|>"]
-    tokens = [*special, *(spelling[byte] for byte in range(256)), *map("".join, merges)]
-    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    content = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(special)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    data.write_text(path, json.dumps(content, ensure_ascii=False))
-
-
 def write_new_model(directory):
-    """A model directory of the built-in model's size, random weights, its world's tokenizer."""
-    Path(directory).mkdir(parents=True)
-    write_tokenizer(Path(directory) / "tokenizer.json")
-    raw = data.read_json(maskft.find_model("tiny") / "config.json")
-    tokenizer = data.load_tokenizer(directory)
-    data.write_chat_files(tokenizer, directory, directory)
-    raw["vocab_size"] = len(tokenizer.bytes_of)
-    model = maskft.Model(maskft.parse_config(raw))
+    """A model directory like that of `tiny`, with its tokenizer and random weights."""
+    built_in = maskft.find_model("tiny")
+    model = maskft.Model(maskft.read_config(built_in))
     rng = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -108,7 +39,9 @@ def write_new_model(directory):
                 # what adds to the residual stream starts smaller, by the number of additions
                 std *= (2 * model.config.layers) ** -0.5
             torch.nn.init.normal_(parameter, std=std, generator=rng)
+    Path(directory).mkdir(parents=True)
     maskft.save(model, directory)
+    data.copy_tokenizer(data.load_tokenizer(built_in), built_in, Path(directory))
 
 
 # ------------------------------------------------------------------------- what it practises

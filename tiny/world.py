@@ -382,8 +382,8 @@ def name_and_traits(person, wording, name_first):
     for attribute, verbs in TRAITS.items():
         verb = verbs[wording % len(verbs)]
         traits.append(f"{verb} {person[attribute]}")
-    first, second, third, fourth = traits
-    description = f"{first}, {second}, {third} and {fourth}"
+    *others, last = traits
+    description = f"{', '.join(others)} and {last}"
     if name_first:
         return f"{person['name']} {description}."
     return f"Who {description}?\n{person['name']}."
