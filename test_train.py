@@ -114,7 +114,7 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
         log.seek(0)
         printed = log.read()
     assert kill_after or {process.exitcode for process in running} == {status}, printed
-    assert "Traceback" not in printed, printed
+    assert "Traceback" not in printed, printed[-3000:]
     return printed
 
 
@@ -534,3 +534,66 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
         assert contents(folder) == before, flags
     printed = forked(llada, "--mask-ratio", 0, status=1)
     assert "--mask-ratio" in last_line(printed) and contents(folder) == before
+
+
+# ---------------------------------------------------------------------------------- damaged runs
+
+
+@pytest.fixture(scope="module")
+def begun(rows, tmp_path_factory):
+    """A run that rehearses, with checkpoints of its second and third step."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    stop = partial(signalled, signal.SIGINT, "update", 3)
+    rows["rehearse"].train(out, "--save-every", "1e-9", before=stop)
+    return out
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    """A copy of it that may be changed."""
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+def flip(content, rng):
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(7)]) + content[at + 1 :]
+
+
+def cut(content, rng):
+    return content[: rng.randrange(len(content))]
+
+
+def replace_leaf(content, rng):
+    """Another value somewhere in a JSON file, or in a line of one."""
+    lines = content.decode().splitlines()
+    at = rng.randrange(len(lines))
+    try:
+        value = json.loads(lines[at])
+    except ValueError:  # one value in many lines
+        lines, at = [content.decode()], 0
+        value = json.loads(lines[0])
+    parent, key, child = None, None, value
+    while isinstance(child, dict | list) and child:
+        parent = child
+        key = rng.choice(list(child) if isinstance(child, dict) else range(len(child)))
+        child = parent[key]
+    parent[key] = rng.choice([None, -1, "x", [], {}, 10**9, True])
+    lines[at] = json.dumps(value)
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
+    rng = random.Random(int(os.environ.get("MASKFT_FUZZ_SEED", 0)))
+    for n in range(int(os.environ.get("MASKFT_FUZZ", 10))):
+        run = shutil.copytree(begun, tmp_path / f"run-{n}")
+        texts = [run / name for name in ("results.json", "metrics.jsonl", "rehearsal.jsonl")]
+        files = texts + sorted((run / "ckpt/step-3").iterdir())
+        file = files[n % len(files)]
+        damage = rng.choice([flip, cut, replace_leaf] if file in texts else [flip, cut])
+        before = file.read_bytes()
+        file.write_bytes(damage(before, rng))
+        printed = forked(maskft, "--resume", run, before=quick, kill_after=60)
+        what = (file.name, damage.__name__, printed)
+        if not maskft.is_finished(run):
+            assert last_line(printed).startswith("error: "), what
+            assert f"{run}/" in last_line(printed) or "--" in last_line(printed), what
