@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -597,3 +598,209 @@ def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
         if not maskft.is_finished(run):
             assert last_line(printed).startswith("error: "), what
             assert f"{run}/" in last_line(printed) or "--" in last_line(printed), what
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
+    path = run / "ckpt/step-3/__0_0.distcp"
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    for broken in (whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :], whole[:half]):
+        path.write_bytes(broken)
+        printed = forked(maskft, "--resume", run, before=quick, status=1)
+        assert f"Delete {path.parent} " in last_line(printed)
+    shutil.rmtree(path.parent)
+    forked(maskft, "--resume", run, before=quick)
+    assert losses(run) == losses(rows["rehearse"].whole)
+
+
+CHANGES = {  # file of a run: old, new -> what the one line names
+    "metrics.jsonl": ('"step": 1,', '"step"', "metrics.jsonl"),
+    "rehearsal.jsonl": ('"assistant": "', '"assistant": "a', "rehearsal.jsonl"),
+    "results.json": ('"dataset": "', '"dataset": "0', "--data"),
+}
+
+
+def test_what_would_teach_another_thing_is_noticed(run, rows):
+    for name, (old, new, named) in CHANGES.items():
+        before = (run / name).read_text()
+        assert old in before
+        (run / name).write_text(before.replace(old, new))
+        printed = forked(maskft, "--resume", run, before=quick, status=1)
+        assert named in last_line(printed) and str(run) in last_line(printed)
+        (run / name).write_text(before)
+    (run / "rehearsal.jsonl").unlink()
+    printed = forked(maskft, "--resume", run, before=quick, status=1)
+    assert f"{run}/rehearsal.jsonl" in last_line(printed)
+
+
+def test_a_directory_has_one_run_at_a_time(run, rows):
+    """And its own: other settings and scripts do not take it."""
+    row = rows["rehearse"]
+    before = contents(run)
+    with maskft.locked(run):
+        for train in (row.train, row.resume):
+            assert f"{run} is in use" in last_line(train(run, status=1))
+    assert f"{run} is in use" in last_line(row.train(run, "--seed", 1, status=1))
+    assert "script that began it" in forked(llada, "--resume", run, status=1)
+    assert contents(run) == before
+
+
+def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    run = SimpleNamespace(dataset=data.Dataset("own", [], []), settings=SimpleNamespace(method="m"))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        paths = pool.map(maskft.free_directory, [run] * 20)
+    assert sorted(paths) == sorted(Path(f"out/own-m-{n}") for n in range(1, 21))
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def full_disk():
+    """No file may be larger than half of a checkpoint."""
+    quick()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+
+ENDS = [  # flags, what is done in the fork -> what the last lines name
+    ("--lr 1e30", quick, "lower --lr"),
+    ("", lambda: setattr(maskft, "load_weights", out_of_memory), "--micro-batch-tokens"),
+    ("--save-every 1e-9", full_disk, "cannot be written to"),
+]
+
+
+@pytest.mark.parametrize("flags, before, named", ENDS)
+def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_path):
+    printed = rows["masked"].train(tmp_path / "run", *flags.split(), before=before, status=1)
+    assert named in printed and "error: " in printed
+    assert not maskft.is_finished(tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
+    maskft.check_finite(1.0, 1.0, 0)
+    for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
+        with pytest.raises(UserError, match="step 7.* --lr"):
+            maskft.check_finite(loss, norm, 7)
+        with pytest.raises(UserError, match="use another"):
+            maskft.check_finite(loss, norm, 0)
+
+
+def test_stopped_while_it_writes_chats_a_run_begins_again(rows, tmp_path):
+    """At the next turn that is whole, not after all of them."""
+    row = rows["sft"]
+    out = tmp_path / "run"
+
+    def before():
+        signalled(signal.SIGINT, "last_logits", 2)
+        maskft.greedy_answer = lambda *_, **__: os._exit(9)
+
+    assert f"--resume {out}" in row.train(out, before=before)
+    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
+    row.resume(out)
+    assert losses(out) == losses(row.whole)
+
+
+# ----------------------------------------------------------------------------- where it is started
+
+
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import maskft
+import test_train
+
+def update(run, *args, real=maskft.update):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, *args)
+
+test_train.quick()
+maskft.update = update
+maskft.entry_point(maskft.main)
+"""
+
+
+def test_a_launcher_that_tries_again_goes_on_in_the_same_directory(rows, tmp_path, monkeypatch):
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED.format(here=str(HERE)))
+    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
+    row = rows["masked"]
+    printed = command(script, *row.flags, "--save-every", "1e-9", processes=2, cwd=tmp_path)
+    (out,) = (tmp_path / "out").iterdir()
+    assert out.name == "facts-masked-1"
+    line = f"torchrun --nproc_per_node 2 restarted.py --resume out/{out.name}\n"
+    assert (
+        printed.count(f"ends early: {line}") == 2 and f"[rank 0] go on with\n    {line}" in printed
+    )
+    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
+        assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5)
+
+
+def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
+    """Even where RANK is set, but no launcher has set the rest."""
+    row = rows["masked"]
+    before = signal.getsignal(signal.SIGINT)
+
+    def main():
+        for name in ("a", "b"):
+            sys.argv = ["notebook", *map(str, row.flags), "--out", str(tmp_path / name)]
+            args = maskft.parse_flags(maskft.arguments("", maskft.METHODS))
+            maskft.run_methods(args, maskft.METHODS)
+            assert signal.getsignal(signal.SIGINT) == before
+
+    def alone():
+        quick()
+        os.environ["RANK"] = "3"
+
+    notebook = SimpleNamespace(__name__="notebook", main=main)
+    printed = forked(notebook, before=alone)
+    for name in ("a", "b"):
+        assert losses(tmp_path / name) == losses(row.whole)
+    assert len(re.findall("^masked  epoch 3  step 6  forward", printed, re.M)) == 2
+    assert re.search("^masked: . of 6 steps, .* to go$", printed, re.M)
+    assert not [line for line in printed.splitlines() if "to go" in line and "epoch" in line]
+
+
+SHOWN = """\
+sft:
+<|im_start|>user
+Tell me a fact.<|im_end|>
+<|im_start|>assistant
+[Edda.<|im_end|>]
+"""
+
+
+def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
+    before = contents(folder)
+    flags = ["--data", "facts.jsonl", "--method", "sft", "masked", "--mask-ratio", 1, "--show"]
+    printed = forked(maskft, *flags)
+    assert SHOWN in printed and "masked:\n<|im_start|>user\n__" in printed
+    assert contents(folder) == before
+
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
+@pytest.mark.parametrize("given, expected", [(None, "expandable_segments:True"), ("a:1", "a:1")])
+def test_attention_and_allocator_on_a_gpu(given, expected, monkeypatch):
+    monkeypatch.setenv(ALLOCATOR, given or "")  # so that it is undone
+    if given is None:
+        monkeypatch.delenv(ALLOCATOR)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    maskft.start_processes()
+    maskft.start_processes()
+    maskft.dist.destroy_process_group()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ[ALLOCATOR] == expected
+
+
+def test_a_directory_that_another_rank_does_not_see_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(maskft.dist, "barrier", lambda: None)
+    monkeypatch.setattr(maskft, "world_size", lambda: 2)
+    monkeypatch.setattr(maskft, "sum_over_ranks", lambda seen: [1 + seen])
+    maskft.check_shared(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        maskft.check_shared(tmp_path / "nowhere")
