@@ -1,8 +1,6 @@
 """Tests of maskft.py's training: life cycle, what a run leaves, mistakes, its parts."""
 
 import contextlib
-import copy
-import dataclasses
 import gc
 import io
 import itertools
@@ -320,8 +318,8 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
         assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
     for file in ("rehearsal.jsonl", "preds.jsonl"):
         assert (out / file).read_text() == (row.whole / file).read_text()
-    ours, theirs = (data.read_json(run / "results.json") for run in (out, row.whole))
-    for ours, theirs in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+    asked = [data.read_json(run / "results.json")["evaluations"] for run in (out, row.whole)]
+    for ours, theirs in zip(*asked, strict=True):
         assert ours | {"drift": 0} == theirs | {"drift": 0}
         assert ours["drift"] == pytest.approx(theirs["drift"], rel=100 * error, abs=error)
     ours, theirs = (maskft.load(run).parameters() for run in (out, row.whole))
@@ -603,11 +601,9 @@ def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
     path = run / "ckpt/step-3/__0_0.distcp"
     whole = path.read_bytes()
-    half = len(whole) // 2
-    for broken in (whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1 :], whole[:half]):
-        path.write_bytes(broken)
-        printed = forked(maskft, "--resume", run, before=quick, status=1)
-        assert f"Delete {path.parent} " in last_line(printed)
+    path.write_bytes(whole[: len(whole) // 2])
+    printed = forked(maskft, "--resume", run, before=quick, status=1)
+    assert f"Delete {path.parent} " in last_line(printed)
     shutil.rmtree(path.parent)
     forked(maskft, "--resume", run, before=quick)
     assert losses(run) == losses(rows["rehearse"].whole)
@@ -804,3 +800,445 @@ def test_a_directory_that_another_rank_does_not_see_is_an_error(tmp_path, monkey
     maskft.check_shared(tmp_path)
     with pytest.raises(UserError, match="nowhere"):
         maskft.check_shared(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------- settings, parts
+
+
+def settings(**given):
+    return maskft.Settings(**{"model": "tiny", "data": "own", "method": "masked", **given})
+
+
+def run_of(tokenizer, documents=(), model=None, method="masked", **given):
+    """A Run that has not begun."""
+    return maskft.Run(
+        settings=settings(method=method, **given),
+        method=maskft.METHODS[method],
+        device=torch.device("cpu"),
+        directory=HERE / "tiny",
+        tokenizer=tokenizer,
+        dataset=data.Dataset("own", list(documents), []),
+        model=model,
+        stop=[],
+    )
+
+
+def shape(width, mlp, layers, vocab, **more):
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        **more,
+    }
+
+
+SHAPES = {
+    "tiny": {},
+    "135M": shape(576, 1536, 30, 49152, tie_word_embeddings=True),
+    "3B": shape(3072, 8192, 28, 128256, tie_word_embeddings=True),
+    "8B": shape(4096, 14336, 32, 128256),
+    "qwen-8B": shape(4096, 12288, 36, 151936, model_type="qwen3"),
+}
+# method, size, data -> batch size, steps, lr, of as many documents as fill one batch [paper A.4]
+DEFAULTS = [
+    ("sft", "8B", "bio:100", 64, 5000, 5e-6),
+    ("masked", "8B", "bio:100", 64, 5000, 3e-6),
+    ("random", "8B", "bio-released", 64, 5000, 3e-6),
+    ("masked", "qwen-8B", "bio:100", 64, 5000, 5e-6),
+    ("masked", "8B", "nd", 64, 1400, 3e-6),
+    ("masked", "8B", "nd-made:9", 64, 1400, 3e-6),
+    ("masked", "8B", "gsm8k", 64, 810, 3e-6),
+    ("masked", "8B", "math-made:9", 64, 810, 3e-6),
+    ("masked", "8B", "facts.jsonl", 64, 1550, 3e-6),
+    ("masked", "8B", "wiki", 64, 1550, 3e-6),
+    ("masked", "3B", "bio:100", 64, 5000, 5e-6),
+    ("llada", "8B", "bio:100", 64, 5000, 1e-5),
+    ("masked", "135M", "bio:100", 10, 80, 3e-4),
+    ("sft", "135M", "bio:100", 10, 40, 1e-4),
+    ("masked", "tiny", "bio:100", 20, 300, 6e-4),
+    ("sft", "tiny", "bio:100", 20, 100, 5e-4),
+    ("raw", "tiny", "bio:100", 20, 100, 5e-4),
+    ("reverse", "tiny", "bio:100", 20, 200, 5e-4),
+    ("llada", "tiny", "bio:100", 20, 350, 4e-4),
+]
+
+
+@pytest.mark.parametrize("name, size, dataset, batch_size, steps, lr", DEFAULTS)
+def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr):
+    """The paper's for large models, measured ones for small and tiny ones; a flag goes first."""
+    method = {**maskft.METHODS, **llada.METHODS}[name]
+    with torch.device("meta"):
+        model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
+    given = settings(data=dataset)
+    found, why = maskft.decide(given, method, model, documents=batch_size)
+    assert why.split()[-1] == {"tiny": "models", "135M": "SmolLM2-135M"}.get(size, "A.4")
+    assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
+    assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
+    assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
+    # of three times as many documents: as many steps, but small models see each as often
+    more, _ = maskft.decide(given, method, model, 3 * batch_size - 1)
+    assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
+    flags = {"batch_size": 7, "epochs": 9, "lr": 0.1, "eval_at": [5]}
+    found, _ = maskft.decide(settings(**flags), method, model, 20)
+    assert vars(found).items() >= flags.items()
+
+
+def test_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch):
+    for device, capability, expected in (
+        ("cpu", None, "float32"),
+        ("cuda", (8, 0), "bfloat16"),
+        ("cuda", (7, 5), "float32"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
+        assert maskft.native_dtype(torch.device(device))[0] == expected
+
+
+CUSTOM = {**maskft.METHODS, "custom": maskft.Method(maskft.sft_example)}
+TRAINED = [  # methods, flags, whether torchrun started it, device -> what is trained
+    (maskft.METHODS, "", False, "cuda", "tiny bio:40 sft, tiny bio:40 masked"),
+    (maskft.METHODS, "", True, "cpu", "tiny bio:40 sft, tiny bio:40 masked"),
+    (maskft.METHODS, "", True, "cuda", "large bio masked"),
+    (maskft.METHODS, "--model tiny --method raw", False, "cpu", "tiny bio:40 raw"),
+    (maskft.METHODS, "--model mine", False, "cpu", "mine bio masked"),
+    (CUSTOM, "", False, "cpu", "tiny bio:40 masked, tiny bio:40 custom"),
+    (CUSTOM, "--model mine", False, "cpu", "mine bio custom"),
+    (
+        CUSTOM,
+        "--method custom sft --data x.jsonl",
+        False,
+        "cpu",
+        "tiny x.jsonl custom, tiny x.jsonl sft",
+    ),
+]
+
+
+@pytest.mark.parametrize("methods, flags, launched, device, expected", TRAINED)
+def test_what_is_trained_by_default(methods, flags, launched, device, expected, monkeypatch):
+    """On the built-in model the last two methods, else the last; of custom methods as well."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+        if not launched:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["own.py", *flags.split()])
+    args = maskft.parse_flags(maskft.arguments("", methods))
+    wanted = maskft.wanted_settings(args, methods, ("tiny", "large"), torch.device(device))
+    assert ", ".join(f"{of.model} {of.data} {of.method}" for of in wanted) == expected
+
+
+def test_rates_epochs_and_evaluations_of_a_run_that_rehearses(rows):
+    lines = losses(rows["rehearse"].whole)
+    assert [step for step, *_ in lines] == [*range(8)]
+    assert [epoch for _, epoch, *_ in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [rate for _, _, _, rate, _ in lines] == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
+    evaluations = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
+    assert [asked["step"] for asked in evaluations] == [0, 4, 8]
+    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2, 99)] == [0.5, 1, 1, 1]
+
+
+def test_mlp_only_moves_no_other_weight(rows):
+    old = maskft.load("tiny")
+    moved = [
+        name
+        for name, parameter in maskft.load(rows["sft"].whole).named_parameters()
+        if not torch.equal(parameter, old.get_parameter(name))
+    ]
+    assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
+    assert len(moved) == 3 * old.config.layers
+
+
+def test_matrices_alone_decay(monkeypatch):
+    model = random_model(attention_bias=True)
+    matrices, others = maskft.make_optimizer(model, 1e-3).param_groups
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in others["params"]} == {1}
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.95), 1e-5)
+    monkeypatch.setattr(maskft, "TINY", maskft.parameter_count(model))
+    assert maskft.make_optimizer(model, 1e-3).param_groups[0]["eps"] == 1e-8
+
+
+def test_same_seed_same_masks_and_order(tokenizer):
+    documents = data.load("bio:6").documents
+
+    def ids(seed, epoch):
+        run = run_of(tokenizer, documents, seed=seed)
+        return [maskft.example_of(run, documents[2], number, epoch).ids for number in (0, 2)]
+
+    def order(seed, epoch):
+        return sum(maskft.batches(10, 4, seed, epoch), [])
+
+    for of in (ids, order):
+        assert of(0, 5) == of(0, 5)
+        assert of(0, 5) not in (of(0, 6), of(1, 5))  # another one every epoch
+    assert ids(0, 5)[0] != ids(0, 5)[1]
+    assert sorted(order(0, 5)) == list(range(10))
+    assert [len(batch) for batch in maskft.batches(10, 4, 0, 5)] == [4, 4, 2]
+
+
+DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
+    (1, 1, "[[6], [5], [4], [3], [2], [1]]"),
+    (1, 12, "[[6, 5], [4, 3, 2], [1]]"),
+    (2, 12, "[[6, 4], [2]]  [[5, 3], [1]]"),
+    (2, 100, "[[6, 4, 2]]  [[5, 3, 1]]"),
+    (4, 7, "[[6], [2]]  [[5], [1]]  [[4], []]  [[3], []]"),
+]
+
+
+@pytest.mark.parametrize("ranks, tokens, expected", DEALT)
+def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_every_rank(
+    ranks, tokens, expected
+):
+    examples = [Example([n] * n, [n] * n, 1.0, n) for n in (3, 1, 4, 2, 6, 5)]
+    parts = [maskft.micro_batches(examples, tokens, rank, ranks) for rank in range(ranks)]
+    lengths = [[[len(e.ids) for e in micro] for micro in part] for part in parts]
+    assert "  ".join(map(str, lengths)) == expected
+
+
+def ragged(number):
+    """Examples of random ids, with loss on about half of them, each of another weight."""
+    rng = np.random.default_rng(0)
+    for n in range(number):
+        ids = rng.integers(300, size=3 + 5 * n).tolist()
+        labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
+        yield Example(ids, labels, weight=1.0 + n, denominator=len(ids))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 4096])
+def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
+    """At the given rate, clipped to norm 1, whatever the micro-batches."""
+    examples = list(ragged(6))
+    total = sum(example.denominator for example in examples)
+    reference = random_model()
+    loss = 0
+    for example in examples:
+        logits = reference(torch.tensor([example.ids]))[0, :-1]
+        labels = torch.tensor(example.labels[1:])
+        summed = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        loss = loss + example.weight * summed / total
+    loss.backward()
+    gradients = [p.grad for p in reference.parameters()]
+    norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    run = run_of(tokenizer, model=random_model(), micro_batch_tokens=tokens)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
+    found = maskft.update(run, examples, lr=0.5)
+    assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
+    for after, before in zip(run.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.5 * before.grad / norm, rtol=1e-3, atol=1e-5)
+        assert after.grad is None
+
+
+def test_bf16_computes_less_exactly_and_keeps_its_weights_in_fp32(tokenizer):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = run_of(tokenizer, model=random_model(), dtype=dtype)
+        run.optimizer = maskft.make_optimizer(run.model, 1e-3)
+        found[dtype] = maskft.update(run, list(ragged(6)), lr=1e-3).tolist()
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
+
+
+def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
+    documents = [{"text": letter} for letter in "abcdefghijklmnopqrst"]
+    run = run_of(tokenizer, documents, method="sft", rehearse=3, batch_size=8, epochs=2)
+    assert (run.steps_per_epoch, run.epoch_steps, run.steps) == (3, 6, 9)
+    run.chats = [{"prompt": [7, n], "answer": [300 + n]} for n in range(32 + 3 * 8)]
+    steps = [maskft.examples_of_step(run, step) for step in range(10)]
+    # the last step of an epoch has but 4 documents
+    assert [len(examples) for examples in steps] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
+    learned = [example for examples in steps for example in examples if example.ids[0] == 7]
+    for example in learned:
+        assert example.labels == [IGNORE, IGNORE, example.ids[2]]
+    numbers = [example.ids[1] for example in learned]
+    assert len(set(numbers)) == 20 and min(numbers) == 32
+    run.settings.batch_size = 64  # no step has more chats than there are documents
+    assert maskft.chats_of_step(run) == 20
+
+
+def test_a_chat_is_random_by_seed_and_number_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(maskft, "CHAT_USER_TOKENS", 8)
+    monkeypatch.setattr(maskft, "CHAT_ANSWER_TOKENS", 4)
+    model = maskft.load("tiny")
+
+    def chats(seed, numbers):
+        run = run_of(tokenizer, model=model, method="sft", seed=seed)
+        with torch.no_grad():
+            return maskft.chats_of(run, numbers, lambda turns: None)
+
+    both = chats(0, [4, 7])
+    assert both[0]["user"] != both[1]["user"]
+    assert chats(0, [7]) == both[1:]
+    assert chats(1, [7]) != both[1:]
+
+
+def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer, capsys):
+    long = {"text": "Ada Holm bakes in Lund. " * 40}
+    short = {"text": "Bo sings."}
+    problems = [{"question": "How many?", "answer": "1 " * n} for n in (400, 1)]
+    run = run_of(tokenizer, [long, short, *problems], random_model(vocab_size=5000), max_len=90)
+    run.model.config.context = 80
+    maskft.fit_documents(run)
+    *parts, last, problem = run.dataset.documents
+    assert (last, problem) == (short, problems[1]) and len(parts) > 3
+    assert " ".join(part["text"].strip() for part in parts) == long["text"].strip()
+    lengths = [maskft.example_length(run, part, n) for n, part in enumerate(parts)]
+    assert 40 < max(lengths) <= 80
+    assert (
+        f"2 of 4 documents are longer than 80 tokens, now {len(parts) + 2}"
+        in capsys.readouterr().out
+    )
+    run.settings.max_len = 5
+    with pytest.raises(UserError, match="--max-len"):
+        maskft.fit_documents(run)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def test_predictions_are_in_order_and_questions_dealt_evenly(tokenizer, monkeypatch):
+    texts = ["Who? " * n for n in (3, 1, 5, 2, 4)]
+    questions = [
+        {"question": text, "answer": text, "direction": "forward", "group": "a"} for text in texts
+    ]
+    asked = []
+
+    def echo(prompts, max_new_tokens, on_answer):
+        assert max_new_tokens == 128
+        asked.append([len(prompt) for prompt in prompts])
+        return [tokenizer.encode(tokenizer.decode(prompt).split("\n")[1]) for prompt in prompts]
+
+    scores, predictions = maskft.evaluate(echo, tokenizer, questions)
+    assert [prediction["question"] for prediction in predictions] == texts
+    assert scores["forward"]["exact"] == 1 and scores["forward"]["n"] == 5
+    assert asked[0] == sorted(asked[0], reverse=True)
+    monkeypatch.setattr(maskft, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(maskft, "rank", lambda of=rank: of)
+        monkeypatch.setattr(maskft, "in_order", lambda mine: [mine[i] for i in sorted(mine)])
+        _, part = maskft.evaluate(echo, tokenizer, questions)
+        assert part == [p for p in predictions if p in part]
+    assert asked[1:] == [asked[0][::2], asked[0][1::2]]
+    assert maskft.evaluate(echo, tokenizer, []) == ({}, [])
+
+
+def test_a_question_fits_to_the_last_token(tokenizer):
+    (question,) = [{"question": "Who?", "answer": "Edda", "direction": "math"}]
+    needed = len(maskft.prompt_of(question, tokenizer)) + 256
+    maskft.check_questions([question], tokenizer, needed)
+    maskft.check_questions([question], tokenizer, needed - 250, max_new_tokens=6)
+    with pytest.raises(UserError, match="Who"):
+        maskft.check_questions([question], tokenizer, needed - 1)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_moves_in_a_terminal_and_is_rare_in_a_log_file(terminal, monkeypatch):
+    maskft.huggingface_hub.utils.enable_progress_bars()  # a rank that is not 0 turns them off
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = maskft.progress_bar(3, "questions", "question")
+    for _ in range(3):
+        time.sleep(0.15)
+        bar.update()
+    assert ("2/3" in stream.getvalue()) == terminal, stream.getvalue()
+
+
+# ------------------------------------------------------------------------ eight GPUs, without one
+
+LLAMA_8B = shape(4096, 14336, 2, 128256, num_attention_heads=32, num_key_value_heads=8)
+LLAMA_8B |= {"max_position_embeddings": 131072, "tie_word_embeddings": False}
+
+
+class Fake(TorchDispatchMode):
+    """Finds as many labels as there are, and records collectives: their shapes and dtypes."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.counts = []
+        self.collectives = []
+        real = data.collate
+
+        def collate(examples, pad_id):
+            self.counts.append(sum(i != IGNORE for e in examples for i in e.labels))
+            return real(examples, pad_id)
+
+        monkeypatch.setattr(data, "collate", collate)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname == "nonzero":
+            return torch.zeros(self.counts.pop(), 2, dtype=torch.int64)
+        if function.namespace == "c10d":
+            shapes = [(*t.shape, t.dtype) for t in args if isinstance(t, torch.Tensor)]
+            self.collectives.append((function._opname, *shapes))
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fake_group(rank, monkeypatch):
+    """The device of one of 8 ranks, whose collectives do nothing."""
+    start = partial(maskft.dist.init_process_group, "fake", store=FakeStore(), world_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(maskft.dist, "init_process_group", lambda *_, **__: start(rank=rank))
+        device = maskft.start_processes()
+    try:
+        yield device
+    finally:
+        maskft.dist.destroy_process_group()
+
+
+def collectives_of_a_step(directory, device, monkeypatch):
+    """What a step of a run makes its ranks do together, on fake tensors.
+
+    Reading a number of one fails, as it would wait on a GPU."""
+    given = settings(model=str(directory), data="bio", dtype="bfloat16")
+    run = maskft.prepare(given, maskft.METHODS["masked"], device, stop=[])
+    assert (run.settings.batch_size, run.settings.dtype, run.steps) == (64, "bfloat16", 5000)
+    maskft.shard(run.model, device, torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), Fake(monkeypatch) as fake:
+        run.model.to_empty(device=device)
+        run.optimizer = maskft.make_optimizer(run.model, run.settings.lr)
+        loss_and_norm = maskft.update(run, maskft.examples_of_step(run, 0), run.settings.lr)
+    held = sum(parameter.to_local().numel() for parameter in run.model.parameters())
+    assert maskft.parameter_count(run.model) / held == pytest.approx(8, rel=1e-4)
+    assert loss_and_norm.shape == (2,) and loss_and_norm.dtype == torch.float32
+    return fake.collectives
+
+
+def test_a_step_of_8b_on_a_group_of_eight(tmp_path, monkeypatch):
+    """The first rank and the last meet in the same collectives, weights in bf16, sums in fp32."""
+    for file in (HERE / "tiny").glob("*token*"):
+        shutil.copy(file, tmp_path)
+    raw = data.read_json(HERE / "tiny/config.json") | LLAMA_8B
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").touch()  # none is loaded
+    found = []
+    for rank in (0, 7):
+        with fake_group(rank, monkeypatch) as device:
+            found.append(collectives_of_a_step(tmp_path, device, monkeypatch))
+    first, last = found
+    assert first == last
+    kinds = {"_allgather_base_": torch.bfloat16, "_reduce_scatter_base_": torch.float32}
+    assert {name for name, *_ in first} >= kinds.keys()
+    for name, *tensors in first:
+        if name in kinds:
+            assert {tensor[-1] for tensor in tensors} == {kinds[name]}
+            assert max(size for size, _ in tensors) == 8 * min(size for size, _ in tensors)
+
+
+def test_one_process_stays_plain_and_offload_is_the_policy_of_every_unit():
+    maskft.start_processes()
+    device = torch.device("cpu")
+    assert not list(filter(is_shard, maskft.shard(random_model(), device, torch.float32).modules()))
+    model = maskft.shard(random_model(), device, torch.float32, offload=True)
+    for unit in (model, *model.blocks):
+        policy = unit._get_fsdp_state()._fsdp_param_group.offload_policy
+        assert isinstance(policy, CPUOffloadPolicy) and not policy.pin_memory
+    with maskft.gathered(model):
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    maskft.dist.destroy_process_group()
+
+
+def is_shard(module):
+    return isinstance(module, maskft.FSDPModule)
