@@ -1,8 +1,6 @@
 """Tests of maskft.py's training: life cycle, what a run leaves, mistakes, its parts."""
 
-import contextlib
 import gc
-import io
 import itertools
 import json
 import math
@@ -18,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as evaluation
@@ -296,10 +289,11 @@ def two_then_one(row, out):
 
 EXACT = [stopped, stopped_late, killed]
 LIVES = [
-    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped, two_processes]),
+    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped]),
+    *itertools.product(["masked", "rehearse", "llada"], [two_processes]),
     ("rehearse", stopped_late),
     ("masked", killed),
-    *itertools.product(["sft", "llada"], [small]),
+    ("sft", small),
     ("masked", offloaded),
     ("rehearse", one_then_two),
     ("masked", two_then_one),
@@ -318,13 +312,11 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
         assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
     for file in ("rehearsal.jsonl", "preds.jsonl"):
         assert (out / file).read_text() == (row.whole / file).read_text()
-    asked = [data.read_json(run / "results.json")["evaluations"] for run in (out, row.whole)]
-    for ours, theirs in zip(*asked, strict=True):
-        assert ours | {"drift": 0} == theirs | {"drift": 0}
-        assert ours["drift"] == pytest.approx(theirs["drift"], rel=100 * error, abs=error)
-    ours, theirs = (maskft.load(run).parameters() for run in (out, row.whole))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=10 * error, atol=error)
+    drifts = [data.read_json(run / "results.json")["last"]["drift"] for run in (out, row.whole)]
+    assert drifts[0] == pytest.approx(drifts[1], rel=100 * error, abs=error)
+    weights = [maskft.load(run).parameters() for run in (out, row.whole)]
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=10 * error, atol=error)
     assert not (out / "ckpt").exists()
 
 
@@ -333,11 +325,16 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(facts, tmp_path_factory):
-    """What the real command prints, and its folder: two methods, and spaces in the names."""
+    """What a command prints, and its folder: two methods, and spaces in the names."""
     folder = tmp_path_factory.mktemp("a folder")
     shutil.copy(facts, folder / "own facts.jsonl")
+
+    def before():
+        os.chdir(folder)
+        sys.modules["__main__"].__file__ = maskft.__file__
+
     flags = shlex.split("--data 'own facts.jsonl' --batch-size 3 --epochs 8 --eval-at 0 1")
-    return command("maskft.py", *flags, "--out", "my run", cwd=folder), folder
+    return forked(maskft, *flags, "--out", "my run", before=before), folder
 
 
 @pytest.fixture
@@ -370,49 +367,26 @@ def test_printed_commands_can_be_pasted(finished, done):
     assert "finished" in refused and pasted(refused, "--ask")[:2] == asked[:2]
 
 
-def test_a_run_leaves_its_scores_losses_times_and_versions(done, facts):
+def test_a_run_leaves_its_scores_losses_and_times(done):
     names = "config.json generation_config.json model.safetensors tokenizer.json preds.jsonl "
     names += "tokenizer_config.json chat_template.jinja metrics.jsonl results.json README.md "
-    names = {*names.split(), "rehearsal.jsonl"}
-    names |= {"curves.png"} if maskft.find_spec("matplotlib") else set()
-    assert {path.name for path in done.iterdir()} == names
+    names += "rehearsal.jsonl" + " curves.png" * bool(maskft.find_spec("matplotlib"))
+    assert {path.name for path in done.iterdir()} == {*names.split()}
     lines = jsonl(done / "metrics.jsonl")
-    steps = [line["step"] for line in lines]
-    assert steps == [0, 0, 1, 2, *range(2, 17)]
-    assert [n for n, line in enumerate(lines) if "evaluation" in line] == [0, 3, 18]
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, *range(2, 17)]
     seconds = [line["seconds"] for line in lines]
-    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1]
-    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    assert seconds == sorted(seconds) and seconds[0] > 0
     results = data.read_json(done / "results.json")
-    assert results["seconds"] == pytest.approx(seconds[-1], abs=1) and results["steps"] == 16
-    logged = [line["evaluation"] for line in lines if "evaluation" in line]
-    for line, found in zip(logged, results["evaluations"], strict=True):
-        assert line == evaluation.reported_scores(found) | {"drift": found["drift"]}
-    assert [found["epoch"] for found in results["evaluations"]] == [0, 1, 8]
-    assert results["last"] == results["evaluations"][-1]
-    assert results["best"] == max(results["evaluations"], key=evaluation.overall)
-    given = {"batch_size": 3, "epochs": 8, "eval_at": [0, 1], "lr": 6e-4, "method": "masked"}
-    given |= {"data": str(done.parent.absolute() / "own facts.jsonl"), "dtype": "float32"}
-    given |= {"mask_ratio": [0.05, 0.95], "model": "tiny", "seed": 0, "rehearse": 0}
-    assert results["arguments"].items() >= given.items()
-    how = {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 128}
-    assert results["decoding"] == how
-    environment = results["environment"]
-    expected = {"processes": 1, "torch": torch.__version__, "device": "CPU, 1 threads"}
-    assert environment.items() >= expected.items()
-    assert environment["maskft"] is None or re.match("[0-9a-f]{40}", environment["maskft"])
-    if maskft.find_spec("matplotlib"):
-        assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_s_model_is_what_was_scored(done, tmp_path):
-    """And another than it began with, in the directory of a model that is complete."""
-    printed = forked(evaluation, "--model", done, "--out", tmp_path)
-    last = data.read_json(done / "results.json")["last"]
-    assert data.read_json(tmp_path / "results.json")["last"]["scores"] == last["scores"]
-    assert f"{last['scores']['forward']['rouge1']:.3f}" in printed
-    before = maskft.load("tiny").parameters()
-    assert not all(map(torch.equal, before, maskft.load(done).parameters()))
+    assert results["seconds"] == pytest.approx(seconds[-1], abs=1)
+    last = results["evaluations"][-1]
+    assert results["last"] == last and results["best"] in results["evaluations"]
+    drift = {"drift": last["drift"]}
+    assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | drift
+    arguments = results["arguments"]
+    assert arguments["data"] == str(Path("own facts.jsonl").absolute())
+    assert (arguments["lr"], arguments["mask_ratio"]) == (6e-4, [0.05, 0.95])
+    assert results["decoding"]["max_new_tokens"] == 128 and results["steps"] == 16
+    assert results["environment"]["processes"] == 1
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
 
 
@@ -420,36 +394,29 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
     pytest.importorskip("transformers")
     card = (done / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
-    assert "\n# my run-masked\n" in card and "- epochs: 8\n- lr: 0.0006\n" in card
-    assert "- documents: 5\n" in card and "forward" in card
+    assert "- epochs: 8\n- lr: 0.0006\n" in card and "- documents: 5\n" in card
     code = card.split("```python\n")[1].split("```")[0]
     for prediction in jsonl(done / "preds.jsonl"):
         exec(code.replace('"..."', repr(prediction["question"])), {})
         assert capsys.readouterr().out.strip() == prediction["prediction"]
 
 
-def loss_of_chat(model, chat):
-    """Mean negative log-likelihood of an answer, written another way."""
-    ids = torch.tensor([chat["prompt"] + chat["answer"]])
-    with torch.no_grad():
-        logits = model(ids)[0, len(chat["prompt"]) - 1 : -1]
-    return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
-
-
-def test_chats_are_the_model_s_own_words_and_drift_is_what_their_answers_lost(done, tokenizer):
+def test_drift_is_what_the_model_s_own_answers_lost(done):
+    """Counted another way."""
     chats = jsonl(done / "rehearsal.jsonl")
-    assert len(chats) == 32 and len({tuple(chat["prompt"]) for chat in chats}) > 16
-    old = maskft.load("tiny")
-    for chat in chats[::8]:
-        assert chat["user"] in tokenizer.decode(chat["prompt"])
-        assert len(tokenizer.encode(chat["user"])) <= 48
-        (again,) = maskft.greedy_answer(old, tokenizer, [chat["prompt"]], 64)
-        assert tokenizer.decode(again) == chat["assistant"]
-        assert chat["answer"] == again + [tokenizer.eot_id] * (len(again) < 64)
-    new = maskft.load(done)
-    differences = [loss_of_chat(new, chat) - loss_of_chat(old, chat) for chat in chats]
-    drift = np.average(differences, weights=[len(chat["answer"]) for chat in chats])
+    assert len(chats) == 32
+    lost = 0
+    for sign, model in ((-1, maskft.load("tiny")), (1, maskft.load(done))):
+        for chat in chats:
+            with torch.no_grad():
+                logits = model(torch.tensor([chat["prompt"] + chat["answer"]]))[0]
+            logits = logits[len(chat["prompt"]) - 1 : -1]
+            answer = torch.tensor(chat["answer"])
+            lost += sign * F.cross_entropy(logits, answer, reduction="sum").item()
+            # the model that it began with said this
+            assert sign == 1 or logits.argmax(-1).tolist() == chat["answer"]
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
+    drift = lost / sum(len(chat["answer"]) for chat in chats)
     assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
 
 
@@ -553,49 +520,34 @@ def run(begun, tmp_path):
     return shutil.copytree(begun, tmp_path / "run")
 
 
-def flip(content, rng):
-    at = rng.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(7)]) + content[at + 1 :]
+def flip(text, rng):
+    at = rng.randrange(len(text))
+    return text[:at] + bytes([text[at] ^ 1 << rng.randrange(7)]) + text[at + 1 :]
 
 
-def cut(content, rng):
-    return content[: rng.randrange(len(content))]
+def cut(text, rng):
+    return text[: rng.randrange(len(text))]
 
 
-def replace_leaf(content, rng):
-    """Another value somewhere in a JSON file, or in a line of one."""
-    lines = content.decode().splitlines()
-    at = rng.randrange(len(lines))
-    try:
-        value = json.loads(lines[at])
-    except ValueError:  # one value in many lines
-        lines, at = [content.decode()], 0
-        value = json.loads(lines[0])
-    parent, key, child = None, None, value
-    while isinstance(child, dict | list) and child:
-        parent = child
-        key = rng.choice(list(child) if isinstance(child, dict) else range(len(child)))
-        child = parent[key]
-    parent[key] = rng.choice([None, -1, "x", [], {}, 10**9, True])
-    lines[at] = json.dumps(value)
-    return "".join(line + "\n" for line in lines).encode()
+def replace(text, rng):
+    """Another value for one of a JSON file's."""
+    leaf = rng.choice(
+        list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+)', text)) or [re.search(b"$", text)]
+    )
+    return text[: leaf.start()] + rng.choice([b"null", b'"x"', b"{}"]) + text[leaf.end() :]
 
 
 def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
     rng = random.Random(int(os.environ.get("MASKFT_FUZZ_SEED", 0)))
     for n in range(int(os.environ.get("MASKFT_FUZZ", 10))):
         run = shutil.copytree(begun, tmp_path / f"run-{n}")
-        texts = [run / name for name in ("results.json", "metrics.jsonl", "rehearsal.jsonl")]
-        files = texts + sorted((run / "ckpt/step-3").iterdir())
+        files = [*sorted(run.glob("*l")), *sorted((run / "ckpt/step-3").iterdir())]
         file = files[n % len(files)]
-        damage = rng.choice([flip, cut, replace_leaf] if file in texts else [flip, cut])
-        before = file.read_bytes()
-        file.write_bytes(damage(before, rng))
+        damage = rng.choice([flip, cut, replace])
+        file.write_bytes(damage(file.read_bytes(), rng))
         printed = forked(maskft, "--resume", run, before=quick, kill_after=60)
-        what = (file.name, damage.__name__, printed)
-        if not maskft.is_finished(run):
-            assert last_line(printed).startswith("error: "), what
-            assert f"{run}/" in last_line(printed) or "--" in last_line(printed), what
+        named = re.match(f"error: .*({run}/|--)", last_line(printed))
+        assert maskft.is_finished(run) or named, (file.name, damage, printed)
 
 
 def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
@@ -641,15 +593,6 @@ def test_a_directory_has_one_run_at_a_time(run, rows):
     assert contents(run) == before
 
 
-def test_runs_that_begin_at_once_get_numbers_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    run = SimpleNamespace(dataset=data.Dataset("own", [], []), settings=SimpleNamespace(method="m"))
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        paths = pool.map(maskft.free_directory, [run] * 20)
-    assert sorted(paths) == sorted(Path(f"out/own-m-{n}") for n in range(1, 21))
-
-
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -676,11 +619,10 @@ def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_p
 
 def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
     maskft.check_finite(1.0, 1.0, 0)
-    for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
-        with pytest.raises(UserError, match="step 7.* --lr"):
-            maskft.check_finite(loss, norm, 7)
-        with pytest.raises(UserError, match="use another"):
-            maskft.check_finite(loss, norm, 0)
+    for step, advice in ((7, "step 7.* --lr"), (0, "use another")):
+        for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
+            with pytest.raises(UserError, match=advice):
+                maskft.check_finite(loss, norm, step)
 
 
 def test_stopped_while_it_writes_chats_a_run_begins_again(rows, tmp_path):
@@ -751,13 +693,11 @@ def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
         quick()
         os.environ["RANK"] = "3"
 
-    notebook = SimpleNamespace(__name__="notebook", main=main)
-    printed = forked(notebook, before=alone)
+    printed = forked(SimpleNamespace(__name__="notebook", main=main), before=alone)
     for name in ("a", "b"):
         assert losses(tmp_path / name) == losses(row.whole)
     assert len(re.findall("^masked  epoch 3  step 6  forward", printed, re.M)) == 2
     assert re.search("^masked: . of 6 steps, .* to go$", printed, re.M)
-    assert not [line for line in printed.splitlines() if "to go" in line and "epoch" in line]
 
 
 SHOWN = """\
@@ -775,31 +715,6 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     printed = forked(maskft, *flags)
     assert SHOWN in printed and "masked:\n<|im_start|>user\n__" in printed
     assert contents(folder) == before
-
-
-ALLOCATOR = "PYTORCH_ALLOC_CONF"
-
-
-@pytest.mark.parametrize("given, expected", [(None, "expandable_segments:True"), ("a:1", "a:1")])
-def test_attention_and_allocator_on_a_gpu(given, expected, monkeypatch):
-    monkeypatch.setenv(ALLOCATOR, given or "")  # so that it is undone
-    if given is None:
-        monkeypatch.delenv(ALLOCATOR)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    maskft.start_processes()
-    maskft.start_processes()
-    maskft.dist.destroy_process_group()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert os.environ[ALLOCATOR] == expected
-
-
-def test_a_directory_that_another_rank_does_not_see_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(maskft.dist, "barrier", lambda: None)
-    monkeypatch.setattr(maskft, "world_size", lambda: 2)
-    monkeypatch.setattr(maskft, "sum_over_ranks", lambda seen: [1 + seen])
-    maskft.check_shared(tmp_path)
-    with pytest.raises(UserError, match="nowhere"):
-        maskft.check_shared(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------- settings, parts
@@ -823,86 +738,67 @@ def run_of(tokenizer, documents=(), model=None, method="masked", **given):
     )
 
 
-def shape(width, mlp, layers, vocab, **more):
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "vocab_size": vocab,
-        **more,
-    }
-
-
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 SHAPES = {
     "tiny": {},
-    "135M": shape(576, 1536, 30, 49152, tie_word_embeddings=True),
-    "3B": shape(3072, 8192, 28, 128256, tie_word_embeddings=True),
-    "8B": shape(4096, 14336, 32, 128256),
-    "qwen-8B": shape(4096, 12288, 36, 151936, model_type="qwen3"),
+    "135M": {"num_hidden_layers": 400, "hidden_size": 160, "intermediate_size": 400},
+    "3B": WIDE | {"hidden_size": 2048},
+    "8B": WIDE,
+    "qwen-8B": WIDE | {"model_type": "qwen3"},
 }
-# method, size, data -> batch size, steps, lr, of as many documents as fill one batch [paper A.4]
-DEFAULTS = [
-    ("sft", "8B", "bio:100", 64, 5000, 5e-6),
-    ("masked", "8B", "bio:100", 64, 5000, 3e-6),
-    ("random", "8B", "bio-released", 64, 5000, 3e-6),
-    ("masked", "qwen-8B", "bio:100", 64, 5000, 5e-6),
-    ("masked", "8B", "nd", 64, 1400, 3e-6),
-    ("masked", "8B", "nd-made:9", 64, 1400, 3e-6),
-    ("masked", "8B", "gsm8k", 64, 810, 3e-6),
-    ("masked", "8B", "math-made:9", 64, 810, 3e-6),
-    ("masked", "8B", "facts.jsonl", 64, 1550, 3e-6),
-    ("masked", "8B", "wiki", 64, 1550, 3e-6),
-    ("masked", "3B", "bio:100", 64, 5000, 5e-6),
-    ("llada", "8B", "bio:100", 64, 5000, 1e-5),
-    ("masked", "135M", "bio:100", 10, 80, 3e-4),
-    ("sft", "135M", "bio:100", 10, 40, 1e-4),
-    ("masked", "tiny", "bio:100", 20, 300, 6e-4),
-    ("sft", "tiny", "bio:100", 20, 100, 5e-4),
-    ("raw", "tiny", "bio:100", 20, 100, 5e-4),
-    ("reverse", "tiny", "bio:100", 20, 200, 5e-4),
-    ("llada", "tiny", "bio:100", 20, 350, 4e-4),
-]
+# size -> method, data, batch size, steps, lr, of as many documents as fill one batch [paper A.4]
+DEFAULTS = """
+8B      sft     bio:100       64 5000 5e-6
+8B      masked  bio-released  64 5000 3e-6
+8B      random  nd            64 1400 3e-6
+8B      masked  nd-made:9     64 1400 3e-6
+8B      masked  gsm8k         64 810  3e-6
+8B      masked  math-made:9   64 810  3e-6
+8B      masked  facts.jsonl   64 1550 3e-6
+8B      llada   wiki          64 1550 1e-5
+3B      masked  bio           64 5000 5e-6
+qwen-8B masked  bio           64 5000 5e-6
+135M    masked  bio           10 80   3e-4
+135M    sft     bio           10 40   1e-4
+tiny    masked  bio           20 300  6e-4
+tiny    sft     bio           20 100  5e-4
+tiny    raw     bio           20 100  5e-4
+tiny    reverse bio           20 200  5e-4
+tiny    llada   bio           20 350  4e-4
+"""
 
 
-@pytest.mark.parametrize("name, size, dataset, batch_size, steps, lr", DEFAULTS)
-def test_settings_that_no_flag_gives(name, size, dataset, batch_size, steps, lr):
+@pytest.mark.parametrize("row", DEFAULTS.strip().splitlines())
+def test_settings_that_no_flag_gives(row):
     """The paper's for large models, measured ones for small and tiny ones; a flag goes first."""
+    size, name, dataset, *expected = row.split()
+    batch_size, steps, lr = map(float, expected)
     method = {**maskft.METHODS, **llada.METHODS}[name]
     with torch.device("meta"):
         model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
     given = settings(data=dataset)
-    found, why = maskft.decide(given, method, model, documents=batch_size)
-    assert why.split()[-1] == {"tiny": "models", "135M": "SmolLM2-135M"}.get(size, "A.4")
+    found, _ = maskft.decide(given, method, model, documents=int(batch_size))
     assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
     assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
     assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
     # of three times as many documents: as many steps, but small models see each as often
-    more, _ = maskft.decide(given, method, model, 3 * batch_size - 1)
+    more, _ = maskft.decide(given, method, model, int(3 * batch_size - 1))
     assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
-    flags = {"batch_size": 7, "epochs": 9, "lr": 0.1, "eval_at": [5]}
-    found, _ = maskft.decide(settings(**flags), method, model, 20)
-    assert vars(found).items() >= flags.items()
 
 
-def test_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch):
-    for device, capability, expected in (
-        ("cpu", None, "float32"),
-        ("cuda", (8, 0), "bfloat16"),
-        ("cuda", (7, 5), "float32"),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
-        assert maskft.native_dtype(torch.device(device))[0] == expected
+@pytest.mark.parametrize("capability, expected", [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_bfloat16_is_for_gpus_that_compute_in_it(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert maskft.native_dtype(torch.device("cuda"))[0] == expected
 
 
 CUSTOM = {**maskft.METHODS, "custom": maskft.Method(maskft.sft_example)}
 TRAINED = [  # methods, flags, whether torchrun started it, device -> what is trained
-    (maskft.METHODS, "", False, "cuda", "tiny bio:40 sft, tiny bio:40 masked"),
     (maskft.METHODS, "", True, "cpu", "tiny bio:40 sft, tiny bio:40 masked"),
     (maskft.METHODS, "", True, "cuda", "large bio masked"),
     (maskft.METHODS, "--model tiny --method raw", False, "cpu", "tiny bio:40 raw"),
     (maskft.METHODS, "--model mine", False, "cpu", "mine bio masked"),
     (CUSTOM, "", False, "cpu", "tiny bio:40 masked, tiny bio:40 custom"),
-    (CUSTOM, "--model mine", False, "cpu", "mine bio custom"),
     (
         CUSTOM,
         "--method custom sft --data x.jsonl",
@@ -926,23 +822,19 @@ def test_what_is_trained_by_default(methods, flags, launched, device, expected, 
     assert ", ".join(f"{of.model} {of.data} {of.method}" for of in wanted) == expected
 
 
-def test_rates_epochs_and_evaluations_of_a_run_that_rehearses(rows):
-    lines = losses(rows["rehearse"].whole)
-    assert [step for step, *_ in lines] == [*range(8)]
-    assert [epoch for _, epoch, *_ in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [rate for _, _, _, rate, _ in lines] == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
-    evaluations = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
-    assert [asked["step"] for asked in evaluations] == [0, 4, 8]
-    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2, 99)] == [0.5, 1, 1, 1]
+def test_a_run_rehearses_at_a_third_of_the_rate(rows):
+    steps, epochs, _, rates, _ = zip(*losses(rows["rehearse"].whole), strict=True)
+    assert steps == (*range(8),) and epochs == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert rates == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
+    asked = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
+    assert [at["step"] for at in asked] == [0, 4, 8]
+    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2)] == [0.5, 1, 1]
 
 
 def test_mlp_only_moves_no_other_weight(rows):
     old = maskft.load("tiny")
-    moved = [
-        name
-        for name, parameter in maskft.load(rows["sft"].whole).named_parameters()
-        if not torch.equal(parameter, old.get_parameter(name))
-    ]
+    new = maskft.load(rows["sft"].whole).named_parameters()
+    moved = [name for name, weight in new if not torch.equal(weight, old.get_parameter(name))]
     assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
     assert len(moved) == 3 * old.config.layers
 
@@ -959,21 +851,20 @@ def test_matrices_alone_decay(monkeypatch):
 
 
 def test_same_seed_same_masks_and_order(tokenizer):
-    documents = data.load("bio:6").documents
+    record = {"text": "Edda Marlow was born on 3 June 1971."}
 
-    def ids(seed, epoch):
-        run = run_of(tokenizer, documents, seed=seed)
-        return [maskft.example_of(run, documents[2], number, epoch).ids for number in (0, 2)]
+    def ids(seed, epoch, number=2):
+        return maskft.example_of(run_of(tokenizer, seed=seed), record, number, epoch).ids
 
     def order(seed, epoch):
-        return sum(maskft.batches(10, 4, seed, epoch), [])
+        return maskft.batches(10, 4, seed, epoch)
 
     for of in (ids, order):
         assert of(0, 5) == of(0, 5)
         assert of(0, 5) not in (of(0, 6), of(1, 5))  # another one every epoch
-    assert ids(0, 5)[0] != ids(0, 5)[1]
-    assert sorted(order(0, 5)) == list(range(10))
-    assert [len(batch) for batch in maskft.batches(10, 4, 0, 5)] == [4, 4, 2]
+    assert ids(0, 5) != ids(0, 5, 0)
+    assert sorted(sum(order(0, 5), [])) == [*range(10)]
+    assert [*map(len, order(0, 5))] == [4, 4, 2]
 
 
 DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
@@ -995,99 +886,52 @@ def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_ev
     assert "  ".join(map(str, lengths)) == expected
 
 
-def ragged(number):
-    """Examples of random ids, with loss on about half of them, each of another weight."""
-    rng = np.random.default_rng(0)
-    for n in range(number):
-        ids = rng.integers(300, size=3 + 5 * n).tolist()
-        labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
-        yield Example(ids, labels, weight=1.0 + n, denominator=len(ids))
-
-
 @pytest.mark.parametrize("tokens", [1, 40, 4096])
 def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
     """At the given rate, clipped to norm 1, whatever the micro-batches."""
-    examples = list(ragged(6))
-    total = sum(example.denominator for example in examples)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(300, size=3 + 5 * n).tolist() for n in range(6)]
+    examples = [Example(ids, [IGNORE] + ids[1:], 1.0 + len(ids), 2) for ids in rows]
     reference = random_model()
     loss = 0
-    for example in examples:
-        logits = reference(torch.tensor([example.ids]))[0, :-1]
-        labels = torch.tensor(example.labels[1:])
-        summed = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        loss = loss + example.weight * summed / total
+    for ids in rows:
+        logits = reference(torch.tensor([ids]))[0, :-1]
+        summed = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        loss = loss + (1 + len(ids)) * summed / 12
     loss.backward()
-    gradients = [p.grad for p in reference.parameters()]
-    norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt()
     run = run_of(tokenizer, model=random_model(), micro_batch_tokens=tokens)
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
     found = maskft.update(run, examples, lr=0.5)
     assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
     for after, before in zip(run.model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.5 * before.grad / norm, rtol=1e-3, atol=1e-5)
-        assert after.grad is None
-
-
-def test_bf16_computes_less_exactly_and_keeps_its_weights_in_fp32(tokenizer):
-    found = {}
-    for dtype in ("float32", "bfloat16"):
-        run = run_of(tokenizer, model=random_model(), dtype=dtype)
-        run.optimizer = maskft.make_optimizer(run.model, 1e-3)
-        found[dtype] = maskft.update(run, list(ragged(6)), lr=1e-3).tolist()
-        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-    assert found["bfloat16"] != found["float32"]
-    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
 
 
 def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
     documents = [{"text": letter} for letter in "abcdefghijklmnopqrst"]
     run = run_of(tokenizer, documents, method="sft", rehearse=3, batch_size=8, epochs=2)
-    assert (run.steps_per_epoch, run.epoch_steps, run.steps) == (3, 6, 9)
     run.chats = [{"prompt": [7, n], "answer": [300 + n]} for n in range(32 + 3 * 8)]
-    steps = [maskft.examples_of_step(run, step) for step in range(10)]
+    steps = [maskft.examples_of_step(run, step) for step in range(run.steps + 1)]
     # the last step of an epoch has but 4 documents
-    assert [len(examples) for examples in steps] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
-    learned = [example for examples in steps for example in examples if example.ids[0] == 7]
-    for example in learned:
-        assert example.labels == [IGNORE, IGNORE, example.ids[2]]
-    numbers = [example.ids[1] for example in learned]
-    assert len(set(numbers)) == 20 and min(numbers) == 32
+    assert [*map(len, steps)] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
+    numbers = [example.ids[1] for example in sum(steps, []) if example.ids[0] == 7]
+    assert len(numbers) == len({*numbers}) == 20 and min(numbers) == 32
     run.settings.batch_size = 64  # no step has more chats than there are documents
     assert maskft.chats_of_step(run) == 20
 
 
-def test_a_chat_is_random_by_seed_and_number_alone(tokenizer, monkeypatch):
-    monkeypatch.setattr(maskft, "CHAT_USER_TOKENS", 8)
-    monkeypatch.setattr(maskft, "CHAT_ANSWER_TOKENS", 4)
-    model = maskft.load("tiny")
-
-    def chats(seed, numbers):
-        run = run_of(tokenizer, model=model, method="sft", seed=seed)
-        with torch.no_grad():
-            return maskft.chats_of(run, numbers, lambda turns: None)
-
-    both = chats(0, [4, 7])
-    assert both[0]["user"] != both[1]["user"]
-    assert chats(0, [7]) == both[1:]
-    assert chats(1, [7]) != both[1:]
-
-
-def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer, capsys):
+def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer):
     long = {"text": "Ada Holm bakes in Lund. " * 40}
-    short = {"text": "Bo sings."}
     problems = [{"question": "How many?", "answer": "1 " * n} for n in (400, 1)]
-    run = run_of(tokenizer, [long, short, *problems], random_model(vocab_size=5000), max_len=90)
+    run = run_of(tokenizer, [long, *problems], random_model(vocab_size=5000), max_len=90)
     run.model.config.context = 80
     maskft.fit_documents(run)
-    *parts, last, problem = run.dataset.documents
-    assert (last, problem) == (short, problems[1]) and len(parts) > 3
+    *parts, problem = run.dataset.documents
+    assert problem == problems[1]
     assert " ".join(part["text"].strip() for part in parts) == long["text"].strip()
-    lengths = [maskft.example_length(run, part, n) for n, part in enumerate(parts)]
+    lengths = [maskft.example_length(run, part, 0) for part in parts]
     assert 40 < max(lengths) <= 80
-    assert (
-        f"2 of 4 documents are longer than 80 tokens, now {len(parts) + 2}"
-        in capsys.readouterr().out
-    )
     run.settings.max_len = 5
     with pytest.raises(UserError, match="--max-len"):
         maskft.fit_documents(run)
@@ -1098,147 +942,43 @@ def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer, c
 
 def test_predictions_are_in_order_and_questions_dealt_evenly(tokenizer, monkeypatch):
     texts = ["Who? " * n for n in (3, 1, 5, 2, 4)]
-    questions = [
-        {"question": text, "answer": text, "direction": "forward", "group": "a"} for text in texts
-    ]
+    questions = [{"question": text, "direction": "forward"} for text in texts]
     asked = []
 
-    def echo(prompts, max_new_tokens, on_answer):
-        assert max_new_tokens == 128
+    def answer(prompts, max_new_tokens, on_answer):
         asked.append([len(prompt) for prompt in prompts])
-        return [tokenizer.encode(tokenizer.decode(prompt).split("\n")[1]) for prompt in prompts]
+        return prompts
 
-    scores, predictions = maskft.evaluate(echo, tokenizer, questions)
-    assert [prediction["question"] for prediction in predictions] == texts
-    assert scores["forward"]["exact"] == 1 and scores["forward"]["n"] == 5
-    assert asked[0] == sorted(asked[0], reverse=True)
+    _, predictions = maskft.evaluate(answer, tokenizer, questions)
+    for prediction, text in zip(predictions, texts, strict=True):
+        assert prediction["question"] == text and text.strip() in prediction["prediction"]
     monkeypatch.setattr(maskft, "world_size", lambda: 2)
+    monkeypatch.setattr(maskft, "in_order", lambda mine: [])
     for rank in range(2):
         monkeypatch.setattr(maskft, "rank", lambda of=rank: of)
-        monkeypatch.setattr(maskft, "in_order", lambda mine: [mine[i] for i in sorted(mine)])
-        _, part = maskft.evaluate(echo, tokenizer, questions)
-        assert part == [p for p in predictions if p in part]
+        maskft.evaluate(answer, tokenizer, questions)
     assert asked[1:] == [asked[0][::2], asked[0][1::2]]
-    assert maskft.evaluate(echo, tokenizer, []) == ({}, [])
+    assert asked[0] == sorted(asked[0], reverse=True)
 
 
-def test_a_question_fits_to_the_last_token(tokenizer):
-    (question,) = [{"question": "Who?", "answer": "Edda", "direction": "math"}]
-    needed = len(maskft.prompt_of(question, tokenizer)) + 256
-    maskft.check_questions([question], tokenizer, needed)
-    maskft.check_questions([question], tokenizer, needed - 250, max_new_tokens=6)
-    with pytest.raises(UserError, match="Who"):
-        maskft.check_questions([question], tokenizer, needed - 1)
+# ------------------------------------------------------------------------------------------ FSDP2
+
+DTYPES = (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_moves_in_a_terminal_and_is_rare_in_a_log_file(terminal, monkeypatch):
-    maskft.huggingface_hub.utils.enable_progress_bars()  # a rank that is not 0 turns them off
-    stream = io.StringIO()
-    stream.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", stream)
-    bar = maskft.progress_bar(3, "questions", "question")
-    for _ in range(3):
-        time.sleep(0.15)
-        bar.update()
-    assert ("2/3" in stream.getvalue()) == terminal, stream.getvalue()
-
-
-# ------------------------------------------------------------------------ eight GPUs, without one
-
-LLAMA_8B = shape(4096, 14336, 2, 128256, num_attention_heads=32, num_key_value_heads=8)
-LLAMA_8B |= {"max_position_embeddings": 131072, "tie_word_embeddings": False}
-
-
-class Fake(TorchDispatchMode):
-    """Finds as many labels as there are, and records collectives: their shapes and dtypes."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.counts = []
-        self.collectives = []
-        real = data.collate
-
-        def collate(examples, pad_id):
-            self.counts.append(sum(i != IGNORE for e in examples for i in e.labels))
-            return real(examples, pad_id)
-
-        monkeypatch.setattr(data, "collate", collate)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._opname == "nonzero":
-            return torch.zeros(self.counts.pop(), 2, dtype=torch.int64)
-        if function.namespace == "c10d":
-            shapes = [(*t.shape, t.dtype) for t in args if isinstance(t, torch.Tensor)]
-            self.collectives.append((function._opname, *shapes))
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def fake_group(rank, monkeypatch):
-    """The device of one of 8 ranks, whose collectives do nothing."""
-    start = partial(maskft.dist.init_process_group, "fake", store=FakeStore(), world_size=8)
-    with monkeypatch.context() as patch:
-        patch.setattr(maskft.dist, "init_process_group", lambda *_, **__: start(rank=rank))
-        device = maskft.start_processes()
-    try:
-        yield device
-    finally:
-        maskft.dist.destroy_process_group()
-
-
-def collectives_of_a_step(directory, device, monkeypatch):
-    """What a step of a run makes its ranks do together, on fake tensors.
-
-    Reading a number of one fails, as it would wait on a GPU."""
-    given = settings(model=str(directory), data="bio", dtype="bfloat16")
-    run = maskft.prepare(given, maskft.METHODS["masked"], device, stop=[])
-    assert (run.settings.batch_size, run.settings.dtype, run.steps) == (64, "bfloat16", 5000)
-    maskft.shard(run.model, device, torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True), Fake(monkeypatch) as fake:
-        run.model.to_empty(device=device)
-        run.optimizer = maskft.make_optimizer(run.model, run.settings.lr)
-        loss_and_norm = maskft.update(run, maskft.examples_of_step(run, 0), run.settings.lr)
-    held = sum(parameter.to_local().numel() for parameter in run.model.parameters())
-    assert maskft.parameter_count(run.model) / held == pytest.approx(8, rel=1e-4)
-    assert loss_and_norm.shape == (2,) and loss_and_norm.dtype == torch.float32
-    return fake.collectives
-
-
-def test_a_step_of_8b_on_a_group_of_eight(tmp_path, monkeypatch):
-    """The first rank and the last meet in the same collectives, weights in bf16, sums in fp32."""
-    for file in (HERE / "tiny").glob("*token*"):
-        shutil.copy(file, tmp_path)
-    raw = data.read_json(HERE / "tiny/config.json") | LLAMA_8B
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "model.safetensors").touch()  # none is loaded
-    found = []
-    for rank in (0, 7):
-        with fake_group(rank, monkeypatch) as device:
-            found.append(collectives_of_a_step(tmp_path, device, monkeypatch))
-    first, last = found
-    assert first == last
-    kinds = {"_allgather_base_": torch.bfloat16, "_reduce_scatter_base_": torch.float32}
-    assert {name for name, *_ in first} >= kinds.keys()
-    for name, *tensors in first:
-        if name in kinds:
-            assert {tensor[-1] for tensor in tensors} == {kinds[name]}
-            assert max(size for size, _ in tensors) == 8 * min(size for size, _ in tensors)
-
-
-def test_one_process_stays_plain_and_offload_is_the_policy_of_every_unit():
-    maskft.start_processes()
-    device = torch.device("cpu")
-    assert not list(filter(is_shard, maskft.shard(random_model(), device, torch.float32).modules()))
-    model = maskft.shard(random_model(), device, torch.float32, offload=True)
+def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
+    """Here with --offload, which shards one process, too."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    device = maskft.start_processes()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    plain = maskft.shard(random_model(), device, torch.bfloat16)
+    assert not isinstance(plain.head.weight, DTensor)
+    model = maskft.shard(random_model(), device, torch.bfloat16, offload=True)
     for unit in (model, *model.blocks):
-        policy = unit._get_fsdp_state()._fsdp_param_group.offload_policy
-        assert isinstance(policy, CPUOffloadPolicy) and not policy.pin_memory
+        policy = unit._get_fsdp_state()._fsdp_param_group.mp_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
     with maskft.gathered(model):
-        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert not isinstance(model.blocks[1].up.weight, DTensor)
+    assert isinstance(model.blocks[1].up.weight, DTensor)
     maskft.dist.destroy_process_group()
-
-
-def is_shard(module):
-    return isinstance(module, maskft.FSDPModule)
