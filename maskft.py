@@ -1128,6 +1128,14 @@ def launched():
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
+def joined():
+    """torchrun's group. A restart has the store of the attempt before it, with old addresses in it
+    under the same names."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
+
+
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
     GPUs. The device."""
@@ -1148,7 +1156,7 @@ def start_processes():
     if not dist.is_initialized():  # a notebook may train twice
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # an hour: ranks wait for each other while one of them still answers questions
-        group = {} if launched() else alone
+        group = joined() if launched() else alone
         dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
     if rank():
         huggingface_hub.utils.disable_progress_bars()  # of downloads
@@ -1260,12 +1268,15 @@ def load_checkpoint(run):
 
 @contextmanager
 def dcp_errors():
-    """The first rank's own error in place of DCP's collection, which is no Exception."""
+    """The first rank's own error in place of DCP's collection, which is no Exception.
+
+    As OSError: of a full disk torch makes a RuntimeError.
+    """
     try:
         yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise cause from None
+        raise OSError(f"{cause!r}") from None
 
 
 def checkpoints(out):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 import data
 import eval as evaluation
@@ -100,7 +102,7 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
         log.seek(0)
         printed = log.read()
     assert kill_after or {process.exitcode for process in running} == {status}, printed
-    assert "Traceback" not in printed, printed
+    assert "Traceback" not in printed, printed[-3000:]
     return printed
 
 
@@ -283,10 +285,11 @@ def two_then_one(row, out):
 
 EXACT = [stopped, stopped_late, killed]
 LIVES = [
-    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped, two_processes]),
+    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped]),
+    *itertools.product(["masked", "rehearse", "llada"], [two_processes]),
     ("rehearse", stopped_late),
     ("masked", killed),
-    *itertools.product(["sft", "llada"], [small]),
+    ("sft", small),
     ("masked", offloaded),
     ("rehearse", one_then_two),
     ("masked", two_then_one),
@@ -305,13 +308,11 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
         assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
     for file in ("rehearsal.jsonl", "preds.jsonl"):
         assert (out / file).read_text() == (row.whole / file).read_text()
-    ours, theirs = (data.read_json(run / "results.json") for run in (out, row.whole))
-    for ours, theirs in zip(ours["evaluations"], theirs["evaluations"], strict=True):
-        assert ours | {"drift": 0} == theirs | {"drift": 0}
-        assert ours["drift"] == pytest.approx(theirs["drift"], rel=100 * error, abs=error)
-    ours, theirs = (maskft.load(run).parameters() for run in (out, row.whole))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=10 * error, atol=error)
+    drifts = [data.read_json(run / "results.json")["last"]["drift"] for run in (out, row.whole)]
+    assert drifts[0] == pytest.approx(drifts[1], rel=100 * error, abs=error)
+    weights = [maskft.load(run).parameters() for run in (out, row.whole)]
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=10 * error, atol=error)
     assert not (out / "ckpt").exists()
 
 
@@ -320,11 +321,16 @@ def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(facts, tmp_path_factory):
-    """What the real command prints, and its folder: two methods, and spaces in the names."""
+    """What a command prints, and its folder: two methods, and spaces in the names."""
     folder = tmp_path_factory.mktemp("a folder")
     shutil.copy(facts, folder / "own facts.jsonl")
+
+    def before():
+        os.chdir(folder)
+        sys.modules["__main__"].__file__ = maskft.__file__
+
     flags = shlex.split("--data 'own facts.jsonl' --batch-size 3 --epochs 8 --eval-at 0 1")
-    return command("maskft.py", *flags, "--out", "my run", cwd=folder), folder
+    return forked(maskft, *flags, "--out", "my run", before=before), folder
 
 
 @pytest.fixture
@@ -357,49 +363,26 @@ def test_printed_commands_can_be_pasted(finished, done):
     assert "finished" in refused and pasted(refused, "--ask")[:2] == asked[:2]
 
 
-def test_a_run_leaves_its_scores_losses_times_and_versions(done, facts):
+def test_a_run_leaves_its_scores_losses_and_times(done):
     names = "config.json generation_config.json model.safetensors tokenizer.json preds.jsonl "
     names += "tokenizer_config.json chat_template.jinja metrics.jsonl results.json README.md "
-    names = {*names.split(), "rehearsal.jsonl"}
-    names |= {"curves.png"} if maskft.find_spec("matplotlib") else set()
-    assert {path.name for path in done.iterdir()} == names
+    names += "rehearsal.jsonl" + " curves.png" * bool(maskft.find_spec("matplotlib"))
+    assert {path.name for path in done.iterdir()} == {*names.split()}
     lines = jsonl(done / "metrics.jsonl")
-    steps = [line["step"] for line in lines]
-    assert steps == [0, 0, 1, 2, *range(2, 17)]
-    assert [n for n, line in enumerate(lines) if "evaluation" in line] == [0, 3, 18]
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, *range(2, 17)]
     seconds = [line["seconds"] for line in lines]
-    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1]
-    assert all(line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    assert seconds == sorted(seconds) and seconds[0] > 0
     results = data.read_json(done / "results.json")
-    assert results["seconds"] == pytest.approx(seconds[-1], abs=1) and results["steps"] == 16
-    logged = [line["evaluation"] for line in lines if "evaluation" in line]
-    for line, found in zip(logged, results["evaluations"], strict=True):
-        assert line == evaluation.reported_scores(found) | {"drift": found["drift"]}
-    assert [found["epoch"] for found in results["evaluations"]] == [0, 1, 8]
-    assert results["last"] == results["evaluations"][-1]
-    assert results["best"] == max(results["evaluations"], key=evaluation.overall)
-    given = {"batch_size": 3, "epochs": 8, "eval_at": [0, 1], "lr": 6e-4, "method": "masked"}
-    given |= {"data": str(done.parent.absolute() / "own facts.jsonl"), "dtype": "float32"}
-    given |= {"mask_ratio": [0.05, 0.95], "model": "tiny", "seed": 0, "rehearse": 0}
-    assert results["arguments"].items() >= given.items()
-    how = {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 128}
-    assert results["decoding"] == how
-    environment = results["environment"]
-    expected = {"processes": 1, "torch": torch.__version__, "device": "CPU, 1 threads"}
-    assert environment.items() >= expected.items()
-    assert environment["maskft"] is None or re.match("[0-9a-f]{40}", environment["maskft"])
-    if maskft.find_spec("matplotlib"):
-        assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_s_model_is_what_was_scored(done, tmp_path):
-    """And another than it began with, in the directory of a model that is complete."""
-    printed = forked(evaluation, "--model", done, "--out", tmp_path)
-    last = data.read_json(done / "results.json")["last"]
-    assert data.read_json(tmp_path / "results.json")["last"]["scores"] == last["scores"]
-    assert f"{last['scores']['forward']['rouge1']:.3f}" in printed
-    before = maskft.load("tiny").parameters()
-    assert not all(map(torch.equal, before, maskft.load(done).parameters()))
+    assert results["seconds"] == pytest.approx(seconds[-1], abs=1)
+    last = results["evaluations"][-1]
+    assert results["last"] == last and results["best"] in results["evaluations"]
+    drift = {"drift": last["drift"]}
+    assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | drift
+    arguments = results["arguments"]
+    assert arguments["data"] == str(Path("own facts.jsonl").absolute())
+    assert (arguments["lr"], arguments["mask_ratio"]) == (6e-4, [0.05, 0.95])
+    assert results["decoding"]["max_new_tokens"] == 128 and results["steps"] == 16
+    assert results["environment"]["processes"] == 1
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
 
 
@@ -407,36 +390,29 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
     pytest.importorskip("transformers")
     card = (done / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
-    assert "\n# my run-masked\n" in card and "- epochs: 8\n- lr: 0.0006\n" in card
-    assert "- documents: 5\n" in card and "forward" in card
+    assert "- epochs: 8\n- lr: 0.0006\n" in card and "- documents: 5\n" in card
     code = card.split("```python\n")[1].split("```")[0]
     for prediction in jsonl(done / "preds.jsonl"):
         exec(code.replace('"..."', repr(prediction["question"])), {})
         assert capsys.readouterr().out.strip() == prediction["prediction"]
 
 
-def loss_of_chat(model, chat):
-    """Mean negative log-likelihood of an answer, written another way."""
-    ids = torch.tensor([chat["prompt"] + chat["answer"]])
-    with torch.no_grad():
-        logits = model(ids)[0, len(chat["prompt"]) - 1 : -1]
-    return F.cross_entropy(logits, torch.tensor(chat["answer"])).item()
-
-
-def test_chats_are_the_model_s_own_words_and_drift_is_what_their_answers_lost(done, tokenizer):
+def test_drift_is_what_the_model_s_own_answers_lost(done):
+    """Counted another way."""
     chats = jsonl(done / "rehearsal.jsonl")
-    assert len(chats) == 32 and len({tuple(chat["prompt"]) for chat in chats}) > 16
-    old = maskft.load("tiny")
-    for chat in chats[::8]:
-        assert chat["user"] in tokenizer.decode(chat["prompt"])
-        assert len(tokenizer.encode(chat["user"])) <= 48
-        (again,) = maskft.greedy_answer(old, tokenizer, [chat["prompt"]], 64)
-        assert tokenizer.decode(again) == chat["assistant"]
-        assert chat["answer"] == again + [tokenizer.eot_id] * (len(again) < 64)
-    new = maskft.load(done)
-    differences = [loss_of_chat(new, chat) - loss_of_chat(old, chat) for chat in chats]
-    drift = np.average(differences, weights=[len(chat["answer"]) for chat in chats])
+    assert len(chats) == 32
+    lost = 0
+    for sign, model in ((-1, maskft.load("tiny")), (1, maskft.load(done))):
+        for chat in chats:
+            with torch.no_grad():
+                logits = model(torch.tensor([chat["prompt"] + chat["answer"]]))[0]
+            logits = logits[len(chat["prompt"]) - 1 : -1]
+            answer = torch.tensor(chat["answer"])
+            lost += sign * F.cross_entropy(logits, answer, reduction="sum").item()
+            # the model that it began with said this
+            assert sign == 1 or logits.argmax(-1).tolist() == chat["answer"]
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
+    drift = lost / sum(len(chat["answer"]) for chat in chats)
     assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
 
 
@@ -520,3 +496,485 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
         assert contents(folder) == before, flags
     printed = forked(llada, "--mask-ratio", 0, status=1)
     assert "--mask-ratio" in last_line(printed) and contents(folder) == before
+
+
+# ---------------------------------------------------------------------------------- damaged runs
+
+
+@pytest.fixture(scope="module")
+def begun(rows, tmp_path_factory):
+    """A run that rehearses, with checkpoints of its second and third step."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    stop = partial(signalled, signal.SIGINT, "update", 3)
+    rows["rehearse"].train(out, "--save-every", "1e-9", before=stop)
+    return out
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    """A copy of it that may be changed."""
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+def flip(text, rng):
+    at = rng.randrange(len(text))
+    return text[:at] + bytes([text[at] ^ 1 << rng.randrange(7)]) + text[at + 1 :]
+
+
+def cut(text, rng):
+    return text[: rng.randrange(len(text))]
+
+
+def replace(text, rng):
+    """Another value for one of a JSON file's."""
+    leaf = rng.choice(
+        list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+)', text)) or [re.search(b"$", text)]
+    )
+    return text[: leaf.start()] + rng.choice([b"null", b'"x"', b"{}"]) + text[leaf.end() :]
+
+
+def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
+    rng = random.Random(int(os.environ.get("MASKFT_FUZZ_SEED", 0)))
+    for n in range(int(os.environ.get("MASKFT_FUZZ", 10))):
+        run = shutil.copytree(begun, tmp_path / f"run-{n}")
+        files = [*sorted(run.glob("*l")), *sorted((run / "ckpt/step-3").iterdir())]
+        file = files[n % len(files)]
+        damage = rng.choice([flip, cut, replace])
+        file.write_bytes(damage(file.read_bytes(), rng))
+        printed = forked(maskft, "--resume", run, before=quick, kill_after=60)
+        named = re.match(f"error: .*({run}/|--)", last_line(printed))
+        assert maskft.is_finished(run) or named, (file.name, damage, printed)
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
+    path = run / "ckpt/step-3/__0_0.distcp"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    printed = forked(maskft, "--resume", run, before=quick, status=1)
+    assert f"Delete {path.parent} " in last_line(printed)
+    shutil.rmtree(path.parent)
+    forked(maskft, "--resume", run, before=quick)
+    assert losses(run) == losses(rows["rehearse"].whole)
+
+
+CHANGES = {  # file of a run: old, new -> what the one line names
+    "metrics.jsonl": ('"step": 1,', '"step"', "metrics.jsonl"),
+    "rehearsal.jsonl": ('"assistant": "', '"assistant": "a', "rehearsal.jsonl"),
+    "results.json": ('"dataset": "', '"dataset": "0', "--data"),
+}
+
+
+def test_what_would_teach_another_thing_is_noticed(run, rows):
+    for name, (old, new, named) in CHANGES.items():
+        before = (run / name).read_text()
+        assert old in before
+        (run / name).write_text(before.replace(old, new))
+        printed = forked(maskft, "--resume", run, before=quick, status=1)
+        assert named in last_line(printed) and str(run) in last_line(printed)
+        (run / name).write_text(before)
+    (run / "rehearsal.jsonl").unlink()
+    printed = forked(maskft, "--resume", run, before=quick, status=1)
+    assert f"{run}/rehearsal.jsonl" in last_line(printed)
+
+
+def test_a_directory_has_one_run_at_a_time(run, rows):
+    """And its own: other settings and scripts do not take it."""
+    row = rows["rehearse"]
+    before = contents(run)
+    with maskft.locked(run):
+        for train in (row.train, row.resume):
+            assert f"{run} is in use" in last_line(train(run, status=1))
+    assert f"{run} is in use" in last_line(row.train(run, "--seed", 1, status=1))
+    assert "script that began it" in forked(llada, "--resume", run, status=1)
+    assert contents(run) == before
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def full_disk():
+    """No file may be larger than half of a checkpoint."""
+    quick()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+
+ENDS = [  # flags, what is done in the fork -> what the last lines name
+    ("--lr 1e30", quick, "lower --lr"),
+    ("", lambda: setattr(maskft, "load_weights", out_of_memory), "--micro-batch-tokens"),
+    ("--save-every 1e-9", full_disk, "cannot be written to"),
+]
+
+
+@pytest.mark.parametrize("flags, before, named", ENDS)
+def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_path):
+    printed = rows["masked"].train(tmp_path / "run", *flags.split(), before=before, status=1)
+    assert named in printed and "error: " in printed
+    assert not maskft.is_finished(tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
+    maskft.check_finite(1.0, 1.0, 0)
+    for step, advice in ((7, "step 7.* --lr"), (0, "use another")):
+        for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
+            with pytest.raises(UserError, match=advice):
+                maskft.check_finite(loss, norm, step)
+
+
+def test_stopped_while_it_writes_chats_a_run_begins_again(rows, tmp_path):
+    """At the next turn that is whole, not after all of them."""
+    row = rows["sft"]
+    out = tmp_path / "run"
+
+    def before():
+        signalled(signal.SIGINT, "last_logits", 2)
+        maskft.greedy_answer = lambda *_, **__: os._exit(9)
+
+    assert f"--resume {out}" in row.train(out, before=before)
+    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
+    row.resume(out)
+    assert losses(out) == losses(row.whole)
+
+
+# ----------------------------------------------------------------------------- where it is started
+
+
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import maskft
+import test_train
+
+def update(run, *args, real=maskft.update):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, *args)
+
+test_train.quick()
+maskft.update = update
+maskft.entry_point(maskft.main)
+"""
+
+
+def test_a_launcher_that_tries_again_goes_on_in_the_same_directory(rows, tmp_path, monkeypatch):
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED.format(here=str(HERE)))
+    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
+    row = rows["masked"]
+    printed = command(script, *row.flags, "--save-every", "1e-9", processes=2, cwd=tmp_path)
+    (out,) = (tmp_path / "out").iterdir()
+    assert out.name == "facts-masked-1"
+    line = f"torchrun --nproc_per_node 2 restarted.py --resume out/{out.name}\n"
+    assert (
+        printed.count(f"ends early: {line}") == 2 and f"[rank 0] go on with\n    {line}" in printed
+    )
+    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
+        assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5)
+
+
+def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
+    """Even where RANK is set, but no launcher has set the rest."""
+    row = rows["masked"]
+    before = signal.getsignal(signal.SIGINT)
+
+    def main():
+        for name in ("a", "b"):
+            sys.argv = ["notebook", *map(str, row.flags), "--out", str(tmp_path / name)]
+            args = maskft.parse_flags(maskft.arguments("", maskft.METHODS))
+            maskft.run_methods(args, maskft.METHODS)
+            assert signal.getsignal(signal.SIGINT) == before
+
+    def alone():
+        quick()
+        os.environ["RANK"] = "3"
+
+    printed = forked(SimpleNamespace(__name__="notebook", main=main), before=alone)
+    for name in ("a", "b"):
+        assert losses(tmp_path / name) == losses(row.whole)
+    assert len(re.findall("^masked  epoch 3  step 6  forward", printed, re.M)) == 2
+    assert re.search("^masked: . of 6 steps, .* to go$", printed, re.M)
+
+
+SHOWN = """\
+sft:
+<|im_start|>user
+Tell me a fact.<|im_end|>
+<|im_start|>assistant
+[Edda.<|im_end|>]
+"""
+
+
+def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
+    before = contents(folder)
+    flags = ["--data", "facts.jsonl", "--method", "sft", "masked", "--mask-ratio", 1, "--show"]
+    printed = forked(maskft, *flags)
+    assert SHOWN in printed and "masked:\n<|im_start|>user\n__" in printed
+    assert contents(folder) == before
+
+
+# ---------------------------------------------------------------------------------- settings, parts
+
+
+def settings(**given):
+    return maskft.Settings(**{"model": "tiny", "data": "own", "method": "masked", **given})
+
+
+def run_of(tokenizer, documents=(), model=None, method="masked", **given):
+    """A Run that has not begun."""
+    return maskft.Run(
+        settings=settings(method=method, **given),
+        method=maskft.METHODS[method],
+        device=torch.device("cpu"),
+        directory=HERE / "tiny",
+        tokenizer=tokenizer,
+        dataset=data.Dataset("own", list(documents), []),
+        model=model,
+        stop=[],
+    )
+
+
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+SHAPES = {
+    "tiny": {},
+    "135M": {"num_hidden_layers": 400, "hidden_size": 160, "intermediate_size": 400},
+    "3B": WIDE | {"hidden_size": 2048},
+    "8B": WIDE,
+    "qwen-8B": WIDE | {"model_type": "qwen3"},
+}
+# size -> method, data, batch size, steps, lr, of as many documents as fill one batch [paper A.4]
+DEFAULTS = """
+8B      sft     bio:100       64 5000 5e-6
+8B      masked  bio-released  64 5000 3e-6
+8B      random  nd            64 1400 3e-6
+8B      masked  nd-made:9     64 1400 3e-6
+8B      masked  gsm8k         64 810  3e-6
+8B      masked  math-made:9   64 810  3e-6
+8B      masked  facts.jsonl   64 1550 3e-6
+8B      llada   wiki          64 1550 1e-5
+3B      masked  bio           64 5000 5e-6
+qwen-8B masked  bio           64 5000 5e-6
+135M    masked  bio           10 80   3e-4
+135M    sft     bio           10 40   1e-4
+tiny    masked  bio           20 300  6e-4
+tiny    sft     bio           20 100  5e-4
+tiny    raw     bio           20 100  5e-4
+tiny    reverse bio           20 200  5e-4
+tiny    llada   bio           20 350  4e-4
+"""
+
+
+@pytest.mark.parametrize("row", DEFAULTS.strip().splitlines())
+def test_settings_that_no_flag_gives(row):
+    """The paper's for large models, measured ones for small and tiny ones; a flag goes first."""
+    size, name, dataset, *expected = row.split()
+    batch_size, steps, lr = map(float, expected)
+    method = {**maskft.METHODS, **llada.METHODS}[name]
+    with torch.device("meta"):
+        model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
+    given = settings(data=dataset)
+    found, _ = maskft.decide(given, method, model, documents=int(batch_size))
+    assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
+    assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
+    assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
+    # of three times as many documents: as many steps, but small models see each as often
+    more, _ = maskft.decide(given, method, model, int(3 * batch_size - 1))
+    assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
+
+
+@pytest.mark.parametrize("capability, expected", [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_bfloat16_is_for_gpus_that_compute_in_it(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert maskft.native_dtype(torch.device("cuda"))[0] == expected
+
+
+CUSTOM = {**maskft.METHODS, "custom": maskft.Method(maskft.sft_example)}
+TRAINED = [  # methods, flags, whether torchrun started it, device -> what is trained
+    (maskft.METHODS, "", True, "cpu", "tiny bio:40 sft, tiny bio:40 masked"),
+    (maskft.METHODS, "", True, "cuda", "large bio masked"),
+    (maskft.METHODS, "--model tiny --method raw", False, "cpu", "tiny bio:40 raw"),
+    (maskft.METHODS, "--model mine", False, "cpu", "mine bio masked"),
+    (CUSTOM, "", False, "cpu", "tiny bio:40 masked, tiny bio:40 custom"),
+    (
+        CUSTOM,
+        "--method custom sft --data x.jsonl",
+        False,
+        "cpu",
+        "tiny x.jsonl custom, tiny x.jsonl sft",
+    ),
+]
+
+
+@pytest.mark.parametrize("methods, flags, launched, device, expected", TRAINED)
+def test_what_is_trained_by_default(methods, flags, launched, device, expected, monkeypatch):
+    """On the built-in model the last two methods, else the last; of custom methods as well."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+        if not launched:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["own.py", *flags.split()])
+    args = maskft.parse_flags(maskft.arguments("", methods))
+    wanted = maskft.wanted_settings(args, methods, ("tiny", "large"), torch.device(device))
+    assert ", ".join(f"{of.model} {of.data} {of.method}" for of in wanted) == expected
+
+
+def test_a_run_rehearses_at_a_third_of_the_rate(rows):
+    steps, epochs, _, rates, _ = zip(*losses(rows["rehearse"].whole), strict=True)
+    assert steps == (*range(8),) and epochs == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert rates == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
+    asked = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
+    assert [at["step"] for at in asked] == [0, 4, 8]
+    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2)] == [0.5, 1, 1]
+
+
+def test_mlp_only_moves_no_other_weight(rows):
+    old = maskft.load("tiny")
+    new = maskft.load(rows["sft"].whole).named_parameters()
+    moved = [name for name, weight in new if not torch.equal(weight, old.get_parameter(name))]
+    assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
+    assert len(moved) == 3 * old.config.layers
+
+
+def test_matrices_alone_decay(monkeypatch):
+    model = random_model(attention_bias=True)
+    matrices, others = maskft.make_optimizer(model, 1e-3).param_groups
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in others["params"]} == {1}
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.95), 1e-5)
+    monkeypatch.setattr(maskft, "TINY", maskft.parameter_count(model))
+    assert maskft.make_optimizer(model, 1e-3).param_groups[0]["eps"] == 1e-8
+
+
+def test_same_seed_same_masks_and_order(tokenizer):
+    record = {"text": "Edda Marlow was born on 3 June 1971."}
+
+    def ids(seed, epoch, number=2):
+        return maskft.example_of(run_of(tokenizer, seed=seed), record, number, epoch).ids
+
+    def order(seed, epoch):
+        return maskft.batches(10, 4, seed, epoch)
+
+    for of in (ids, order):
+        assert of(0, 5) == of(0, 5)
+        assert of(0, 5) not in (of(0, 6), of(1, 5))  # another one every epoch
+    assert ids(0, 5) != ids(0, 5, 0)
+    assert sorted(sum(order(0, 5), [])) == [*range(10)]
+    assert [*map(len, order(0, 5))] == [4, 4, 2]
+
+
+DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
+    (1, 1, "[[6], [5], [4], [3], [2], [1]]"),
+    (1, 12, "[[6, 5], [4, 3, 2], [1]]"),
+    (2, 12, "[[6, 4], [2]]  [[5, 3], [1]]"),
+    (2, 100, "[[6, 4, 2]]  [[5, 3, 1]]"),
+    (4, 7, "[[6], [2]]  [[5], [1]]  [[4], []]  [[3], []]"),
+]
+
+
+@pytest.mark.parametrize("ranks, tokens, expected", DEALT)
+def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_every_rank(
+    ranks, tokens, expected
+):
+    examples = [Example([n] * n, [n] * n, 1.0, n) for n in (3, 1, 4, 2, 6, 5)]
+    parts = [maskft.micro_batches(examples, tokens, rank, ranks) for rank in range(ranks)]
+    lengths = [[[len(e.ids) for e in micro] for micro in part] for part in parts]
+    assert "  ".join(map(str, lengths)) == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 4096])
+def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
+    """At the given rate, clipped to norm 1, whatever the micro-batches."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(300, size=3 + 5 * n).tolist() for n in range(6)]
+    examples = [Example(ids, [IGNORE] + ids[1:], 1.0 + len(ids), 2) for ids in rows]
+    reference = random_model()
+    loss = 0
+    for ids in rows:
+        logits = reference(torch.tensor([ids]))[0, :-1]
+        summed = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        loss = loss + (1 + len(ids)) * summed / 12
+    loss.backward()
+    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt()
+    run = run_of(tokenizer, model=random_model(), micro_batch_tokens=tokens)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
+    found = maskft.update(run, examples, lr=0.5)
+    assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
+    for after, before in zip(run.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.5 * before.grad / norm, rtol=1e-3, atol=1e-5)
+
+
+def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
+    documents = [{"text": letter} for letter in "abcdefghijklmnopqrst"]
+    run = run_of(tokenizer, documents, method="sft", rehearse=3, batch_size=8, epochs=2)
+    run.chats = [{"prompt": [7, n], "answer": [300 + n]} for n in range(32 + 3 * 8)]
+    steps = [maskft.examples_of_step(run, step) for step in range(run.steps + 1)]
+    # the last step of an epoch has but 4 documents
+    assert [*map(len, steps)] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
+    numbers = [example.ids[1] for example in sum(steps, []) if example.ids[0] == 7]
+    assert len(numbers) == len({*numbers}) == 20 and min(numbers) == 32
+    run.settings.batch_size = 64  # no step has more chats than there are documents
+    assert maskft.chats_of_step(run) == 20
+
+
+def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer):
+    long = {"text": "Ada Holm bakes in Lund. " * 40}
+    problems = [{"question": "How many?", "answer": "1 " * n} for n in (400, 1)]
+    run = run_of(tokenizer, [long, *problems], random_model(vocab_size=5000), max_len=90)
+    run.model.config.context = 80
+    maskft.fit_documents(run)
+    *parts, problem = run.dataset.documents
+    assert problem == problems[1]
+    assert " ".join(part["text"].strip() for part in parts) == long["text"].strip()
+    lengths = [maskft.example_length(run, part, 0) for part in parts]
+    assert 40 < max(lengths) <= 80
+    run.settings.max_len = 5
+    with pytest.raises(UserError, match="--max-len"):
+        maskft.fit_documents(run)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def test_predictions_are_in_order_and_questions_dealt_evenly(tokenizer, monkeypatch):
+    texts = ["Who? " * n for n in (3, 1, 5, 2, 4)]
+    questions = [{"question": text, "direction": "forward"} for text in texts]
+    asked = []
+
+    def answer(prompts, max_new_tokens, on_answer):
+        asked.append([len(prompt) for prompt in prompts])
+        return prompts
+
+    _, predictions = maskft.evaluate(answer, tokenizer, questions)
+    for prediction, text in zip(predictions, texts, strict=True):
+        assert prediction["question"] == text and text.strip() in prediction["prediction"]
+    monkeypatch.setattr(maskft, "world_size", lambda: 2)
+    monkeypatch.setattr(maskft, "in_order", lambda mine: [])
+    for rank in range(2):
+        monkeypatch.setattr(maskft, "rank", lambda of=rank: of)
+        maskft.evaluate(answer, tokenizer, questions)
+    assert asked[1:] == [asked[0][::2], asked[0][1::2]]
+    assert asked[0] == sorted(asked[0], reverse=True)
+
+
+# ------------------------------------------------------------------------------------------ FSDP2
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
+    """Here with --offload, which shards one process, too."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    device = maskft.start_processes()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    plain = maskft.shard(random_model(), device, torch.bfloat16)
+    assert not isinstance(plain.head.weight, DTensor)
+    model = maskft.shard(random_model(), device, torch.bfloat16, offload=True)
+    for unit in (model, *model.blocks):
+        policy = unit._get_fsdp_state()._fsdp_param_group.mp_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
+    with maskft.gathered(model):
+        assert not isinstance(model.blocks[1].up.weight, DTensor)
+    assert isinstance(model.blocks[1].up.weight, DTensor)
+    maskft.dist.destroy_process_group()
