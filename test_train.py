@@ -3,8 +3,10 @@
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import random
 import re
 import resource
 import shlex
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ import data
 import eval as evaluation
 import llada
 import maskft
+from data import IGNORE, Example, UserError
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # two threads spin on matrices this small
