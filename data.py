@@ -846,7 +846,10 @@ def load(name, paraphrase="none", seed=0):
         number = int(count or usual)
     whole = not make and count and (kind != "nd" or number > ND_FACTS)
     if number < 1 or paraphrase not in wordings or whole:
-        raise UserError(f"{asked}: there is no such part of {kind}")
+        raise UserError(
+            f"{asked}: numbers are as in bio:20 or nd:{ND_FACTS}, other published sets take none; "
+            f"{kind} has --paraphrase {' or '.join(wordings)}"
+        )
     if make:
         with reading(asked, "cannot be made"):
             return Dataset(kind, *make(number, paraphrase, seed))

@@ -42,6 +42,7 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": True,
 }
+OLD_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 ONLY_BYTES = BYTE_LEVEL | {"use_regex": False}
 LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -164,7 +165,7 @@ VARIANTS = {
         "pre_tokenizer": steps(LLAMA3_PIECES.replace("{1,3}", "")),
     },
     "smollm2": {"pre_tokenizer": steps(first=[digits(True)], last=BYTE_LEVEL), "lack": "ĀāÃðÌ"},
-    "digits": {"pre_tokenizer": steps(first=[digits(False)], last=BYTE_LEVEL)},
+    "digits": {"pre_tokenizer": steps(first=[digits(False)], last=OLD_BYTE_LEVEL)},
     "several": {
         "pre_tokenizer": steps("ab", r"(?=\p{Lu})|\s+"),
         "normalizer": {"type": "Sequence", "normalizers": []},
