@@ -1394,9 +1394,8 @@ def check_shared(out):
 def read_metrics(out):
     """The lines of metrics.jsonl, but a last one that a crash has torn."""
     path = out / "metrics.jsonl"
-    with data.reading(path):
-        lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+    lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 # ------------------------------------------------------------------- settings, which are the flags
@@ -1821,10 +1820,12 @@ def begin_log(run):
     run.clock = time.monotonic()
     if rank():
         return
-    kept = [line for line in read_metrics(run.out) if line["step"] < run.start]
-    if kept:
-        run.clock -= kept[-1]["seconds"]
-    data.write_text(run.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    path = run.out / "metrics.jsonl"
+    with data.reading(path, "damaged; move it away and --resume again, without its lines"):
+        kept = [line for line in read_metrics(run.out) if line["step"] < run.start]
+        if kept:
+            run.clock -= kept[-1]["seconds"]
+    data.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def log(run, line):

@@ -377,16 +377,12 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and seconds[0] > 0
     results = data.read_json(done / "results.json")
-    assert results["seconds"] == pytest.approx(seconds[-1], abs=1)
     last = results["evaluations"][-1]
     assert results["last"] == last and results["best"] in results["evaluations"]
     drift = {"drift": last["drift"]}
     assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | drift
-    arguments = results["arguments"]
-    assert arguments["data"] == str(Path("own facts.jsonl").absolute())
-    assert (arguments["lr"], arguments["mask_ratio"]) == (6e-4, [0.05, 0.95])
+    assert results["arguments"]["data"] == str(Path("own facts.jsonl").absolute())
     assert results["decoding"]["max_new_tokens"] == 128 and results["steps"] == 16
-    assert results["environment"]["processes"] == 1
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
 
 
@@ -786,40 +782,26 @@ def test_settings_that_no_flag_gives(row):
     assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
 
 
-@pytest.mark.parametrize("capability, expected", [((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_bfloat16_is_for_gpus_that_compute_in_it(capability, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert maskft.native_dtype(torch.device("cuda"))[0] == expected
-
-
 CUSTOM = {**maskft.METHODS, "custom": maskft.Method(maskft.sft_example)}
-TRAINED = [  # methods, flags, whether torchrun started it, device -> what is trained
-    (maskft.METHODS, "", True, "cpu", "tiny bio:40 sft, tiny bio:40 masked"),
-    (maskft.METHODS, "", True, "cuda", "large bio masked"),
-    (maskft.METHODS, "--model tiny --method raw", False, "cpu", "tiny bio:40 raw"),
-    (maskft.METHODS, "--model mine", False, "cpu", "mine bio masked"),
-    (CUSTOM, "", False, "cpu", "tiny bio:40 masked, tiny bio:40 custom"),
-    (
-        CUSTOM,
-        "--method custom sft --data x.jsonl",
-        False,
-        "cpu",
-        "tiny x.jsonl custom, tiny x.jsonl sft",
-    ),
+TRAINED = [  # methods, flags, device under torchrun -> model, data, methods
+    (maskft.METHODS, "", "cpu", "tiny bio:40 sft masked"),
+    (maskft.METHODS, "", "cuda", "large bio masked"),
+    (maskft.METHODS, "--model mine", "cpu", "mine bio masked"),
+    (CUSTOM, "", "cpu", "tiny bio:40 masked custom"),
+    (CUSTOM, "--method custom sft --data x.jsonl", "cpu", "tiny x.jsonl custom sft"),
 ]
 
 
-@pytest.mark.parametrize("methods, flags, launched, device, expected", TRAINED)
-def test_what_is_trained_by_default(methods, flags, launched, device, expected, monkeypatch):
+@pytest.mark.parametrize("methods, flags, device, expected", TRAINED)
+def test_what_is_trained_by_default(methods, flags, device, expected, monkeypatch):
     """On the built-in model the last two methods, else the last; of custom methods as well."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(name, "0")
-        if not launched:
-            monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "argv", ["own.py", *flags.split()])
     args = maskft.parse_flags(maskft.arguments("", methods))
     wanted = maskft.wanted_settings(args, methods, ("tiny", "large"), torch.device(device))
-    assert ", ".join(f"{of.model} {of.data} {of.method}" for of in wanted) == expected
+    found = [wanted[0].model, wanted[0].data, *(of.method for of in wanted)]
+    assert found == expected.split()
 
 
 def test_a_run_rehearses_at_a_third_of_the_rate(rows):
@@ -978,7 +960,4 @@ def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
         policy = unit._get_fsdp_state()._fsdp_param_group.mp_policy
         assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
         assert not policy.cast_forward_inputs
-    with maskft.gathered(model):
-        assert not isinstance(model.blocks[1].up.weight, DTensor)
-    assert isinstance(model.blocks[1].up.weight, DTensor)
     maskft.dist.destroy_process_group()
