@@ -1268,15 +1268,12 @@ def load_checkpoint(run):
 
 @contextmanager
 def dcp_errors():
-    """The first rank's own error in place of DCP's collection, which is no Exception.
-
-    As OSError: of a full disk torch makes a RuntimeError.
-    """
+    """The first rank's own error in place of DCP's collection, which is no Exception."""
     try:
         yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise OSError(f"{cause!r}") from None
+        raise cause from None
 
 
 def checkpoints(out):
