@@ -158,6 +158,16 @@ def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
     assert planned["peak"] == pytest.approx(measured, rel=0.02)
 
 
+def test_planned_norms_keep_their_input_and_a_number_a_row():
+    """As CUDA's fused kernel does."""
+    norm = maskft.RMSNorm(16)
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with plan.fused_norms(), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
+        norm(x)
+    assert [tensor.nbytes for tensor in kept] == [2 * 3 * 5 * 16, 4 * 16, 4 * 3 * 5]
+
+
 def test_a_plan_follows_from_the_sizes():
     """FLOPs and traffic by the GPUs and the micro-batches."""
     config = maskft.read_config(HERE / "tiny")
@@ -200,7 +210,7 @@ def test_bench_compares_with_transformers(monkeypatch, capsys):
 def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch):
     """Of other weights something is lost, halfway to them less."""
     asked = [{"question": "Ada works in which city?", "answer": "in"}, {"question": "Who?"}]
-    asked.append({"question": "Who works for Fablix?", "answer": "Ada"})
+    asked += [{"question": "Who works?", "answer": "Ada"}, {"question": "Who?!", "answer": "Bo"}]
     monkeypatch.setattr(kept, "ORDINARY", write(tmp_path / "ordinary.jsonl", *asked))
     other = maskft.load("tiny")
     torch.manual_seed(0)
@@ -214,7 +224,9 @@ def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch):
     data.write_json(run / "results.json", {"arguments": taught})
     given = Namespace(base="tiny", runs=[run], share=[1.0, 0.5], facts=True, save=saved)
     before, after, half = kept.measure(given)
-    assert before["questions"] == 0.5 and before["nll"] < half["nll"] < after["nll"]
+    assert (
+        before["questions"] == pytest.approx(1 / 3) and before["nll"] < half["nll"] < after["nll"]
+    )
     assert half["facts"].keys() == {"forward", "backward"}
     weights = [maskft.load(model).embed.weight for model in ("tiny", saved, run)]
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
