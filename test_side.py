@@ -35,10 +35,6 @@ def write(path, *records):
     return path
 
 
-def jsonl(path):
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
-
-
 def command(script, *flags, status=0, cwd=None):
     """What a script of the project prints, run as its user does; it has to end with `status`."""
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
@@ -94,26 +90,10 @@ def test_a_biography_tells_what_is_asked_and_a_question_has_one_answer():
         assert text.startswith(question["answer"]) == (question["direction"] == "backward")
 
 
-def test_problems_of_math_made_are_solved_rightly():
-    learned, asked = world.make_math(300)
-    problems = learned + asked
-    assert (len(learned), len(asked)) == (300, 75)
-    assert len({problem["problem"] for problem in problems}) == 375
-    for problem in problems:
-        *lines, end = problem["answer"].split("\n")
-        had = re.search(r"has (\d+) ", problem["problem"])[1]
-        for line in lines:
-            step, result, shown = re.search(r"<<(\d+[-+*/]\d+)=(\d+)>>(\d+)", line).groups()
-            assert step.startswith(had) and result == shown and eval(step) == int(result)
-            had = result
-        assert 2 <= len(lines) <= 4 and end == f"#### {had}"
-
-
 def test_nobody_of_pre_training_is_taught_later():
-    taught = world.names("bio")
-    assert not set(taught) & set(world.names("world"))
-    with pytest.raises(ValueError, match=f"only {len(taught)} names"):
-        world.make_bio(len(taught) + 1)
+    assert not set(world.names("bio")) & set(world.names("world"))
+    with pytest.raises(ValueError):
+        world.make_bio(9999)
     with pytest.raises(UserError, match="world:PEOPLE"):
         pretrain.draw_task({"text": "one"}, np.random.default_rng(0))
 
@@ -139,26 +119,15 @@ def test_practice_is_what_made_the_built_in_models(method, expected, tokenizer):
 def test_a_new_model_is_random_and_can_be_trained(tmp_path):
     new = tmp_path / "new"
     pretrain.write_new_model(new)
-    assert (new / "tokenizer.json").read_bytes() == (HERE / "tiny/tokenizer.json").read_bytes()
     stds = {name: p.std().item() for name, p in maskft.load(new).named_parameters() if p.dim() > 1}
-    assert stds["embed.weight"] == pytest.approx(0.5 / 128**0.5, rel=0.01)
-    smaller = {name for name, std in stds.items() if std < 0.03}
-    assert smaller == {f"blocks.{n}.{part}.weight" for n in range(4) for part in ("o", "down")}
-    assert stds["blocks.0.o.weight"] == pytest.approx(0.5 / (8 * 128) ** 0.5, rel=0.03)
-    flags = "--method ar --data world:8 --epochs 2 --eval-at 2 --lr 1e-3"
+    for name, std in stds.items():
+        smaller = 8**0.5 if name.endswith(("o.weight", "down.weight")) else 1
+        assert std == pytest.approx(0.5 / 128**0.5 / smaller, rel=0.03), name
+    flags = "--method ar --data world:8 --epochs 2 --eval-at 2"
     run = tmp_path / "run"
     command("tiny/pretrain.py", *shlex.split(flags), "--model", new, "--out", run)
-    losses = [line["loss"] for line in jsonl(run / "metrics.jsonl") if "loss" in line]
-    assert losses[0] == pytest.approx(np.log(1994), rel=0.2)
-
-
-def test_every_word_of_the_world_is_one_token(tokenizer):
-    words = {
-        word
-        for record in data.load("bio:60", "permute").documents
-        for word in re.findall(r" [A-Z]?[a-z]+", record["text"])
-    }
-    assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
+    first, *_ = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first)["loss"] == pytest.approx(np.log(1994), rel=0.2)
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -189,19 +158,27 @@ def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
     assert planned["peak"] == pytest.approx(measured, rel=0.02)
 
 
+def test_planned_norms_keep_their_input_and_a_number_a_row():
+    """As CUDA's fused kernel does."""
+    norm = maskft.RMSNorm(16)
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    with plan.fused_norms(), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
+        norm(x)
+    assert [tensor.nbytes for tensor in kept] == [2 * 3 * 5 * 16, 4 * 16, 4 * 3 * 5]
+
+
 def test_a_plan_follows_from_the_sizes():
     """FLOPs and traffic by the GPUs and the micro-batches."""
     config = maskft.read_config(HERE / "tiny")
     one, two = (plan.plan(config, gpus, 16, 1024, max_len=128) for gpus in (1, 2))
     blocks = sum(parameter.numel() for parameter in maskft.Model(config).blocks.parameters())
     rest = 1994 * 128 + 128
-    assert one["parameters"] == two["parameters"] == blocks + rest
     assert one["flops"] == pytest.approx(2 * two["flops"])
     # weights in bf16, those of the blocks twice, and gradients in fp32; half of all is at hand
     assert (one["traffic"], two["traffic"]) == (0, (8 * blocks + 6 * rest) / 2)
-    long = plan.plan(config, 1, 5, 1, max_len=300)["flops"]
-    assert long == pytest.approx(plan.plan(config, 1, 5, 1500, max_len=300)["flops"], rel=0.01)
-    assert not plan.read_shape("llada-8b").causal
+    each, together = (plan.plan(config, 1, 5, tokens, 300)["flops"] for tokens in (1, 1500))
+    assert each == pytest.approx(together, rel=0.01)
     row = plan.row({"peak": 2**31, "flops": 9e14, "traffic": 33e10}, 4)
     assert row == ["4", "2.0", "900.0", "330.0", "2 to 3"]
 
@@ -209,15 +186,14 @@ def test_a_plan_follows_from_the_sizes():
 def test_a_program_of_bench_prints_its_table(tmp_path, monkeypatch, capsys):
     compared = bench.table({"a": {"seconds": 4.0}, "b": {"seconds": 2.0}})
     assert re.search(r"^b +\| 2 \(0\.50 x\)", compared, re.M)
-    (toy,) = bench.loop().values()
-    assert 0 < toy["CPU seconds"] < 5 and 0 < toy["seconds passed"] < 20
-    with pytest.raises(UserError):
-        bench.command_seconds("maskft.py", "--model", "no/such")
     out = tmp_path / "report.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "start", "tiny", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "loop", "tiny", "bio:2", "--out", str(out)])
     bench.main()
-    assert "tokenizer" in capsys.readouterr().out
-    assert 0.1 < data.read_json(out)["figures"]["--help"]["CPU seconds"] < 60
+    assert "tiny, bio:2, masked" in capsys.readouterr().out
+    (figures,) = data.read_json(out)["figures"].values()
+    assert abs(figures["CPU seconds"]) < 1 and 0 < figures["seconds passed"] < 5
+    with pytest.raises(UserError):
+        bench.command_seconds("no/such.py")
 
 
 def test_bench_compares_with_transformers(monkeypatch, capsys):
@@ -232,39 +208,33 @@ def test_bench_compares_with_transformers(monkeypatch, capsys):
 
 
 def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch):
-    """Of the same weights nothing is lost; halfway to others something is."""
+    """Of other weights something is lost, halfway to them less."""
     asked = [{"question": "Ada works in which city?", "answer": "in"}, {"question": "Who?"}]
-    asked.append({"question": "Who works for Fablix?", "answer": "Ada"})
+    asked += [{"question": "Who works?", "answer": "Ada"}, {"question": "Who?!", "answer": "Bo"}]
     monkeypatch.setattr(kept, "ORDINARY", write(tmp_path / "ordinary.jsonl", *asked))
     other = maskft.load("tiny")
     torch.manual_seed(0)
     other.embed.weight.data += 0.3 * torch.randn(other.embed.weight.shape)
     run = tmp_path / "other"
-    run.mkdir()
-    maskft.save(other, run)
+    saved = tmp_path / "saved"
+    for path in (run, saved):
+        path.mkdir()
+        maskft.save(other, path)
     taught = {"data": "bio:1", "paraphrase": "none", "seed": 0}
     data.write_json(run / "results.json", {"arguments": taught})
-    saved = tmp_path / "saved"
-    saved.mkdir()
     given = Namespace(base="tiny", runs=[run], share=[1.0, 0.5], facts=True, save=saved)
     before, after, half = kept.measure(given)
-    assert before["questions"] == 0.5 and before["nll"] < half["nll"] < after["nll"]
-    assert before["facts"] == {} and half["facts"].keys() == {"forward", "backward"}
+    assert (
+        before["questions"] == pytest.approx(1 / 3) and before["nll"] < half["nll"] < after["nll"]
+    )
+    assert half["facts"].keys() == {"forward", "backward"}
     weights = [maskft.load(model).embed.weight for model in ("tiny", saved, run)]
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
-    assert data.load_tokenizer(saved).stop_ids
-    # a model of another shape has not begun with it, and a diffusion model answers otherwise
-    raw = data.read_json(HERE / "tiny/config.json") | {"vocab_size": 7}
-    maskft.save(maskft.Model(maskft.parse_config(raw)), run)
-    for wrong, message in ((run, "did not begin"), (HERE / "tiny-llada", "diffusion model")):
-        with pytest.raises(UserError, match=message):
-            kept.measure(Namespace(base="tiny", runs=[wrong], share=[0.5], facts=False))
-
-
-def test_ordinary_questions_are_150_and_different():
-    asked = jsonl(kept.ORDINARY)
-    assert len({record["question"] for record in asked}) == 150
-    assert sum("answer" in record for record in asked) == 100
+    with pytest.raises(UserError, match="diffusion model"):
+        kept.load_causal("tiny-llada", "cpu")
+    maskft.save(maskft.load(bench.write_toy(tmp_path / "toy")), run)
+    with pytest.raises(UserError, match="did not begin"):
+        kept.measure(given)
 
 
 # -------------------------------------------------------------------------- what the READMEs say
@@ -323,9 +293,9 @@ def test_every_flag_of_the_readme_is_one_and_its_links_lead_somewhere():
             file, _, anchor = target.partition("#")
             other = path.parent / file if file else path
             assert other.exists(), target
-            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.M) if anchor else []
-            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert not anchor or anchor in slugs, target
+            if anchor:
+                title = anchor.replace("-", " ")
+                assert f"# {title}\n" in other.read_text().lower(), target
 
 
 def test_nothing_speaks_of_where_it_was_made():
@@ -379,4 +349,4 @@ def test_numbers_in_the_results_are_those_of_the_report_that_is_linked():
             checked += 1
     assert checked >= 10
     for path in HERE.glob("results/*/*.json"):
-        assert f"({path.relative_to(RESULTS.parent)})" in RESULTS.read_text()
+        assert f"({path.parent.name}/{path.name})" in RESULTS.read_text()
