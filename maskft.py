@@ -1317,17 +1317,17 @@ def claim(run, out, locks):
     """The directory of a run, locked until `locks` end, and the run's results so far.
 
     out      its path; None = the next free out/DATA-METHOD-N
-    results  {} of a new run. A directory with an unfinished run of the same settings is gone on
-             with, so the same command, given again by a person or a scheduler, goes on
+    results  {} of a new run. A directory with a run of the same settings is gone on with, so the
+             same command, given again by a person or a scheduler, goes on
     """
     out = out or free_directory(run)
     out.mkdir(parents=True, exist_ok=True)
     locks.enter_context(locked(out))
-    results = unfinished(run, out)
+    results = results_of(run, out)
     if not results and any(path.name != ".lock" for path in out.iterdir()):
         raise UserError(
-            f"{out} is in use, and not by an unfinished run of these settings and --data as it is "
-            "now: give another --out"
+            f"{out} is in use, and not by a run of these settings and --data as it is now: give "
+            "another --out"
         )
     return out, results
 
@@ -1336,20 +1336,22 @@ def free_directory(run):
     """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, the one that it
     had."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    newest = None
     for n in count(1):
         out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
-        if again and unfinished(run, out):
-            return out
+        if not out.exists() and again and newest and results_of(run, newest):
+            return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
             out.mkdir(parents=True)
             return out
+        newest = out
 
 
-def unfinished(run, out):
+def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
     results = data.read_object(out / "results.json")
     same = [results.get(name) == value for name, value in identity(run).items()]
-    return results if all(same) and not is_finished(out) else {}
+    return results if all(same) else {}
 
 
 def identity(run):
@@ -1370,6 +1372,9 @@ def settings_of(out, methods):
     path = out / "results.json"
     with data.reading(path, "not the settings of a run of this version"):
         settings = Settings(**data.read_json(path)["arguments"])
+        for setting in dataclasses.fields(Settings):
+            if not isinstance(getattr(settings, setting.name), setting.type | None):
+                raise TypeError(f"{setting.name} is no {setting.type.__name__}")
     if settings.method not in methods:
         raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
     if is_finished(out):
@@ -1999,6 +2004,9 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             out = out_of(args, run.settings.method, several=len(runs) > 1)
             run.out, run.results = on_rank_0(partial(claim, run, out, locks))
         for run in runs:
+            if on_rank_0(partial(is_finished, run.out)):
+                print0(f"{run.out}: finished before")
+                continue
             with explained(run):
                 build(run)
                 train(run)
