@@ -39,7 +39,22 @@ from data import UserError
 
 # ---------------------------------------------------------------------------------------- metrics
 
-STOP_WORDS = re.split(" ", "a of the and is are be to new on in at an for")
+STOP_WORDS = {
+    "a",
+    "of",
+    "the",
+    "and",
+    "is",
+    "are",
+    "be",
+    "to",
+    "new",
+    "on",
+    "in",
+    "at",
+    "an",
+    "for",
+}
 CONTRACTION = re.compile(
     r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b"
 )
@@ -261,7 +276,7 @@ def table_title(name, scores):
     """bio:40, 240 forward and 120 backward questions, or facts.jsonl, 12 questions."""
     asked = {direction: scores[direction]["n"] for direction in DIRECTIONS if direction in scores}
     counts = " and ".join(f"{n} {direction}".removesuffix(" all") for direction, n in asked.items())
-    return f"{name}, {counts or 'no'} questions"
+    return f"{Path(name).name}, {counts or 'no'} questions"
 
 
 def over_seeds(evaluations):
