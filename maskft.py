@@ -37,16 +37,11 @@ import regex
 import safetensors
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
 from huggingface_hub.utils import tqdm
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -858,13 +853,18 @@ def load_weights(model, directory, device):
 def local_rows(parameter):
     """(what this rank holds of a parameter, the number of its first row)."""
     local = parameter.detach()
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "to_local"):  # FSDP2 did not share it out
         return local, 0
     # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
     rows = parameter.shape[0]
     mesh = parameter.device_mesh
     start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
     return local.to_local(), start
+
+
+def whole(tensor):
+    """A tensor that FSDP2 may have shared out; call it on every rank."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def save(model, path):
@@ -879,9 +879,7 @@ def save(model, path):
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said, torch.float32)
     tensors = {}
     for ours, theirs in checkpoint_names(model, raw["model_type"]).items():
-        tensor = model.get_parameter(ours).detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # on every rank
+        tensor = whole(model.get_parameter(ours).detach())
         if rank() == 0:
             tensors[theirs] = tensor.to("cpu", dtype)
     if rank() == 0:
@@ -1195,6 +1193,8 @@ def shard(model, device, dtype, offload=False):
     """
     if world_size() == 1 and not offload:
         return model
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # without cast_forward_inputs=False the RoPE tables would be rounded to bf16
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -1209,7 +1209,7 @@ def shard(model, device, dtype, offload=False):
 @contextmanager
 def gathered(model):
     """All parameters whole on every rank: inside, ranks may call the model unequally often."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -1225,8 +1225,13 @@ def gathered(model):
 # -------------------------------------------------------------------------------------- checkpoints
 
 
+# torch.distributed.checkpoint (DCP) takes a second to import, so --help does without
+
+
 def save_checkpoint(run, step):
     """Write out/.../ckpt/step-N, which has its name once it is whole; keep the last two."""
+    import torch.distributed.checkpoint as dcp
+
     folder = run.out / "ckpt"
     part = folder / f"part-{step}"
     if rank() == 0:
@@ -1234,10 +1239,9 @@ def save_checkpoint(run, step):
             shutil.rmtree(cut_short)
         part.mkdir(parents=True)
     dist.barrier()
-    weights, optimizer_state = get_state_dict(run.model, run.optimizer)
     try:
         with dcp_errors():
-            dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=part)
+            dcp.save(state_of(run), checkpoint_id=part)
     except RuntimeError:  # torch keeps to itself what the system said: have it said again
         (part / "probe").write_bytes(bytes(2**20))
         raise
@@ -1251,24 +1255,40 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run):
     """Fill model and optimizer from the newest checkpoint; the step to go on with, or 0."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     saved = on_rank_0(partial(checkpoints, run.out))  # one sight for all: file systems may lag
     if not saved:
         return 0
     newest = saved[-1]
-    weights, optimizer_state = get_state_dict(run.model, run.optimizer)
+    state = state_of(run)
     advice = f"is damaged. Delete {shlex.quote(str(newest))} to go on from before it"
     with data.reading(newest, advice), dcp_errors():
         # in place; unpickles .metadata: only runs of your own
-        dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=newest)
+        dcp.load(state, checkpoint_id=newest)
     set_state_dict(
-        run.model, run.optimizer, model_state_dict=weights, optim_state_dict=optimizer_state
+        run.model,
+        run.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
     )
     return step_of(newest)
+
+
+def state_of(run):
+    """Weights and optimizer state as DCP takes them; other numbers of processes read them, too."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, optimizer_state = get_state_dict(run.model, run.optimizer)
+    return {"model": weights, "optimizer": optimizer_state}
 
 
 @contextmanager
 def dcp_errors():
     """The first rank's own error in place of DCP's collection, which is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:
@@ -1769,9 +1789,7 @@ def update(run, examples, lr):
         # split
         (loss * world_size()).backward()
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
     run.optimizer.step()
     run.optimizer.zero_grad()
     return torch.stack([total, norm.to(run.device)])  # with --offload gradients are not there
