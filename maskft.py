@@ -297,6 +297,8 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     if (path.parent / "adapter_config.json").exists():
         raise UserError(f"{directory}: an adapter: merge it into its base model, and give that")
+    if (path.parent / "metrics.jsonl").exists() and not path.exists():
+        raise UserError(f"{directory}: a run that is not finished: --resume it")
     with data.reading(path):
         raw = data.read_json(path)
         config = parse_config(raw | code_elsewhere(raw, path.parent))
