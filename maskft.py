@@ -614,7 +614,9 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.width)
+        # weights come from a file: to draw some on `meta` would take a second of imports
+        nothing = torch.zeros(config.vocab, config.width)
+        self.embed = nn.Embedding.from_pretrained(nothing, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         # a tied model has no head of its own: two names for one tensor come apart under to_empty
@@ -835,11 +837,12 @@ def load_weights(model, directory, device):
             f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
             "such): are they of one model, not quantized, and complete?"
         )
-    for theirs, ours in names.items():
-        with data.reading(files[theirs]), safetensors.safe_open(files[theirs], "pt") as file:
-            shape = file.get_slice(theirs).get_shape()
-        if shape != list(model.get_parameter(ours).shape):
-            raise UserError(f"{files[theirs]}: {theirs} has shape {shape}, unlike config.json")
+    for path in set(files.values()):
+        with data.reading(path), safetensors.safe_open(path, "pt") as file:
+            for theirs in [name for name in names if files[name] == path]:
+                shape = file.get_slice(theirs).get_shape()
+                if shape != list(model.get_parameter(names[theirs]).shape):
+                    raise UserError(f"{theirs} has shape {shape}, unlike config.json")
     model.to_empty(device=device)
     for theirs, ours in names.items():
         local, start = local_rows(model.get_parameter(ours))
