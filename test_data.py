@@ -239,7 +239,6 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
 
 UNSUPPORTED = [
     {"byte_fallback": True},
-    {"type": "Unigram"},
     {"dropout": 0.1},
     {"unk_token": "a"},
     {"end_of_word_suffix": "</w>"},
@@ -594,7 +593,7 @@ def test_without_a_token_to_spare_or_with_one_beyond_the_embeddings_one_is_told(
     path = write_tokenizer(tmp_path, [*CHATML, "<|mask|>"])
     write(path / "config.json", {"vocab_size": 268})
     message = refusal(data.load_tokenizer, path)
-    assert "<|mask|>" in message and "resize_token_embeddings(269)" in message
+    assert "268" in message and "resize_token_embeddings" in message
     assert str(path / "config.json") in message
     write(path / "config.json", {"vocab_size": 9, "embedding_size": 269})
     assert data.load_tokenizer(path).mask_id == 268
