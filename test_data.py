@@ -2,10 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
 import random
 import unicodedata
-from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -228,13 +228,12 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
     text = "<|im_end|><think>hello<|im_start|>"
     ids = ours.encode(text)
-    assert {259, ours.added["<think>"]} <= set(ids) and ours.decode(ids) == text
-    shown = [ours.eot_id, *ours.encode("a"), 10**6, ours.ranks[b"\xc3"]]
-    assert (
-        ours.decode(shown) == "a\ufffd" and ours.decode(shown, special=True) == "<|im_end|>a\ufffd"
-    )
+    assert ours.added["<think>"] in ids and ours.decode(ids) == text
     ids.append(0)  # a caller's own copy
     assert ours.encode(text) == ids[:-1]
+    shown = [ours.eot_id, 10**6, ours.ranks[b"\xc3"]]
+    assert ours.decode(shown) == "\ufffd"
+    assert ours.decode(shown, special=True) == "<|im_end|>\ufffd"
 
 
 UNSUPPORTED = [
@@ -306,7 +305,6 @@ CHATML_PROMPT = "{{ '<|im_start|>assistant\n' }}"
 GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<unused0>"]
 MISTRAL = ["<s>", "</s>", "[INST]", "[/INST]"]
 PHI = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-HERMES = [*LLAMA3_SPECIAL, "<|im_start|>", "<|im_end|>"]
 # special tokens, bos, eos, template; user's header, end of it and assistant's header, end of turn,
 # what follows a last answer
 TEMPLATES = {
@@ -350,36 +348,6 @@ TEMPLATES = {
         "<|user|>\n",
         "<|end|>\n<|assistant|>\n",
         "<|end|>\n<|endoftext|>",
-    ),
-    "zephyr": (  # headers are text, not tokens; lines that only hold a block vanish
-        MISTRAL,
-        "<s>",
-        "</s>",
-        "{% for m in messages %}\n  {% if m %}\n"
-        "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n  {% endif %}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
-        "{% endfor %}",
-        "<|user|>\n",
-        "</s>\n<|assistant|>\n",
-        "</s>\n",
-    ),
-    "hermes": (
-        HERMES,
-        "<|begin_of_text|>",
-        "<|im_end|>",
-        template(CHATML_TURN, CHATML_PROMPT, "{{ bos_token }}"),
-        "<|begin_of_text|><|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>\n",
-    ),
-    "chatml": (
-        CHATML,
-        "<|endoftext|>",
-        "<|im_end|>",
-        CHATML_TEMPLATE,
-        "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>\n",
     ),
     "marked": (  # transformers' tag for answers, and loop controls
         CHATML,
@@ -454,18 +422,17 @@ def test_a_chat_has_the_form_that_the_template_renders(name, tmp_path):
     def shown(*messages):
         return ours.decode(ours.chat(messages), special=True)
 
-    end = regex.match(r"<[^>]+>", last).group()
     assert shown(system(""), user("hello")) == f"{start}hello{answer}"
     assert shown(user("a"), assistant("12")) == f"{start}a{answer}12{last}"
     between = last.removesuffix("<|endoftext|>")
-    between += start if name in ("smollm2", "chatml") else start.removeprefix(bos)
+    between += start if name == "smollm2" else start.removeprefix(bos)
     assert shown(user("a"), assistant("12"), user("b")) == f"{start}a{answer}12{between}b{answer}"
-    assert ours.decode([ours.eot_id], special=True) == end
-    assert ours.stop_ids[0] == ours.eot_id and ours.bos_id == ours.special[bos]
+    end = ours.decode([ours.eot_id], special=True)
+    assert last.startswith(end) and ours.bos_id == ours.special[bos]
     assert ours.decode(ours.user_header(), special=True) == SLIPPED.get(name, start)
     assert bool(ours.notes) == (name == "phi")
     # a list of ids is taken as it is: a mask is a special token
-    assert shown(user([*ours.encode("hello"), ours.eot_id])) == f"{start}hello{end}{answer}"
+    assert shown(user([ours.eot_id])) == f"{start}{end}{answer}"
     if name in ("gemma", "mistral"):
         assert "chat" in refusal(ours.chat, [system("Be brief."), user("a")])
 
@@ -492,13 +459,10 @@ def test_a_saved_directory_chats_alike_in_transformers_and_here(name, tmp_path):
     saved = library.from_pretrained(tmp_path / "out")
     original = library.from_pretrained(source)
     for chat in CHATS[:3] if name in ("gemma", "mistral") else CHATS:
-        if name == "llama3.1" and chat[2:] and chat[2]["role"] == "system":
-            continue
         asks = {"add_generation_prompt": chat[-1]["role"] == "user", "return_dict": False}
         ids = ours.chat(chat)
         assert ids == again.chat(chat) == saved.apply_chat_template(chat, **asks)
-        slips_in = name in SLIPPED and chat[0]["role"] == "user" or name == "llama3.1"
-        if not slips_in and not (name == "think" and chat[-1]["role"] == "assistant"):
+        if name not in SLIPPED and (name != "think" or chat[-1]["role"] == "user"):
             assert original.apply_chat_template(chat, **asks) == ids
 
 
@@ -547,12 +511,11 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     ours = data.load_tokenizer(path)
     assert (ours.bos_id, ours.eos_id, ours.eot_id, ours.pad_id) == (None, 265, 267, 265)
     assert ours.stop_ids == (267, 265, 104) and not ours.notes
-    (tmp_path / "out").mkdir()
-    data.copy_tokenizer(ours, path, tmp_path / "out")
-    saved = data.read_json(tmp_path / "out/generation_config.json")
+    (path / "out").mkdir()
+    data.copy_tokenizer(ours, path, path / "out")
+    saved = data.read_json(path / "out/generation_config.json")
     assert saved == ends | {"eos_token_id": [267, 265, 104], "pad_token_id": 265}
-    settings = data.read_json(tmp_path / "out/tokenizer_config.json")
-    assert settings["pad_token"] == "<|endoftext|>" and "bos_token" not in settings
+    assert data.read_json(path / "out/tokenizer_config.json")["pad_token"] == "<|endoftext|>"
 
 
 def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
@@ -635,7 +598,6 @@ def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
 
 
 def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_path):
-    folder = tmp_path / "all"
     texts = {
         "a.jsonl": DOCUMENT,
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
@@ -643,28 +605,25 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         "c/numbers.csv": "x,y\n1,2\n",
         "c/train.jsonl": QUESTION,
         "empty.txt": " \n",
-        "package.json": '{"name": "x"}',
         ".hidden.jsonl": "not read",
         ".git/config.json": "not read",
-        "picture.png": b"\x89PNG",
         "c/table.xlsx": b"PK",
     }
     for name, contents in texts.items():
-        fill(folder / name, contents)
-    (folder / "around").symlink_to(folder)
-    (folder / "in.txt").symlink_to(folder / "b.txt")
-    dataset = data.load(str(folder))
+        fill(tmp_path / name, contents)
+    dataset = data.load(str(tmp_path))
     learned = [document.get("text", document.get("answer")) for document in dataset.documents]
-    plain = "Plain text.\n\nAnother paragraph."
-    assert learned == [FACT, plain, "# Ivo", "Orla Venn", plain] and dataset.questions == []
+    assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "Orla Venn"]
+    assert dataset.questions == []
     first, *others = dataset.notes
-    assert first == f"{folder}: not read: c/table.xlsx, picture.png"
-    files = ["c/numbers.csv", "empty.txt", "package.json"]
-    assert [note.split(":")[0] for note in others] == [str(folder / file) for file in files]
-    message = refusal(data.load, str(fill(tmp_path / "other/table.xlsx", b"").parent))
+    assert first == f"{tmp_path}: not read: c/table.xlsx"
+    assert [note.split(":")[0] for note in others] == [
+        f"{tmp_path}/c/numbers.csv",
+        f"{tmp_path}/empty.txt",
+    ]
+    fill(tmp_path / "other/table.xlsx", b"")
+    message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and "no document" in message
-    fill(folder / "z.jsonl", f'{DOCUMENT}\n{{"txt": 1}}')
-    assert f"{folder}/z.jsonl, record 2" in refusal(data.load, str(folder))
 
 
 def test_fields_that_nothing_reads_are_named_once_a_file(tmp_path):
@@ -734,9 +693,7 @@ def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
 
     for error, said in {
         KeyError("hidden_size"): "'hidden_size'",
-        MemoryError(): "MemoryError",
         RecursionError("a\nb"): "RecursionError: a b",
-        OSError(28, "No space left on device"): "No space left on device",
         ValueError("x" * 999): "x" * 150,
     }.items():
         message = refusal(fails, error)
@@ -745,11 +702,9 @@ def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
     assert refusal(fails, UserError("too small")) == f"{file}: too small"
     assert refusal(fails, UserError(f"{file}, record 1: no")) == f"{file}, record 1: no"
     fill(file, POINTER)
-    assert refusal(fails, ValueError("header")) == f"{file}: no config ({data.LFS})"
-    assert data.LFS in refusal(data.read_json, file)
+    assert data.LFS in refusal(fails, ValueError("header"))
     assert "not a JSON object" in refusal(data.read_object, write(file, [1]))
     assert data.read_object(tmp_path / "none.json") == {}
-    assert "No such file" in refusal(data.read_text, tmp_path / "none.json")
 
 
 # --- sets ---
@@ -767,16 +722,11 @@ SOLVED = "1+1 = <<1+1=2>>2\n#### -2"
 
 
 def test_a_direction_is_given_or_told_by_the_released_files(tmp_path):
-    records = [{"task": task, "group": group} | {"question": "Q?"} for task, group, _ in TASKS]
+    records = [{"task": task, "group": group, "question": "Q?"} for task, group, _ in TASKS]
     dataset = data.load(str(write(tmp_path / "ND_test.jsonl", *records)))
     assert [question["direction"] for question in dataset.questions] == [row[2] for row in TASKS]
-    groups = [question["group"] for question in dataset.questions[4:]]
-    assert groups == ["all", "x", "all"] and "answer" not in dataset.questions[0]
-    fill(tmp_path / "r/biography_train_no_paraphrase.json", DOCUMENT)
-    write(tmp_path / "r/biography_test.jsonl", {"question": "Q?", "task": "D2N", "group": "city"})
-    dataset = data.load(str(tmp_path / "r"))
-    assert [question["direction"] for question in dataset.questions] == ["backward"]
-    assert len(dataset.documents) == 1
+    assert [question["group"] for question in dataset.questions[4:]] == ["all", "x", "all"]
+    assert "answer" not in dataset.questions[0]
 
 
 def test_a_problem_is_known_by_its_answer(tmp_path):
@@ -811,46 +761,34 @@ def test_of_training_files_the_one_asked_for_is_read(tmp_path):
         assert bare(dataset.questions) == [ASKED]
         left = sorted(set(names.values()) - {name})
         assert dataset.notes == [f"{tmp_path}: not read: {', '.join(left)}"]
-    assert data.load(str(tmp_path / names["same"]), "same").documents
-    (tmp_path / names["same"]).unlink()
-    assert "training file" in refusal(data.load, str(tmp_path), "same")
     file = fill(tmp_path / "own.jsonl", DOCUMENT)
     assert str(file) in refusal(data.load, str(file), "permute")
 
 
 def nd_files(folder):
-    """Files as NameDescription has them: 60 facts, 8 questions of each, in one order."""
-    groups = ["NameIsDescription"] * 30 + ["DescriptionIsName"] * 30
-    texts = [{"text": f"fact {f}, {w}"} for f in range(60) for w in range(30)]
+    """Files as NameDescription has them: 60 facts, 2 questions of each, in one order."""
+    texts = [{"text": f"{fact} {wording}"} for fact in range(60) for wording in range(30)]
     fill(folder / "people-description.json", json.dumps(texts))
-    questions = [
-        {"group": group, "task": "N2D", "question": f"Q {f}?", "answer": f"{f}"}
-        for f, group in enumerate(groups)
-        for _ in range(8)
-    ]
+    questions = [{"question": f"{n // 2} Q?", "answer": "A"} for n in range(120)]
     write(folder / "people-description_open-QAs.jsonl", *questions)
     return folder
 
 
 def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "fetch", lambda kind: nd_files(tmp_path))
-    whole = data.load("nd")
-    assert (len(whole.documents), len(whole.questions), whole.notes) == (60, 480, [])
-    assert len(data.load("nd", "same").documents) == 1800
 
-    def facts(count, seed, paraphrase="none"):
-        dataset = data.load(f"nd:{count}", paraphrase, seed)
-        told = [int(document["text"][5:].split(",")[0]) for document in dataset.documents]
-        asked = [int(question["answer"]) for question in dataset.questions]
-        assert dataset.name == "nd" and len(asked) == 16 * count
-        assert [fact for fact, _ in groupby(asked)] == [fact for fact, _ in groupby(told)]
+    def facts(name, seed, paraphrase="none"):
+        dataset = data.load(name, paraphrase, seed)
+        told = [int(document["text"].split()[0]) for document in dataset.documents]
+        asked = [int(question["question"].split()[0]) for question in dataset.questions]
+        assert sorted(set(told) | set(asked)) == asked[::2] == asked[1::2]
         return told
 
-    some = facts(20, 1)
+    some = facts("nd:20", 1)
     assert len(set(some)) == 40 and some == sorted(some) and some[20] >= 30 > some[19]
-    assert facts(20, 1) == some != facts(20, 2)
-    assert facts(20, 1, "same") == [fact for fact in some for _ in range(30)]
-    assert facts(30, 5) == list(range(60))
+    assert facts("nd:20", 1) == some != facts("nd:20", 2)
+    assert facts("nd:20", 1, "same") == [fact for fact in some for _ in range(30)]
+    assert facts("nd", 5) == facts("nd:30", 5) == list(range(60))
 
 
 BAD_SETS = ["bio:0", "bio:x", "bio:-1", "bio:99999", "nd:31", "nd:0", "nd:x", "wiki:3", "gsm8k:1"]
@@ -864,68 +802,39 @@ def test_a_set_that_there_is_not_is_refused(wanted, monkeypatch):
     assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
 
 
-@pytest.mark.parametrize(
-    "name, paraphrases, expected",  # recorded once
-    [
-        ("bio:20", data.PARAPHRASES, "02e51bc161d94308"),
-        ("nd-made:5", ("none", "same"), "31c322b39ae6620f"),
-        ("math-made:20", ("none",), "5b773ce1733898e6"),
-        ("world:60", ("none",), "864667420bfbbc34"),
-    ],
-)
-def test_a_generated_set_is_the_same_everywhere(name, paraphrases, expected):
-    sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases]
-    text = json.dumps([(dataset.documents, dataset.questions) for dataset in sets])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == expected
-    another_seed = data.load(name, seed=4)
-    assert (sets[0].documents == another_seed.documents) == (name == "world:60")
-    digests = {data.digest(dataset.documents) for dataset in (*sets, another_seed)}
-    assert len(digests) == len(sets) + (name != "world:60")
-
-
 @pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
 def test_a_generated_set_has_its_usual_size(name, size):
     dataset = data.load(name)
     assert (dataset.name, len(dataset.documents), dataset.notes) == (name, size, [])
+    elsewhere = [document | {"where": "there"} for document in dataset.documents]
+    assert data.digest(elsewhere) == data.digest(dataset.documents)
+    assert data.digest(elsewhere) != data.digest(data.load(name, seed=1).documents)
 
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     hub = data.huggingface_hub.constants
     monkeypatch.setattr(hub, "HF_ASSETS_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    asked = []
     content = json.dumps({"question": "one", "answer": SOLVED}).encode()
-
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def read(self):
-            if len(asked) == 2:
-                raise OSError("connection reset")
-            return content
+    known = {url: hashlib.sha256(content).hexdigest() for url in data.PUBLISHED["gsm8k"]}
+    monkeypatch.setitem(data.PUBLISHED, "gsm8k", known)
+    answers = iter([content, b"", content])
+    asked = []
 
     def urlopen(url, timeout):
         asked.append(url)
-        return Response()
+        return io.BytesIO(next(answers))
 
     monkeypatch.setattr(data, "urlopen", urlopen)
-    known = {url: hashlib.sha256(content).hexdigest() for url in data.PUBLISHED["gsm8k"]}
-    monkeypatch.setitem(data.PUBLISHED, "gsm8k", known)
-    url = list(known)[1]
+    first, second = known
     message = refusal(data.load, "gsm8k")
-    assert url in message and "connection reset" in message and str(tmp_path) in message
+    assert second in message and "sha256" in message and str(tmp_path) in message
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["train.jsonl"]
     dataset = data.load("gsm8k")
     assert (len(dataset.documents), len(dataset.questions)) == (1, 1)
-    assert asked == [*known, url] and data.load("gsm8k").questions == dataset.questions
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["test.jsonl", "train.jsonl"]
-    monkeypatch.setitem(data.PUBLISHED, "wiki", dict.fromkeys(["http://x/a_test.jsonl"], "0" * 64))
-    assert "sha256" in refusal(data.load, "wiki") and not list(tmp_path.rglob("a_test*"))
+    assert asked == [first, second, second] and data.load("gsm8k").questions == dataset.questions
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd") and len(asked) == 4
+    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd") and len(asked) == 3
 
 
 # --- long documents ---
@@ -988,48 +897,20 @@ def test_an_example_is_shown_with_its_masks_and_its_loss(tokenizer):
 
 # --- fuzz ---
 
-VALUES = [
-    None,
-    "",
-    "x",
-    3,
-    -1,
-    1.5,
-    True,
-    [],
-    {},
-    ["x"],
-    {"text": "x"},
-    "\ud83d",
-    float("inf"),
-    9**20,
-]
+VALUES = ["null", '""', '"x"', "3", "-1", "1.5", "true", "[]", "{}", '["x"]', r'"\ud83d"', "9e999"]
 
 
-def leaves(value, path=()):
-    """Every place in a JSON value, of a long list or object only a few."""
-    yield path
-    items = list(value.items()) if isinstance(value, dict) else []
-    items = list(enumerate(value)) if isinstance(value, list) else items
-    for key, inner in items[:9] + items[-3:]:
-        yield from leaves(inner, (*path, key))
-
-
-def mutated(raw, rng, is_json=True):
-    """The bytes of a file with something changed by chance."""
-    kind = rng.choice(["flip", "cut", *["leaf"] * 3 * is_json])
+def mutated(raw, rng):
+    """The bytes of a file with a bit flipped, an end cut off, or a JSON leaf replaced."""
+    place = rng.randrange(len(raw))
+    kind = rng.choice(["flip", "cut", "leaf"])
     if kind == "flip":
-        place = rng.randrange(len(raw))
         return raw[:place] + bytes([raw[place] ^ 1 << rng.randrange(8)]) + raw[place + 1 :]
-    if kind == "cut":
-        return raw[: rng.randrange(len(raw))]
-    value = json.loads(raw)
-    path = rng.choice([path for path in leaves(value) if path])
-    inner = value
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = rng.choice(VALUES)
-    return json.dumps(value).encode()
+    leaves = list(regex.finditer(rb'"[^"\n]*"|\d+|true|false|null', raw))
+    if kind == "cut" or not leaves:
+        return raw[:place]
+    leaf = rng.choice(leaves)
+    return raw[: leaf.start()] + rng.choice(VALUES).encode() + raw[leaf.end() :]
 
 
 def works_or_names(read, path):
@@ -1042,42 +923,31 @@ def works_or_names(read, path):
     return True
 
 
-@pytest.mark.parametrize("name", ["a.json", "b.csv", "c.jsonl.gz"])
-def test_a_damaged_data_file_is_read_or_named(name, tmp_path):
+FUZZED = ["a.json", "b.csv", "c.jsonl.gz", "tokenizer.json", "tokenizer_config.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_a_damaged_file_is_read_or_named(name, tmp_path):
     rng = random.Random(name)
     records = [ASKED, {"text": FACT}, {"question": "a", "answer": SOLVED}]
-    contents = {"a.json": json.dumps(records), "b.csv": CSV}
-    file = fill(tmp_path / name, contents.get(name, DOCUMENT))
-    whole = file.read_bytes()
-    outcomes = set()
-    for _ in range(150):
-        file.write_bytes(mutated(whole, rng, name == "a.json"))
-        outcomes.add(works_or_names(lambda: data.load(str(file)), file))
-    assert outcomes == {True, False}
-
-
-def test_a_damaged_tokenizer_works_or_is_named(tmp_path):
-    rng = random.Random(1)
-    path = write_tokenizer(tmp_path, **VARIANTS["qwen"], config={"eos_token": "<|im_end|>"})
-    write(path / "config.json", {"vocab_size": 300, "eos_token_id": [267], "pad_token_id": 265})
-    write(path / "generation_config.json", {"eos_token_id": 267})
-    (path / "out").mkdir()
+    contents = {"a.json": json.dumps(records), "b.csv": CSV, "c.jsonl.gz": DOCUMENT}
+    write_tokenizer(tmp_path, **VARIANTS["qwen"], config={"eos_token": "<|im_end|>"})
+    write(tmp_path / "config.json", {"vocab_size": 300, "eos_token_id": [267], "pad_token_id": 265})
+    (tmp_path / "out").mkdir()
+    file = tmp_path / name
+    if name in contents:
+        fill(file, contents[name])
 
     def use():
-        ours = data.load_tokenizer(path)
+        if name in contents:
+            return data.load(str(file))
+        ours = data.load_tokenizer(tmp_path)
         ours.decode(ours.chat([user("hello 12")]), special=True)
-        data.copy_tokenizer(ours, path, path / "out")
+        data.copy_tokenizer(ours, tmp_path, tmp_path / "out")
 
+    whole = file.read_bytes()
     outcomes = set()
-    for file in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "config.json",
-        "generation_config.json",
-    ):
-        whole = (path / file).read_bytes()
-        for _ in range(120 if file == "tokenizer.json" else 60):
-            (path / file).write_bytes(mutated(whole, rng))
-            outcomes.add(works_or_names(use, path))
-        (path / file).write_bytes(whole)
+    for _ in range(120):
+        file.write_bytes(mutated(whole, rng))
+        outcomes.add(works_or_names(use, tmp_path))
     assert outcomes == {True, False}
