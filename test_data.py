@@ -219,8 +219,7 @@ def test_ids_are_those_recorded_and_of_the_reference_and_text_is_never_special(n
 
 def test_ordinary_tokens_stand_in_the_order_of_the_merges(tokenizer, tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, unmerged=["xyz"]))
-    assert list(ours.ranks.values()) == list(range(256 + len(MERGES)))
-    assert ours.ranks[b" wo"] == 264 and ours.decode([265]) == "xyz"
+    assert list(ours.ranks.values()) == list(range(265)) and ours.decode([265]) == "xyz"
     assert sha(list(tokenizer.ranks.values())) == "eb8802082e2abb7a"
 
 
@@ -238,22 +237,15 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
 
 UNSUPPORTED = [
     {"byte_fallback": True},
-    {"dropout": 0.1},
     {"unk_token": "a"},
-    {"end_of_word_suffix": "</w>"},
     {"normalizer": {"type": "NFKC"}},
-    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
-    {"pre_tokenizer": None},
     {"pre_tokenizer": {"type": "Metaspace"}},
     {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
     {"pre_tokenizer": steps("a", behavior="MergedWithNext")},
-    {"pre_tokenizer": steps(last=digits(True))},
     {"pre_tokenizer": steps("(?=a")},
     {"plain": ["<think>"], "flags": {"lstrip": True}},
     {"plain": ["<think>"], "flags": {"normalized": True}, "normalizer": {"type": "NFC"}},
-    {"merges": ["a b"], "vocab": {"a": 0, "b": 1}},
     {"shuffle": True},
-    {"vocab": []},
 ]
 
 
@@ -422,15 +414,10 @@ def test_a_chat_has_the_form_that_the_template_renders(name, tmp_path):
     def shown(*messages):
         return ours.decode(ours.chat(messages), special=True)
 
-    assert shown(system(""), user("hello")) == f"{start}hello{answer}"
-    assert shown(user("a"), assistant("12")) == f"{start}a{answer}12{last}"
-    between = last.removesuffix("<|endoftext|>")
-    between += start if name == "smollm2" else start.removeprefix(bos)
-    assert shown(user("a"), assistant("12"), user("b")) == f"{start}a{answer}12{between}b{answer}"
+    assert shown(system(""), user("a"), assistant("12")) == f"{start}a{answer}12{last}"
     end = ours.decode([ours.eot_id], special=True)
     assert last.startswith(end) and ours.bos_id == ours.special[bos]
     assert ours.decode(ours.user_header(), special=True) == SLIPPED.get(name, start)
-    assert bool(ours.notes) == (name == "phi")
     # a list of ids is taken as it is: a mask is a special token
     assert shown(user([ours.eot_id])) == f"{start}{end}{answer}"
     if name in ("gemma", "mistral"):
@@ -507,12 +494,11 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     ends = {"eos_token_id": [267, 104, 9999], "bos_token_id": -1, "top_k": 5}
     path = write_tokenizer(tmp_path, config={"eos_token": {"content": "<|endoftext|>"}})
     write(path / "generation_config.json", ends)
-    write(path / "config.json", {"pad_token_id": 265, "vocab_size": 270})
+    write(path / "config.json", {"pad_token_id": 265})
     ours = data.load_tokenizer(path)
-    assert (ours.bos_id, ours.eos_id, ours.eot_id, ours.pad_id) == (None, 265, 267, 265)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 265, 265)
     assert ours.stop_ids == (267, 265, 104) and not ours.notes
-    (path / "out").mkdir()
-    data.copy_tokenizer(ours, path, path / "out")
+    data.copy_tokenizer(ours, path, fill(tmp_path / "out/x", "").parent)
     saved = data.read_json(path / "out/generation_config.json")
     assert saved == ends | {"eos_token_id": [267, 265, 104], "pad_token_id": 265}
     assert data.read_json(path / "out/tokenizer_config.json")["pad_token"] == "<|endoftext|>"
@@ -520,10 +506,8 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
 
 def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, config={"eos_token": "<|endoftext|>"}))
-    assert "base model" in ours.notes[0] and ours.stop_ids == (267, 265)
-    assert (ours.eos_id, ours.pad_id) == (265, 265)
-    alone = data.load_tokenizer(write_tokenizer(tmp_path))
-    assert (alone.eos_id, alone.stop_ids, alone.notes) == (267, (267,), [])
+    assert "base model" in ours.notes[0]
+    assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
 
 
 def test_bos_is_found_in_the_template_where_no_file_declares_it(tmp_path):
@@ -554,14 +538,13 @@ def test_the_mask_is_a_token_without_other_use(special, merges, mask, tmp_path):
 
 def test_without_a_token_to_spare_or_with_one_beyond_the_embeddings_one_is_told(tmp_path):
     path = write_tokenizer(tmp_path, [*CHATML, "<|mask|>"])
-    write(path / "config.json", {"vocab_size": 268})
+    config = write(path / "config.json", {"vocab_size": 268})
     message = refusal(data.load_tokenizer, path)
-    assert "268" in message and "resize_token_embeddings" in message
-    assert str(path / "config.json") in message
-    write(path / "config.json", {"vocab_size": 9, "embedding_size": 269})
+    assert message.startswith(f"{config}: ") and "268" in message
+    write(config, {"vocab_size": 9, "embedding_size": 269})
     assert data.load_tokenizer(path).mask_id == 268
-    ours = data.load_tokenizer(write_tokenizer(tmp_path / "other"))
-    assert "no unused special token" in refusal(lambda: ours.mask_id)
+    none = data.load_tokenizer(write_tokenizer(tmp_path / "other"))
+    assert "no unused special token" in refusal(lambda: none.mask_id)
 
 
 # --- records ---
@@ -592,7 +575,7 @@ def bare(records):
 @pytest.mark.parametrize("name", SAME)
 def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
     dataset = data.load(str(fill(tmp_path / name, SAME[name])))
-    assert (bare(dataset.documents), bare(dataset.questions)) == ([{"text": FACT}], [ASKED])
+    assert bare(dataset.documents + dataset.questions) == [{"text": FACT}, ASKED]
     assert dataset.questions[0]["where"].startswith(f"{tmp_path / name}, record ")
     assert (dataset.name, dataset.notes) == (name[0], [])
 
@@ -605,9 +588,8 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         "c/numbers.csv": "x,y\n1,2\n",
         "c/train.jsonl": QUESTION,
         "empty.txt": " \n",
-        ".hidden.jsonl": "not read",
         ".git/config.json": "not read",
-        "c/table.xlsx": b"PK",
+        "other/table.xlsx": b"PK",
     }
     for name, contents in texts.items():
         fill(tmp_path / name, contents)
@@ -615,22 +597,16 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     learned = [document.get("text", document.get("answer")) for document in dataset.documents]
     assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "Orla Venn"]
     assert dataset.questions == []
-    first, *others = dataset.notes
-    assert first == f"{tmp_path}: not read: c/table.xlsx"
-    assert [note.split(":")[0] for note in others] == [
-        f"{tmp_path}/c/numbers.csv",
-        f"{tmp_path}/empty.txt",
-    ]
-    fill(tmp_path / "other/table.xlsx", b"")
+    left = ["not read: other/table.xlsx", "numbers.csv: not read", "empty.txt: not read"]
+    assert all(part in note for part, note in zip(left, dataset.notes, strict=True))
     message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and "no document" in message
 
 
 def test_fields_that_nothing_reads_are_named_once_a_file(tmp_path):
-    records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"question": "Who?", "Answer": "x"}]
-    dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records, {"text": "x"})))
+    records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"text": "x", "Answer": "x"}]
+    dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records)))
     assert dataset.notes == [f"{tmp_path}/a.jsonl: fields that nothing reads: answers, Answer"]
-    assert "answer" not in dataset.questions[0]
 
 
 BEFORE = '{"question": "Who?", "answer": "Orla", '
@@ -641,7 +617,6 @@ BAD_RECORDS = {  # second record -> a part of what is said
     '{"text": ["x"]}': '"text" must be text',
     '{"text": "\\ud83d"}': "surrogate",
     BEFORE + '"group": "\\ud83d"}': "surrogate",
-    BEFORE + '"group": "  "}': "group",
     BEFORE + '"direction": {"a": 1}}': "forward",
     BEFORE + '"direction": "math"}': "forward",
     BEFORE + '"task": "N2D", "group": "city"}': '"direction"',
@@ -652,29 +627,16 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 BAD_FILES = {  # name, contents -> a part of what is said behind the file's name
     ("a.csv", "text\nAda, a baker\n"): "more cells than columns",
     ("a.csv", 'text\nAda\n"Bo\nis open\n'): "unexpected end of data",
-    ("a.csv", "question,answer\nWho?,Bo\n,Bo\n"): "record 2",
     ("a.jsonl", f'{DOCUMENT}\n{{"text": "x\n{DOCUMENT}'): "line 2",
-    ("a.jsonl", f"{DOCUMENT}\nhello"): "line 2",
     ("a.json", "[" * 100_000 + "]" * 100_000): "RecursionError",
-    ("a.json", f'{{"text": {"9" * 5000}}}'): "digits",
     ("a.txt", b"\x89PNG"): "invalid start byte",
     ("a.txt", POINTER): "git lfs pull",
-    ("a.jsonl", POINTER): "git lfs pull",
     ("a.jsonl.gz", POINTER.encode()): "git lfs pull",
-    ("a.jsonl.gz", b"no gzip"): "gzip",
     ("a.jsonl.gz", gzip.compress(b"whole")[:-9]): "EOFError",
     ("train.jsonl", '{"question": "Who?"}'): 'record 1: "answer"',
     ("a.rst", "hello"): "'.rst' is not read; these are: .json, ",
-    ("a.docx", b"PK\xff"): "'.docx' is not read",
-    ("notes", "hello"): "'' is not read",
+    **{("a.jsonl", f"{DOCUMENT}\n{record}"): said for record, said in BAD_RECORDS.items()},
 }
-
-
-@pytest.mark.parametrize("record", BAD_RECORDS)
-def test_a_record_that_cannot_be_is_named(record, tmp_path):
-    file = fill(tmp_path / "bad.jsonl", f"{DOCUMENT}\n{record}\n{DOCUMENT}\n")
-    message = refusal(data.load, str(file))
-    assert message.startswith(f"{file}, record 2: ") and BAD_RECORDS[record] in message
 
 
 @pytest.mark.parametrize(("name", "contents"), BAD_FILES, ids=range(len(BAD_FILES)))
@@ -685,24 +647,20 @@ def test_a_file_that_cannot_be_read_is_named(name, contents, tmp_path):
 
 
 def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
-    file = fill(tmp_path / "config.json", "{}")
+    file = fill(tmp_path / "config.json", POINTER)
 
-    def fails(error):
-        with data.reading(file, "no config"):
-            raise error
+    def said(error, name="F"):
+        def fails():
+            with data.reading(name, "no config"):
+                raise error
 
-    for error, said in {
-        KeyError("hidden_size"): "'hidden_size'",
-        RecursionError("a\nb"): "RecursionError: a b",
-        ValueError("x" * 999): "x" * 150,
-    }.items():
-        message = refusal(fails, error)
-        assert message.startswith(f"{file}: no config (") and said in message
-        assert len(message) < len(str(file)) + 230
-    assert refusal(fails, UserError("too small")) == f"{file}: too small"
-    assert refusal(fails, UserError(f"{file}, record 1: no")) == f"{file}, record 1: no"
-    fill(file, POINTER)
-    assert data.LFS in refusal(fails, ValueError("header"))
+        return refusal(fails)
+
+    assert said(RecursionError("a\nb")) == "F: no config (RecursionError: a b)"
+    assert said(ValueError("x" * 999)) == f"F: no config (ValueError: {'x' * 188})"
+    assert said(UserError("too small")) == "F: too small"
+    assert said(UserError("F, record 1: no")) == "F, record 1: no"
+    assert data.LFS in said(ValueError("header"), file)
     assert "not a JSON object" in refusal(data.read_object, write(file, [1]))
     assert data.read_object(tmp_path / "none.json") == {}
 
@@ -731,19 +689,13 @@ def test_a_direction_is_given_or_told_by_the_released_files(tmp_path):
 
 def test_a_problem_is_known_by_its_answer(tmp_path):
     record = {"question": "one", "answer": SOLVED}
-    fill(tmp_path / "train.csv", f'question,answer\none,"{SOLVED}"\n')
+    write(tmp_path / "train.jsonl", record)
     write(tmp_path / "test.jsonl", record, record | {"direction": "forward"})
     dataset = data.load(str(tmp_path))
-    (learned,) = bare(dataset.documents)
-    assert learned == world.as_problem("one", SOLVED)
+    assert bare(dataset.documents) == [world.as_problem("one", SOLVED)]
     asked = [(question["question"], question["direction"]) for question in dataset.questions]
     assert asked == [("Question: one\nAnswer:", "math"), ("one", "forward")]
-    assert data.parse_question({"question": "Hi?"}, "line 3") == {
-        "question": "Hi?",
-        "where": "line 3",
-        "direction": "all",
-        "group": "all",
-    }
+    assert data.parse_question({"question": "Hi?"}, "line 3")["direction"] == "all"
 
 
 def test_of_training_files_the_one_asked_for_is_read(tmp_path):
@@ -757,10 +709,8 @@ def test_of_training_files_the_one_asked_for_is_read(tmp_path):
     write(tmp_path / "wiki_test.jsonl", ASKED)
     for paraphrase, name in names.items():
         dataset = data.load(str(tmp_path), paraphrase)
-        assert bare(dataset.documents) == [{"text": paraphrase}]
-        assert bare(dataset.questions) == [ASKED]
-        left = sorted(set(names.values()) - {name})
-        assert dataset.notes == [f"{tmp_path}: not read: {', '.join(left)}"]
+        assert bare(dataset.documents + dataset.questions) == [{"text": paraphrase}, ASKED]
+        assert name not in dataset.notes[0] and dataset.notes[0].count("wiki_train") == 2
     file = fill(tmp_path / "own.jsonl", DOCUMENT)
     assert str(file) in refusal(data.load, str(file), "permute")
 
@@ -804,10 +754,10 @@ def test_a_set_that_there_is_not_is_refused(wanted, monkeypatch):
 
 @pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
 def test_a_generated_set_has_its_usual_size(name, size):
-    dataset = data.load(name)
-    assert (dataset.name, len(dataset.documents), dataset.notes) == (name, size, [])
-    elsewhere = [document | {"where": "there"} for document in dataset.documents]
-    assert data.digest(elsewhere) == data.digest(dataset.documents)
+    documents = data.load(name).documents
+    assert len(documents) == size
+    elsewhere = [document | {"where": "there"} for document in documents]
+    assert data.digest(elsewhere) == data.digest(documents)
     assert data.digest(elsewhere) != data.digest(data.load(name, seed=1).documents)
 
 
@@ -816,25 +766,18 @@ def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypat
     monkeypatch.setattr(hub, "HF_ASSETS_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     content = json.dumps({"question": "one", "answer": SOLVED}).encode()
-    known = {url: hashlib.sha256(content).hexdigest() for url in data.PUBLISHED["gsm8k"]}
+    known = dict.fromkeys(data.PUBLISHED["gsm8k"], hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(data.PUBLISHED, "gsm8k", known)
     answers = iter([content, b"", content])
-    asked = []
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        return io.BytesIO(next(answers))
-
-    monkeypatch.setattr(data, "urlopen", urlopen)
-    first, second = known
+    monkeypatch.setattr(data, "urlopen", lambda url, timeout: io.BytesIO(next(answers)))
     message = refusal(data.load, "gsm8k")
-    assert second in message and "sha256" in message and str(tmp_path) in message
+    assert list(known)[1] in message and "sha256" in message and str(tmp_path) in message
     assert [p.name for p in tmp_path.rglob("*.*")] == ["train.jsonl"]
     dataset = data.load("gsm8k")
     assert (len(dataset.documents), len(dataset.questions)) == (1, 1)
-    assert asked == [first, second, second] and data.load("gsm8k").questions == dataset.questions
+    assert data.load("gsm8k").questions == dataset.questions
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd") and len(asked) == 3
+    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd")
 
 
 # --- long documents ---
@@ -860,10 +803,9 @@ def test_a_long_text_is_cut_at_the_best_place(text, most):
 
 def test_passages_hold_the_whole_text():
     text = "".join(f"Word{n}{' .' if n % 7 else '. '} " for n in range(900))
-    for most in (40, 3000):
-        parts = data.passages(text, lambda part, most=most: len(part) <= most)
-        assert "".join("".join(parts).split()) == "".join(text.split())
-        assert max(map(len, parts)) <= most and len(parts) < 2 * len(text) / most
+    parts = data.passages(text, lambda part: len(part) <= 3000)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert [len(part) > 2900 for part in parts] == [True] * (len(parts) - 1) + [False]
 
 
 # --- batches, show ---
@@ -879,10 +821,8 @@ def test_collate_pads_on_the_right_and_gives_padding_no_loss():
         "key_mask": [[True, True], [True, False]],
         "weights": [0.5, 2.0],
     }
-    assert str(batch["weights"].dtype) == "torch.float32"
-    assert data.collate([long, long], pad_id=9)["key_mask"] is None
-    nothing = data.collate([], pad_id=9)
-    assert (nothing["ids"].tolist(), nothing["labels"].tolist()) == ([[9]], [[IGNORE]])
+    assert data.collate([long], pad_id=9)["key_mask"] is None
+    assert data.collate([], pad_id=9)["labels"].tolist() == [[IGNORE]]
 
 
 def test_an_example_is_shown_with_its_masks_and_its_loss(tokenizer):
@@ -923,7 +863,7 @@ def works_or_names(read, path):
     return True
 
 
-FUZZED = ["a.json", "b.csv", "c.jsonl.gz", "tokenizer.json", "tokenizer_config.json", "config.json"]
+FUZZED = ["a.json", "b.csv", "c.jsonl.gz", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("name", FUZZED)
@@ -931,19 +871,17 @@ def test_a_damaged_file_is_read_or_named(name, tmp_path):
     rng = random.Random(name)
     records = [ASKED, {"text": FACT}, {"question": "a", "answer": SOLVED}]
     contents = {"a.json": json.dumps(records), "b.csv": CSV, "c.jsonl.gz": DOCUMENT}
-    write_tokenizer(tmp_path, **VARIANTS["qwen"], config={"eos_token": "<|im_end|>"})
-    write(tmp_path / "config.json", {"vocab_size": 300, "eos_token_id": [267], "pad_token_id": 265})
-    (tmp_path / "out").mkdir()
-    file = tmp_path / name
     if name in contents:
-        fill(file, contents[name])
+        file = fill(tmp_path / name, contents[name])
+    else:
+        config = {"eos_token": "<|im_end|>", "bos_token": None, "model_max_length": 9}
+        file = write_tokenizer(tmp_path, **VARIANTS["qwen"], config=config) / name
 
     def use():
         if name in contents:
             return data.load(str(file))
         ours = data.load_tokenizer(tmp_path)
         ours.decode(ours.chat([user("hello 12")]), special=True)
-        data.copy_tokenizer(ours, tmp_path, tmp_path / "out")
 
     whole = file.read_bytes()
     outcomes = set()
