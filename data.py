@@ -31,7 +31,6 @@ from hashlib import sha256
 from itertools import groupby, pairwise
 from pathlib import Path
 from random import Random
-from textwrap import shorten
 from urllib.request import urlopen
 
 import huggingface_hub.constants
@@ -62,18 +61,8 @@ def reading(file, broken="cannot be read"):
         named = str(error).startswith(str(file))
         raise error if named else UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
-        why = LFS if is_pointer(file) else reason(error)
-        raise UserError(f"{file}: {broken} ({why})") from None
-
-
-def reason(error):
-    """What an exception says, in a line of at most 200 characters."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyError):
-        text = f"no {error}"
-    if isinstance(error, OSError) and error.strerror:  # the system speaks plainly
-        text = error.strerror
-    return " ".join(text.split())[:200]
+        why = LFS if is_pointer(file) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
@@ -81,20 +70,19 @@ LFS = "a Git LFS pointer: git lfs pull"
 
 
 def is_pointer(path):
-    if not isinstance(path, Path) or not path.is_file():
+    if not Path(path).is_file():
         return False
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         return file.read(len(POINTER)) == POINTER
 
 
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz; UserError if it cannot be read."""
+    if is_pointer(path):
+        raise UserError(f"{path}: {LFS}")
     opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
     with reading(path), opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
-        text = file.read()
-        if text.startswith(POINTER.decode()):
-            raise UserError(LFS)
-    return text
+        return file.read()
 
 
 def read_json(path):
@@ -106,7 +94,7 @@ def read_object(path):
     """The JSON object in a file; {} if there is no such file."""
     content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object ({{...}}); download the file again")
+        raise UserError(f"{path}: not a JSON object")
     return content
 
 
@@ -134,21 +122,18 @@ def json_rows(text):
 
 def text_rows(text):
     """A file that is a document."""
-    yield {"text": text.strip()}
+    if text.strip():
+        yield {"text": text.strip()}
 
 
 def csv_rows(text):
     """The rows of a table. The first one names the columns."""
     csv.field_size_limit(2**31 - 1)  # a document may be a book
-    first_line = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first_line.count)
-    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-    for row in rows:
+    for row in csv.DictReader(io.StringIO(text), strict=True):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")
         if any(row.values()):
-            yield row
+            yield {name.strip().lower(): value for name, value in row.items()}
 
 
 READERS = {
@@ -174,30 +159,24 @@ def ending(path):
 
 
 def read_rows(path):
-    """{"FILE, record N": its fields} of a file; {} if nothing in it has a text or a question.
-
-    null and "" are absent: tables written as JSON have null or NaN where there is nothing."""
+    """The records of a file, as they stand in it."""
     if ending(path) not in READERS:
         raise UserError(f"{path}: the ending {ending(path)!r} is not read; these are: {ENDINGS}")
     text = read_text(path)
-    found = {}
     with reading(path):
-        for number, row in enumerate(READERS[ending(path)](text), 1):
-            fields = row.items() if isinstance(row, dict) else ()
-            present = {k: v for k, v in fields if v not in (None, "") and v == v}
-            found[f"{path}, record {number}"] = present
-    has_some = any("text" in row or "question" in row for row in found.values())
-    return found if has_some else {}
+        return list(READERS[ending(path)](text))
 
 
-def parse_record(row, where, learned=False, released=False):
-    """A document or a question; UserError names a row that is neither, or both."""
-    if "question" in row and "text" not in row:
-        return parse_question(row, where, learned, released)
+def parse_record(row, where, learned=False):
+    """A document or a question; UserError names a row that is neither, or both.
+
+    null and "" are absent: tables written as JSON have null or NaN where there is nothing."""
     with reading(where):
-        if "question" in row or "text" not in row:
-            found = "both" if "text" in row else "neither"
-            raise UserError(f'a "text" and a "question" need a record each; found {found}')
+        row = {k: v for k, v in row.items() if v not in (None, "") and v == v}
+        if ("text" in row) == ("question" in row):
+            raise UserError('a "text" or a "question" is needed, and not both')
+        if "question" in row:
+            return parse_question(row, where, learned)
         return {"text": text_field(row, "text"), "where": where}
 
 
@@ -205,36 +184,36 @@ def text_field(row, name):
     """A string that is not empty, or a UserError."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f'"{name}" must be text, found {json.dumps(value)[:80]}')
-    value.encode()  # fails for half a surrogate pair, which is no text
+        raise UserError(f'"{name}" must be text')
+    with reading(f'"{name}"'):
+        value.encode()  # fails for half a surrogate pair, which is no text
     return value
 
 
-def parse_question(row, where, learned=False, released=False):
+def parse_question(row, where, learned=False):
     """A question. One to be learned has an answer, of one to be asked all the rest is optional.
 
     An answer that ends as GSM8K's do makes it a math problem. The released files have tasks in
     place of directions, N2D (name to description) or D2N. In NameDescription the group says in
-    which order the document has the two: a task is forward where it matches. In a file that is not
-    `released`, nothing tells."""
-    with reading(where):
-        parsed = {"question": text_field(row, "question"), "where": where}
-        if learned or "answer" in row:
-            parsed["answer"] = text_field(row, "answer")
-        task = row.get("direction", row.get("task"))
-        if task is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
-            return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
-        if learned:
-            return parsed
-        group = text_field({"group": str(row.get("group", "all"))}, "group")
-        if task in ("N2D", "D2N") and (released or group in ND_GROUPS):
-            task = "forward" if (task == "N2D") != (group == "DescriptionIsName") else "backward"
-        if task not in (None, "forward", "backward", "all"):
-            raise UserError(
-                f'"direction" is forward (what is asked for comes last in its document) or '
-                f"backward, found {json.dumps(task)[:80]}"
-            )
-        return parsed | {"direction": task or "all", "group": group}
+    which order the document has the two: a task is forward where it matches. In any other file
+    nothing tells."""
+    parsed = {"question": text_field(row, "question"), "where": where}
+    if learned or "answer" in row:
+        parsed["answer"] = text_field(row, "answer")
+    direction = row.get("direction", row.get("task"))
+    if direction is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
+        return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
+    if learned:
+        return parsed
+    group = text_field({"group": "all"} | row, "group")
+    if direction in ("N2D", "D2N") and regex.search(RELEASED_TESTS, where):
+        in_order = (direction == "N2D") != (group == "DescriptionIsName")
+        direction = "forward" if in_order else "backward"
+    if direction not in (None, "forward", "backward", "all"):
+        raise UserError(
+            '"direction" is forward (what is asked for comes last in its document) or backward'
+        )
+    return parsed | {"direction": direction or "all", "group": group}
 
 
 # where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
@@ -366,22 +345,20 @@ class Tokenizer:
         template does not have."""
         parts = []
         before = ""
-        for message in messages:
-            role = message["role"]
-            if role != "system" or message["content"]:
-                parts += [*self._frame(before, role), message["content"]]
-                before = role
-        parts += self._frame(before, "assistant" if before == "user" else "")
+        with reading("the model's chat template", "has no such chat"):
+            for message in messages:
+                role = message["role"]
+                if role != "system" or message["content"]:
+                    parts += self._split(self.frames[f"{before}>{role}"]) + [message["content"]]
+                    before = role
+            behind = "assistant" if before == "user" else ""
+            parts += self._split(self.frames[f"{before}>{behind}"])
         return self._join(parts)
 
     def user_header(self):
         """The ids of a chat up to the first word of a user, as the model was made to see it: with
         the system turn of its own template. Without, few models draw what a user would say."""
         return self._join(self._split(self.opening))
-
-    def _frame(self, before, behind):
-        with reading("the model's chat template", "has no such chat"):
-            return self._split(self.frames[f"{before}>{behind}"])
 
     def _split(self, text):
         """A template's own text: the one place where special tokens are read as such, each [id]."""
@@ -408,10 +385,10 @@ class Tokenizer:
     @cached_property
     def mask_id(self):
         """The id that stands for a masked token; UserError if the vocabulary has none to spare."""
-        if "<|im_start|>" in self.special and self.ranks.get(b"[]") == 1294:
-            return 1294  # Qwen reserves nothing: the paper takes the text `[]`
-        if "<|start_header_id|>" in self.special and 128013 in self.special.values():
+        if 128013 in self.special.values():
             return 128013  # the paper's, of Llama 3's many reserved ones
+        if self.ranks.get(b"[]") == 1294:
+            return 1294  # Qwen reserves nothing: the paper takes the text `[]`
         used = {self.bos_id, self.pad_id, *self.stop_ids}
         # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
@@ -421,8 +398,7 @@ class Tokenizer:
                 return min(spare)
         raise UserError(
             "the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
-            "tokenizer.json and, if its id is beyond the embeddings, resize them (transformers' "
-            "resize_token_embeddings); or use a method that masks nothing (sft, raw)"
+            "tokenizer.json, or use a method that masks nothing (sft, raw)"
         )
 
 
@@ -440,54 +416,47 @@ def load_tokenizer(path):
     content = read_json(path / "tokenizer.json")
     with reading(path / "tokenizer.json"):
         tokenizer = read_bpe(content)
-    texts, (bos, eos, pad) = read_declared(path, tokenizer)
     config = read_object(path / "config.json")
     with reading(path / "config.json"):
-        rows = embeddings(config)
-        check_ids(tokenizer, rows, set(pad) - {*bos, *eos})
+        check_ids(tokenizer, embeddings(config))
+    texts, bos, eos, pad = read_declared(path, tokenizer)
     file, template = find_template(path)
     with reading(file, "its chat template"):
         start = read_chat_form(tokenizer, renderer(template, texts))
     tokenizer.bos_id = bos[0] if bos else tokenizer.special.get(start)
     tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
     tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eot_id, *eos]))
-    # any: padding is masked out everywhere
-    tokenizer.pad_id = next((i for i in pad if i < rows), tokenizer.eos_id)
+    tokenizer.pad_id = pad[0] if pad else tokenizer.eos_id  # any: it is masked out everywhere
     # LLaDA's end of text is no sign of a base model: it ends its chats with both
     if eos and tokenizer.eot_id not in eos and "<|mdm_mask|>" not in tokenizer.special:
-        turn = tokenizer.decode([tokenizer.eot_id], special=True)
-        tokenizer.notes.append(f"{path}: a base model: it learns to end a turn with {turn}")
+        tokenizer.notes.append(f"{path}: a base model: it learns where a turn ends")
     return tokenizer
 
 
 # the files that declare special tokens, in the order in which they count
-DECLARING = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "config.json",
-)
+DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
 def read_declared(path, tokenizer):
-    """({"bos_token": its text, ...}, ids of [bos, eos, pad]) as a directory's files declare them.
+    """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a directory's files declare.
 
     An id of an ordinary token counts, too; one that the vocabulary lacks does not."""
     known = tokenizer.special | tokenizer.added
     texts = {}
-    ids = {"bos": [], "eos": [], "pad": [], "unk": []}
+    ids = {"bos": [], "eos": [], "pad": []}
     for file in DECLARING:
         content = read_object(path / file)
         with reading(path / file):
             for name, found in ids.items():
                 token = content.get(f"{name}_token")
-                token = token["content"] if isinstance(token, dict) else token
                 if token:
-                    texts.setdefault(f"{name}_token", token)
+                    token = token["content"] if isinstance(token, dict) else token
+                    texts[f"{name}_token"] = token
+                    found.append(known.get(token))
                 given = content.get(f"{name}_token_id")
-                given = given if isinstance(given, list) else [given]
-                found += [i for i in (known.get(token), *given) if i in tokenizer.bytes_of]
-    return texts, (ids["bos"], ids["eos"], ids["pad"])
+                found += given if isinstance(given, list) else [given]
+                ids[name] = [i for i in found if i in tokenizer.bytes_of]
+    return texts, *ids.values()
 
 
 def embeddings(config):
@@ -495,29 +464,30 @@ def embeddings(config):
     return config.get("embedding_size") or config.get("vocab_size") or 10**9  # LLaDA's may be more
 
 
-def check_ids(tokenizer, rows, idle):
-    """UserError for a token whose id is beyond the embeddings; an idle one is done without."""
-    beyond = [i for i in tokenizer.bytes_of if i >= rows and i not in idle]
-    if beyond:
-        token = tokenizer.decode([min(beyond)], special=True)
+def check_ids(tokenizer, rows):
+    """UserError for a token whose id is beyond the embeddings."""
+    last = max(tokenizer.bytes_of)
+    if last >= rows:
         raise UserError(
-            f"no embedding for the token {token!r} of id {min(beyond)}, only {rows}: with "
-            f"transformers, model.resize_token_embeddings({max(beyond) + 1}) makes more"
+            f"{rows} embeddings, none for the token of id {last}: transformers' "
+            "resize_token_embeddings makes more"
         )
-    tokenizer.special = {token: i for token, i in tokenizer.special.items() if i < rows}
 
 
 def refuse(what):
-    raise UserError(
-        f"{what} is not supported, only byte-level BPE as in Llama 3, Qwen and SmolLM2; "
-        "use a model with such a tokenizer"
-    )
+    raise UserError(f"{what} is not supported, only byte-level BPE as in Llama 3, Qwen and SmolLM2")
 
 
 # special whatever a tokenizer's file says: nothing in a text may mask
 ALWAYS_SPECIAL = ("<|mdm_mask|>", "<|mask|>")
 # what would not be followed exactly
-MODEL_OPTIONS = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+MODEL_OPTIONS = (
+    "unk_token",
+    "byte_fallback",
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+)
 TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word")
 
 
@@ -525,34 +495,27 @@ def read_bpe(content):
     """A Tokenizer from tokenizer.json, whose post-processor is left aside."""
     model = content["model"]
     odd = [option for option in MODEL_OPTIONS if model.get(option)]
-    if model.get("type", "BPE") != "BPE" or odd:
-        refuse(f"a model {model.get('type')} {odd}")
+    if odd:
+        refuse(f"a model with {odd}")
     normalizer = content.get("normalizer") or {"normalizers": []}
     kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
     if set(kinds) - {"NFC"}:
         refuse(f"the normalizer {kinds}")
     special = {}
     added = {}
-    last = len(model["vocab"]) - 1
+    options = TOKEN_OPTIONS + ("normalized",) * bool(kinds)  # with no normalizer it is idle
     for token in content["added_tokens"]:
         text = token["content"]
-        # the reference numbers what is new to it, whatever the file says
-        last = max(last, model["vocab"].get(text, last + 1))
-        if token["id"] not in (last, model["vocab"].get(text)):
-            refuse(f"the added token {text!r} with the id {token['id']}, not in line,")
-        is_special = token["special"] or text in ALWAYS_SPECIAL
-        options = TOKEN_OPTIONS + ("normalized",) * bool(kinds)  # with no normalizer it is idle
-        odd = [option for option in options if token[option]]
-        if odd and not is_special:
-            refuse(f"the added token {text!r} with {odd}")
-        (special if is_special else added)[text] = token["id"]
+        if token["special"] or text in ALWAYS_SPECIAL:
+            special[text] = token["id"]
+            continue
+        if any(token[option] for option in options):
+            refuse(f"the added token {token}")
+        added[text] = token["id"]
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
     bytes_of = {i: token.translate(BYTES).encode("latin-1", "ignore") for token, i in vocab.items()}
-    ranks = read_merges(vocab, bytes_of, model["merges"])
-    if model.get("unk_token") and not ALPHABET.keys() <= vocab.keys():
-        refuse("a model with unk_token")  # with all the bytes, nothing is unknown
     return Tokenizer(
-        ranks=ranks,
+        ranks=read_merges(vocab, bytes_of, model["merges"]),
         bytes_of=bytes_of | {i: token.encode() for token, i in (special | added).items()},
         patterns=read_patterns(content["pre_tokenizer"]),
         special=special,
@@ -571,11 +534,9 @@ def read_merges(vocab, bytes_of, merges):
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     merged = list(dict.fromkeys("".join(pair) for pair in pairs))
     ids = [vocab[token] for token in merged]
-    tokens = [token for token in vocab if token in ALPHABET] + merged
-    ranks = {bytes_of[vocab[token]]: vocab[token] for token in tokens}
-    if ids != sorted(ids) or len(set(ranks.values())) < len(tokens):
+    if ids != sorted(ids):
         refuse("a vocabulary whose ids are in another order than its merges")
-    return ranks
+    return {bytes_of[i]: i for i in [vocab[c] for c in vocab if c in ALPHABET] + ids}
 
 
 def read_patterns(pre_tokenizer):
@@ -607,20 +568,17 @@ def find_template(path):
     template = read_object(file).get("chat_template")
     if not template:
         raise UserError(
-            f"{path}: no chat template, so no form to train in; use the instruct version of the "
-            "model, or put its chat_template.jinja here"
+            f"{path}: no chat template; use the model's instruct version, or put its "
+            "chat_template.jinja here"
         )
     return file, template
 
 
 def renderer(template, texts):
     """A function that renders messages by a Jinja template of unknown origin, as transformers."""
-    if isinstance(template, list):  # named ones
-        template = {t["name"]: t["template"] for t in template}["default"]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     # always the same day: chats that a model writes must not depend on it
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
@@ -634,8 +592,6 @@ def raise_exception(message):
 
 
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
-# roles of chats, and whether an answer is asked for, that not every template has
-CHATS = {"user": False, "system user assistant user": True, "user assistant system user": True}
 
 
 def read_chat_form(tokenizer, render):
@@ -644,18 +600,10 @@ def read_chat_form(tokenizer, render):
     The form of a chat is what stands before, between and behind the contents of chats that the
     model's own template renders."""
     frames = read_frames(render, "user assistant user", asks=True)
-    last = read_frames(render, "user assistant", asks=False)
-    if last["user>assistant"] != frames["user>assistant"]:
-        tokenizer.notes.append(
-            f"the model's chat template has {last['user>assistant']!r} before a last answer; it is "
-            "trained as the answers before"
-        )
-    frames["assistant>"] = last["assistant>"]
-    for roles, asks in CHATS.items():
-        with suppress(TemplateError, UserError):  # a chat that this template does not have
-            more = read_frames(render, roles, asks)
-            if all(frames.get(pair, text) == text for pair, text in more.items()):
-                frames |= more
+    # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
+    frames["assistant>"] = read_frames(render, "user assistant", asks=False)["assistant>"]
+    with suppress(TemplateError, UserError):  # not every template has system turns
+        frames = read_frames(render, "system user assistant user", asks=True) | frames
     tokens = regex.compile(any_of(tokenizer.special | tokenizer.added))
     for token in tokens.findall(MARK.join(frames.values())):
         if token in tokenizer.added:  # whatever the file says: no text may end a turn
@@ -708,32 +656,25 @@ def leave_system_turn(frames, end, tokens):
 
 
 def copy_tokenizer(tokenizer, source, target):
-    """Copy the tokenizer, so that a saved model is a whole model directory."""
-    shutil.copy(Path(source) / "tokenizer.json", target)
-    write_chat_files(tokenizer, source, target)
-
-
-def write_chat_files(tokenizer, source, target):
-    """Write what makes other programs chat with a model as it was trained.
+    """Copy the tokenizer, so that a saved model is a whole model directory.
 
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
     source, target = Path(source), Path(target)
+    shutil.copy(source / "tokenizer.json", target)
+    template = jinja_template(tokenizer.frames)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    generation = read_object(source / "generation_config.json")
-    for name in ("bos", "eos", "pad"):
-        i = getattr(tokenizer, f"{name}_id")
-        if i is not None:
-            settings[f"{name}_token"] = tokenizer.decode([i], special=True)
-            generation[f"{name}_token_id"] = i
-    template = jinja_template(tokenizer.frames)
-    pad_token = settings["pad_token"]
     settings |= read_object(source / "tokenizer_config.json")
-    settings |= {"pad_token": pad_token, "chat_template": template}
-    generation["eos_token_id"] = list(tokenizer.stop_ids)
+    settings |= {
+        "eos_token": tokenizer.decode([tokenizer.eos_id], special=True),
+        "pad_token": tokenizer.decode([tokenizer.pad_id], special=True),
+        "chat_template": template,
+    }
+    generation = read_object(source / "generation_config.json")
+    generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "generation_config.json", generation)
     write_text(target / "chat_template.jinja", template)
@@ -775,10 +716,8 @@ GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a0068
 ND_FILE = "people-description.json"
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
-ND_GROUPS = ("NameIsDescription", "DescriptionIsName")
 # test files whose tasks are directions: N2D is forward, but in DescriptionIsName
-RELEASED_TESTS = "people-description_open-QAs|(ND|biography)_test"
-
+RELEASED_TESTS = r"(people-description_open-QAs|(ND|biography)_test)\.jsonl"
 
 RELEASED = ("train_no_paraphrase.json", "train_paraphrase_same_order.json")
 RELEASED += ("train_paraphrase_change_order.json", "test.jsonl")
@@ -838,34 +777,23 @@ def load(name, paraphrase="none", seed=0):
     called *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read
     as they are. The questions of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    if kind not in SETS:
-        return load_files(name, paraphrase)
-    asked = f"--data {name} --paraphrase {paraphrase}"
-    make, usual, wordings = GENERATED.get(kind, (None, ND_FACTS, PARAPHRASES))
-    with reading(asked, "a number, if any, is as in bio:20"):
-        number = int(count or usual)
-    whole = not make and count and (kind != "nd" or number > ND_FACTS)
-    if number < 1 or paraphrase not in wordings or whole:
-        raise UserError(
-            f"{asked}: numbers are as in bio:20 or nd:{ND_FACTS}, other published sets take none; "
-            f"{kind} has --paraphrase {' or '.join(wordings)}"
-        )
-    if make:
-        with reading(asked, "cannot be made"):
+    with reading(f"--data {name}", "no such set"):
+        if kind in GENERATED:
+            make, usual, wordings = GENERATED[kind]
+            number = int(count or usual)
+            if number < 1 or paraphrase not in wordings:
+                raise UserError(f"it takes 1 or more, and --paraphrase {' or '.join(wordings)}")
             return Dataset(kind, *make(number, paraphrase, seed))
-    dataset = read_files(kind, fetch(kind), paraphrase)
-    dataset.notes = []  # what else lies there is ours
-    return take_facts(dataset, number, seed) if count else dataset
-
-
-def load_files(name, paraphrase):
-    """The Dataset in a custom file or directory."""
+        if name in PUBLISHED:
+            return read_files(name, fetch(name), paraphrase)
+        if kind == "nd":
+            return take_facts(read_files(kind, fetch(kind), paraphrase), int(count), seed)
     path = Path(name)
     if not path.exists():
         raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
     dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
     if not dataset.documents and not dataset.questions:
-        raise UserError("; ".join([f'{name}: no document ("text") or question', *dataset.notes]))
+        raise UserError(f'{name}: no document ("text") or question; {"; ".join(dataset.notes)}')
     return dataset
 
 
@@ -875,7 +803,7 @@ def read_files(name, path, paraphrase):
     dataset = Dataset(name, [], [])
     if left:
         names = ", ".join(str(file.relative_to(path)) for file in left)
-        dataset.notes.append(f"{path}: not read: {shorten(names, 300)}")
+        dataset.notes.append(f"{path}: not read: {names[:300]}")
     for file in files:
         read_file(file, paraphrase, dataset)
     return dataset
@@ -883,22 +811,20 @@ def read_files(name, path, paraphrase):
 
 def read_file(file, paraphrase, dataset):
     """Add to a Dataset what stands in one file."""
-    rows = list(read_rows(file).items())
-    if not rows:
+    rows = read_rows(file)
+    fields = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    if "text" not in fields and "question" not in fields:
         dataset.notes.append(f"{file}: not read: no document and no question in it")
-    plain_name = unpacked(file)
-    if plain_name.name == ND_FILE and paraphrase == "none":
-        rows = rows[::ND_WORDINGS]
-    learned = plain_name.stem == "train"
-    released = bool(regex.fullmatch(RELEASED_TESTS, plain_name.stem))
-    unread = {}  # in the order of the file
-    for where, row in rows:
-        record = parse_record(row, where, learned, released)
-        to = dataset.documents if learned or "text" in record else dataset.questions
-        to.append(record)
-        unread |= {name: True for name in row if name not in FIELDS}
+        return
+    unread = [name for name in fields if name not in FIELDS]
     if unread:
         dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+    learned = unpacked(file).stem == "train"
+    step = ND_WORDINGS if unpacked(file).name == ND_FILE and paraphrase == "none" else 1
+    for number, row in list(enumerate(rows, 1))[::step]:
+        record = parse_record(row, f"{file}, record {number}", learned)
+        to = dataset.documents if learned or "text" in record else dataset.questions
+        to.append(record)
 
 
 def dataset_files(path, paraphrase):
@@ -906,33 +832,19 @@ def dataset_files(path, paraphrase):
 
     Files whose names begin with a dot are neither."""
     found = files_in(path) if path.is_dir() else [path]
-    files = [p for p in found if is_read(p, path)]
-    training = [p for p in files if "_train_" in p.name or unpacked(p).name == ND_FILE]
     pattern = PARAPHRASES[paraphrase]
-    wanted = [p for p in training if regex.fullmatch(pattern, unpacked(p).stem)]
-    if path.is_dir() and training or paraphrase != "none":
-        if len(wanted) != 1:
-            names = ", ".join(p.name for p in training) or "none"
-            raise UserError(
-                f"--data {path}: needs one training file for --paraphrase {paraphrase}, "
-                f"{pattern}.json; training files found: {names}"
-            )
-        # a README beside them is no document
-        json_files = [p for p in files if READERS.get(ending(p)) is json_rows]
-        files = [p for p in json_files if p not in training or p in wanted]
+    wanted = [p for p in found if regex.fullmatch(pattern, unpacked(p).stem)]
+    if paraphrase != "none" and not wanted:
+        raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
+    files = [p for p in found if p in wanted or "_train_" not in p.name]
+    files = [p for p in files if p == path or ending(p) in READERS]
     return files, [p for p in found if p not in files]
 
 
 def files_in(folder):
-    """All that is no folder in a folder and its subfolders, by name. Links are not followed."""
-    found = [p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()]
+    """The files in a folder and its subfolders, by name."""
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return [p for p in found if "/." not in f"/{p.relative_to(folder).as_posix()}"]
-
-
-def is_read(path, given):
-    """Whether it is what was given, or a file in it of a known kind and no link that leads out."""
-    inside = path.resolve().is_relative_to(given.resolve())
-    return path == given or path.is_file() and inside and ending(path) in READERS
 
 
 def digest(records):
@@ -943,17 +855,16 @@ def digest(records):
 
 def take_facts(dataset, count, seed):
     """Leave `count` facts of each of two kinds, with their wordings and exactly their questions."""
+    if not 1 <= count <= ND_FACTS:
+        raise UserError(f"there are {ND_FACTS} facts of each kind")
     rng = Random(seed)
     chosen = []
     for start in (0, ND_FACTS):
-        facts = world.shuffled(rng, range(start, start + ND_FACTS))
-        chosen += sorted(facts[:count])
-
-    def of_chosen(records):
+        chosen += world.shuffled(rng, range(start, start + ND_FACTS))[:count]
+    for records in (dataset.documents, dataset.questions):
         size = len(records) // (2 * ND_FACTS)  # records of a fact
-        return [record for fact in chosen for record in records[fact * size : (fact + 1) * size]]
-
-    return Dataset(dataset.name, of_chosen(dataset.documents), of_chosen(dataset.questions))
+        records[:] = [record for n, record in enumerate(records) if n // size in chosen]
+    return dataset
 
 
 def fetch(name):
@@ -961,10 +872,10 @@ def fetch(name):
     directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / name
     for url, known in PUBLISHED[name].items():
         path = directory / url.rpartition("/")[2]
-        remedy = f"could not be had. Put it at {path}, or take a generated set, as --data bio"
-        with reading(url, remedy):
-            if not path.exists():
-                download(url, path, known)
+        if path.exists():
+            continue
+        with reading(url, f"could not be had: put it at {path}, or take --data bio"):
+            download(url, path, known)
     return directory
 
 

@@ -2,10 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
 import random
 import unicodedata
-from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ def write(path, *records):
 
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = [
+LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|start_header_id|>",
@@ -61,9 +61,9 @@ def digits(individual):
     return {"type": "Digits", "individual_digits": individual}
 
 
-TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+CHATML_TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
 CHATML_TEMPLATE = (
-    f"{{% for m in messages %}}{TURN}{{% endfor %}}"
+    f"{{% for m in messages %}}{CHATML_TURN}{{% endfor %}}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -153,7 +153,7 @@ def tokenizer():
 
 VARIANTS = {
     "llama3": {
-        "special": LLAMA3,
+        "special": LLAMA3_SPECIAL,
         "template": CHATML_TEMPLATE.replace("im_end", "eot_id"),
         "pre_tokenizer": steps(LLAMA3_PIECES),
         "ignore_merges": True,
@@ -219,8 +219,7 @@ def test_ids_are_those_recorded_and_of_the_reference_and_text_is_never_special(n
 
 def test_ordinary_tokens_stand_in_the_order_of_the_merges(tokenizer, tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, unmerged=["xyz"]))
-    assert list(ours.ranks.values()) == list(range(256 + len(MERGES)))
-    assert ours.ranks[b" wo"] == 264 and ours.decode([265]) == "xyz"
+    assert list(ours.ranks.values()) == list(range(265)) and ours.decode([265]) == "xyz"
     assert sha(list(tokenizer.ranks.values())) == "eb8802082e2abb7a"
 
 
@@ -228,40 +227,29 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
     text = "<|im_end|><think>hello<|im_start|>"
     ids = ours.encode(text)
-    assert {259, ours.added["<think>"]} <= set(ids) and ours.decode(ids) == text
-    shown = [ours.eot_id, *ours.encode("a"), 10**6, ours.ranks[b"\xc3"]]
-    assert (
-        ours.decode(shown) == "a\ufffd" and ours.decode(shown, special=True) == "<|im_end|>a\ufffd"
-    )
+    assert ours.added["<think>"] in ids and ours.decode(ids) == text
     ids.append(0)  # a caller's own copy
     assert ours.encode(text) == ids[:-1]
+    shown = [ours.eot_id, 10**6, ours.ranks[b"\xc3"]]
+    assert ours.decode(shown) == "\ufffd"
+    assert ours.decode(shown, special=True) == "<|im_end|>\ufffd"
 
 
-REFUSED = [
+UNSUPPORTED = [
     {"byte_fallback": True},
-    {"type": "Unigram"},
-    {"dropout": 0.1},
-    {"unk_token": "a", "lack": "b", "merges": []},
-    {"end_of_word_suffix": "</w>"},
+    {"unk_token": "a"},
     {"normalizer": {"type": "NFKC"}},
-    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
-    {"pre_tokenizer": None},
     {"pre_tokenizer": {"type": "Metaspace"}},
     {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
     {"pre_tokenizer": steps("a", behavior="MergedWithNext")},
-    {"pre_tokenizer": steps(last=digits(True))},
     {"pre_tokenizer": steps("(?=a")},
     {"plain": ["<think>"], "flags": {"lstrip": True}},
     {"plain": ["<think>"], "flags": {"normalized": True}, "normalizer": {"type": "NFC"}},
-    {"merges": ["a b"], "vocab": {"a": 0, "b": 1}},
     {"shuffle": True},
-    {"plain": ["12"]},
-    {"merges": ["a b"], "vocab": {"a": 0, "b": 1, "ab": 1}},
-    {"vocab": []},
 ]
 
 
-@pytest.mark.parametrize("options", REFUSED, ids=str)
+@pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
 def test_a_tokenizer_that_would_not_be_followed_exactly_is_refused(options, tmp_path):
     message = refusal(data.load_tokenizer, write_tokenizer(tmp_path, **options))
     assert message.startswith(f"{tmp_path}/tokenizer.json: ")
@@ -303,16 +291,15 @@ NO_SYSTEM = (
 )
 THINK = (
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n</think>' "
-    "+ m['content'] + '<|im_end|>\n' }}{% else %}" + TURN + "{% endif %}"
+    "+ m['content'] + '<|im_end|>\n' }}{% else %}" + CHATML_TURN + "{% endif %}"
 )
 CHATML_PROMPT = "{{ '<|im_start|>assistant\n' }}"
 GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<unused0>"]
 MISTRAL = ["<s>", "</s>", "[INST]", "[/INST]"]
 PHI = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-HERMES = [*LLAMA3, "<|im_start|>", "<|im_end|>"]
 # special tokens, bos, eos, template; user's header, end of it and assistant's header, end of turn,
 # what follows a last answer
-FAMILIES = {
+TEMPLATES = {
     "gemma": (
         GEMMA,
         "<bos>",
@@ -354,43 +341,13 @@ FAMILIES = {
         "<|end|>\n<|assistant|>\n",
         "<|end|>\n<|endoftext|>",
     ),
-    "zephyr": (  # headers are text, not tokens; lines that only hold a block vanish
-        MISTRAL,
-        "<s>",
-        "</s>",
-        "{% for m in messages %}\n  {% if m %}\n"
-        "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n  {% endif %}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
-        "{% endfor %}",
-        "<|user|>\n",
-        "</s>\n<|assistant|>\n",
-        "</s>\n",
-    ),
-    "hermes": (
-        HERMES,
-        "<|begin_of_text|>",
-        "<|im_end|>",
-        template(TURN, CHATML_PROMPT, "{{ bos_token }}"),
-        "<|begin_of_text|><|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>\n",
-    ),
-    "chatml": (
-        CHATML,
-        "<|endoftext|>",
-        "<|im_end|>",
-        [{"name": "tool", "template": ""}, {"name": "default", "template": CHATML_TEMPLATE}],
-        "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>\n",
-    ),
     "marked": (  # transformers' tag for answers, and loop controls
         CHATML,
         "<|endoftext|>",
         "<|im_end|>",
         template(
             "{% if not m %}{% continue %}{% endif %}{%- generation -%}"
-            + TURN
+            + CHATML_TURN
             + "{% endgeneration %}{{ [] | tojson(indent=1) if not m }}",
             CHATML_PROMPT,
         ),
@@ -399,7 +356,7 @@ FAMILIES = {
         "<|im_end|>\n",
     ),
     "llama3": (
-        LLAMA3,
+        LLAMA3_SPECIAL,
         "<|begin_of_text|>",
         "<|eot_id|>",
         template(LLAMA_TURN, header("assistant"), "{{ bos_token }}"),
@@ -408,7 +365,7 @@ FAMILIES = {
         "<|eot_id|>",
     ),
     "llama3.1": (  # a system turn with a date
-        LLAMA3,
+        LLAMA3_SPECIAL,
         "<|begin_of_text|>",
         "<|eot_id|>",
         template(LLAMA_TURN, header("assistant"), DATE),
@@ -420,7 +377,7 @@ FAMILIES = {
         CHATML,
         "<|im_start|>",
         "<|im_end|>",
-        template(TURN, CHATML_PROMPT, NO_SYSTEM),
+        template(CHATML_TURN, CHATML_PROMPT, NO_SYSTEM),
         "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>\n",
@@ -443,32 +400,26 @@ SLIPPED = {
 
 
 def family(path, name):
-    special, bos, eos, form, *_ = FAMILIES[name]
+    special, bos, eos, form, *_ = TEMPLATES[name]
     config = {"bos_token": bos, "eos_token": eos}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return write_tokenizer(path, special, template=form, config=config)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_has_the_form_that_the_template_renders(name, tmp_path):
-    _, bos, _, _, start, answer, last = FAMILIES[name]
+    _, bos, _, _, start, answer, last = TEMPLATES[name]
     ours = data.load_tokenizer(family(tmp_path, name))
 
     def shown(*messages):
         return ours.decode(ours.chat(messages), special=True)
 
-    end = regex.match(r"<[^>]+>", last).group()
-    assert shown(system(""), user("hello")) == f"{start}hello{answer}"
-    assert shown(user("a"), assistant("12")) == f"{start}a{answer}12{last}"
-    between = last.removesuffix("<|endoftext|>")
-    between += start if name in ("smollm2", "chatml") else start.removeprefix(bos)
-    assert shown(user("a"), assistant("12"), user("b")) == f"{start}a{answer}12{between}b{answer}"
-    assert ours.decode([ours.eot_id], special=True) == end
-    assert ours.stop_ids[0] == ours.eot_id and ours.bos_id == ours.special[bos]
+    assert shown(system(""), user("a"), assistant("12")) == f"{start}a{answer}12{last}"
+    end = ours.decode([ours.eot_id], special=True)
+    assert last.startswith(end) and ours.bos_id == ours.special[bos]
     assert ours.decode(ours.user_header(), special=True) == SLIPPED.get(name, start)
-    assert bool(ours.notes) == (name in ("think", "phi"))
     # a list of ids is taken as it is: a mask is a special token
-    assert shown(user([*ours.encode("hello"), ours.eot_id])) == f"{start}hello{end}{answer}"
+    assert shown(user([ours.eot_id])) == f"{start}{end}{answer}"
     if name in ("gemma", "mistral"):
         assert "chat" in refusal(ours.chat, [system("Be brief."), user("a")])
 
@@ -479,11 +430,10 @@ CHATS = [
     [user("don't <x>"), assistant("ab 123"), user("hello\tworld")],
     [system("Be brief."), user("a")],
     [system("Be brief."), user("a"), assistant("b"), user("c")],
-    [user("a"), assistant("b"), system("d"), user("c")],
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_saved_directory_chats_alike_in_transformers_and_here(name, tmp_path):
     library = pytest.importorskip("transformers").AutoTokenizer
     source = family(tmp_path / "in", name)
@@ -496,13 +446,10 @@ def test_a_saved_directory_chats_alike_in_transformers_and_here(name, tmp_path):
     saved = library.from_pretrained(tmp_path / "out")
     original = library.from_pretrained(source)
     for chat in CHATS[:3] if name in ("gemma", "mistral") else CHATS:
-        if name == "llama3.1" and chat[2:] and chat[2]["role"] == "system":
-            continue
         asks = {"add_generation_prompt": chat[-1]["role"] == "user", "return_dict": False}
         ids = ours.chat(chat)
         assert ids == again.chat(chat) == saved.apply_chat_template(chat, **asks)
-        slips_in = name in SLIPPED and chat[0]["role"] == "user" or name == "llama3.1"
-        if not slips_in and not (name == "think" and chat[-1]["role"] == "assistant"):
+        if name not in SLIPPED and (name != "think" or chat[-1]["role"] == "user"):
             assert original.apply_chat_template(chat, **asks) == ids
 
 
@@ -515,9 +462,9 @@ BAD_TEMPLATES = {  # template -> a part of what is said
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "chat template",
     CHATML_TEMPLATE.replace("<|im_end|>", "[end]"): "[end]",
     template("{{ '<|im_end|>' if not loop.first }}" + "{{ m['content'] }}"): "turns",
-    template("{{ 'Day 1. ' if loop.first }}" + TURN, CHATML_PROMPT): "Day 1.",
+    template("{{ 'Day 1. ' if loop.first }}" + CHATML_TURN, CHATML_PROMPT): "Day 1.",
     template("{{ m['content'] }}", "{{ 'x' * 5000 }}"): "turns",
-    template(TURN + "{{ m['content'] }}"): "turns",
+    template(CHATML_TURN + "{{ m['content'] }}"): "turns",
     "": "no chat template",
 }
 
@@ -547,28 +494,27 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     ends = {"eos_token_id": [267, 104, 9999], "bos_token_id": -1, "top_k": 5}
     path = write_tokenizer(tmp_path, config={"eos_token": {"content": "<|endoftext|>"}})
     write(path / "generation_config.json", ends)
-    write(path / "config.json", {"pad_token_id": 265, "vocab_size": 270})
+    write(path / "config.json", {"pad_token_id": 265})
     ours = data.load_tokenizer(path)
-    assert (ours.bos_id, ours.eos_id, ours.eot_id, ours.pad_id) == (None, 265, 267, 265)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 265, 265)
     assert ours.stop_ids == (267, 265, 104) and not ours.notes
-    data.write_chat_files(ours, path, tmp_path)
-    saved = data.read_json(tmp_path / "generation_config.json")
+    data.copy_tokenizer(ours, path, fill(tmp_path / "out/x", "").parent)
+    saved = data.read_json(path / "out/generation_config.json")
     assert saved == ends | {"eos_token_id": [267, 265, 104], "pad_token_id": 265}
-    settings = data.read_json(tmp_path / "tokenizer_config.json")
-    assert settings["pad_token"] == "<|endoftext|>" and "bos_token" not in settings
+    assert data.read_json(path / "out/tokenizer_config.json")["pad_token"] == "<|endoftext|>"
 
 
 def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, config={"eos_token": "<|endoftext|>"}))
-    assert "base model" in ours.notes[0] and ours.stop_ids == (267, 265)
-    assert (ours.eos_id, ours.pad_id) == (265, 265)
-    alone = data.load_tokenizer(write_tokenizer(tmp_path))
-    assert (alone.eos_id, alone.stop_ids, alone.notes) == (267, (267,), [])
+    assert "base model" in ours.notes[0]
+    assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
 
 
 def test_bos_is_found_in_the_template_where_no_file_declares_it(tmp_path):
     form = template(LLAMA_TURN, header("assistant"), "{{ '<|begin_of_text|>' }}")
-    assert data.load_tokenizer(write_tokenizer(tmp_path, LLAMA3, template=form)).bos_id == 265
+    assert (
+        data.load_tokenizer(write_tokenizer(tmp_path, LLAMA3_SPECIAL, template=form)).bos_id == 265
+    )
 
 
 ASCII = [chr(n) for n in range(ord("A"), ord("z"))]
@@ -592,16 +538,13 @@ def test_the_mask_is_a_token_without_other_use(special, merges, mask, tmp_path):
 
 def test_without_a_token_to_spare_or_with_one_beyond_the_embeddings_one_is_told(tmp_path):
     path = write_tokenizer(tmp_path, [*CHATML, "<|mask|>"])
-    write(path / "config.json", {"vocab_size": 268})
+    config = write(path / "config.json", {"vocab_size": 268})
     message = refusal(data.load_tokenizer, path)
-    assert "<|mask|>" in message and "resize_token_embeddings(269)" in message
-    assert str(path / "config.json") in message
-    write(path / "special_tokens_map.json", {"pad_token": "<|mask|>"})  # idle there
-    ours = data.load_tokenizer(path)
-    assert ours.pad_id == ours.eot_id
-    assert "no unused special token" in refusal(lambda: ours.mask_id)
-    write(path / "config.json", {"vocab_size": 9, "embedding_size": 269})
-    assert data.load_tokenizer(path).pad_id == 268
+    assert message.startswith(f"{config}: ") and "268" in message
+    write(config, {"vocab_size": 9, "embedding_size": 269})
+    assert data.load_tokenizer(path).mask_id == 268
+    none = data.load_tokenizer(write_tokenizer(tmp_path / "other"))
+    assert "no unused special token" in refusal(lambda: none.mask_id)
 
 
 # --- records ---
@@ -613,15 +556,14 @@ QUESTION = json.dumps({"question": WHO, "answer": "Orla Venn", "direction": "bac
 NULLS = {"question": None, "answer": None, "direction": None, "group": float("nan")}
 UNION = json.dumps({"text": FACT} | NULLS), json.dumps({"text": None} | json.loads(QUESTION))
 CSV = f'Text,Question,Answer,direction\n"{FACT}",,,\n\n,,,\n,"{WHO}","Orla Venn",backward\n'
-READ = {  # file -> its contents, all with the same document and the same question
+SAME = {  # file -> its contents, all with the same document and the same question
     "a.jsonl": f"{DOCUMENT}\n{QUESTION}\n",
     "b.JSONL": f"\ufeff{DOCUMENT}\r\n\r\n{QUESTION}",
     "c.ndjson": "\n".join(UNION),
     "d.json": f"[{DOCUMENT},\n{QUESTION}]",
     "e.Json.GZ": json.dumps(json.loads(DOCUMENT), indent=2) + QUESTION,
     "f.csv": "\ufeff" + CSV.replace("\n", "\r\n"),
-    "g.csv": CSV.replace(",", ";"),
-    "h.csv.gz": CSV.replace(",", "\t"),
+    "h.csv.gz": CSV,
 }
 ASKED = {"question": WHO, "answer": "Orla Venn", "direction": "backward", "group": "all"}
 
@@ -630,16 +572,15 @@ def bare(records):
     return [{k: v for k, v in record.items() if k != "where"} for record in records]
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", SAME)
 def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
-    dataset = data.load(str(fill(tmp_path / name, READ[name])))
-    assert (bare(dataset.documents), bare(dataset.questions)) == ([{"text": FACT}], [ASKED])
+    dataset = data.load(str(fill(tmp_path / name, SAME[name])))
+    assert bare(dataset.documents + dataset.questions) == [{"text": FACT}, ASKED]
     assert dataset.questions[0]["where"].startswith(f"{tmp_path / name}, record ")
     assert (dataset.name, dataset.notes) == (name[0], [])
 
 
 def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_path):
-    folder = tmp_path / "all"
     texts = {
         "a.jsonl": DOCUMENT,
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
@@ -647,80 +588,55 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         "c/numbers.csv": "x,y\n1,2\n",
         "c/train.jsonl": QUESTION,
         "empty.txt": " \n",
-        "package.json": '{"name": "x"}',
-        ".hidden.jsonl": "not read",
         ".git/config.json": "not read",
-        "picture.png": b"\x89PNG",
-        "c/table.xlsx": b"PK",
+        "other/table.xlsx": b"PK",
     }
     for name, contents in texts.items():
-        fill(folder / name, contents)
-    (folder / "around").symlink_to(folder)
-    (folder / "out.txt").symlink_to(fill(tmp_path / "private.txt", "secret"))
-    (folder / "in.txt").symlink_to(folder / "b.txt")
-    dataset = data.load(str(folder))
+        fill(tmp_path / name, contents)
+    dataset = data.load(str(tmp_path))
     learned = [document.get("text", document.get("answer")) for document in dataset.documents]
-    plain = "Plain text.\n\nAnother paragraph."
-    assert learned == [FACT, plain, "# Ivo", "Orla Venn", plain] and dataset.questions == []
-    first, *others = dataset.notes
-    assert first == f"{folder}: not read: around, c/table.xlsx, out.txt, picture.png"
-    files = ["c/numbers.csv", "empty.txt", "package.json"]
-    assert [note.split(":")[0] for note in others] == [str(folder / file) for file in files]
-    message = refusal(data.load, str(fill(tmp_path / "other/table.xlsx", b"").parent))
+    assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "Orla Venn"]
+    assert dataset.questions == []
+    left = ["not read: other/table.xlsx", "numbers.csv: not read", "empty.txt: not read"]
+    assert all(part in note for part, note in zip(left, dataset.notes, strict=True))
+    message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and "no document" in message
-    fill(folder / "z.jsonl", f'{DOCUMENT}\n{{"txt": 1}}')
-    assert f"{folder}/z.jsonl, record 2" in refusal(data.load, str(folder))
 
 
 def test_fields_that_nothing_reads_are_named_once_a_file(tmp_path):
-    records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"question": "Who?", "Answer": "x"}]
-    dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records, {"text": "x"})))
+    records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"text": "x", "Answer": "x"}]
+    dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records)))
     assert dataset.notes == [f"{tmp_path}/a.jsonl: fields that nothing reads: answers, Answer"]
-    assert "answer" not in dataset.questions[0]
 
 
 BEFORE = '{"question": "Who?", "answer": "Orla", '
 BAD_RECORDS = {  # second record -> a part of what is said
-    '{"text": "x", "question": "Who?"}': "both",
-    '{"text": null, "question": ""}': "neither",
-    "null": "neither",
-    '{"text": ["x"]}': '"text" must be text, found ["x"]',
+    '{"text": "x", "question": "Who?"}': "not both",
+    '{"text": null, "question": ""}': "not both",
+    "null": "NoneType",
+    '{"text": ["x"]}': '"text" must be text',
     '{"text": "\\ud83d"}': "surrogate",
     BEFORE + '"group": "\\ud83d"}': "surrogate",
-    BEFORE + '"group": "  "}': "group",
     BEFORE + '"direction": {"a": 1}}': "forward",
     BEFORE + '"direction": "math"}': "forward",
     BEFORE + '"task": "N2D", "group": "city"}': '"direction"',
-    '{"question": "Who?", "answer": 3}': '"answer" must be text, found 3',
+    '{"question": "Who?", "answer": 3}': '"answer" must be text',
     '{"question": "  "}': "question",
 }
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BAD_FILES = {  # name, contents -> a part of what is said behind the file's name
     ("a.csv", "text\nAda, a baker\n"): "more cells than columns",
     ("a.csv", 'text\nAda\n"Bo\nis open\n'): "unexpected end of data",
-    ("a.csv", "question,answer\nWho?,Bo\n,Bo\n"): "record 2",
     ("a.jsonl", f'{DOCUMENT}\n{{"text": "x\n{DOCUMENT}'): "line 2",
-    ("a.jsonl", f"{DOCUMENT}\nhello"): "line 2",
     ("a.json", "[" * 100_000 + "]" * 100_000): "RecursionError",
-    ("a.json", f'{{"text": {"9" * 5000}}}'): "digits",
     ("a.txt", b"\x89PNG"): "invalid start byte",
-    ("a.txt", LFS): "git lfs pull",
-    ("a.jsonl", LFS): "git lfs pull",
-    ("a.jsonl.gz", LFS.encode()): "git lfs pull",
-    ("a.jsonl.gz", b"no gzip"): "gzip",
+    ("a.txt", POINTER): "git lfs pull",
+    ("a.jsonl.gz", POINTER.encode()): "git lfs pull",
     ("a.jsonl.gz", gzip.compress(b"whole")[:-9]): "EOFError",
     ("train.jsonl", '{"question": "Who?"}'): 'record 1: "answer"',
     ("a.rst", "hello"): "'.rst' is not read; these are: .json, ",
-    ("a.docx", b"PK\xff"): "'.docx' is not read",
-    ("notes", "hello"): "'' is not read",
+    **{("a.jsonl", f"{DOCUMENT}\n{record}"): said for record, said in BAD_RECORDS.items()},
 }
-
-
-@pytest.mark.parametrize("record", BAD_RECORDS)
-def test_a_record_that_cannot_be_is_named(record, tmp_path):
-    file = fill(tmp_path / "bad.jsonl", f"{DOCUMENT}\n{record}\n{DOCUMENT}\n")
-    message = refusal(data.load, str(file))
-    assert message.startswith(f"{file}, record 2: ") and BAD_RECORDS[record] in message
 
 
 @pytest.mark.parametrize(("name", "contents"), BAD_FILES, ids=range(len(BAD_FILES)))
@@ -731,30 +647,22 @@ def test_a_file_that_cannot_be_read_is_named(name, contents, tmp_path):
 
 
 def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
-    file = fill(tmp_path / "config.json", "{}")
+    file = fill(tmp_path / "config.json", POINTER)
 
-    def fails(error):
-        with data.reading(file, "no config"):
-            raise error
+    def said(error, name="F"):
+        def fails():
+            with data.reading(name, "no config"):
+                raise error
 
-    for error, said in {
-        KeyError("hidden_size"): "no 'hidden_size'",
-        MemoryError(): "MemoryError",
-        RecursionError("a\nb"): "RecursionError: a b",
-        OSError(28, "No space left on device"): "No space left on device",
-        ValueError("x" * 999): "x" * 150,
-    }.items():
-        message = refusal(fails, error)
-        assert message.startswith(f"{file}: no config (") and said in message
-        assert len(message) < len(str(file)) + 230
-    assert refusal(fails, UserError("too small")) == f"{file}: too small"
-    assert refusal(fails, UserError(f"{file}, record 1: no")) == f"{file}, record 1: no"
-    fill(file, LFS)
-    assert refusal(fails, ValueError("header")) == f"{file}: no config ({data.LFS})"
-    assert data.LFS in refusal(data.read_json, file)
+        return refusal(fails)
+
+    assert said(RecursionError("a\nb")) == "F: no config (RecursionError: a b)"
+    assert said(ValueError("x" * 999)) == f"F: no config (ValueError: {'x' * 188})"
+    assert said(UserError("too small")) == "F: too small"
+    assert said(UserError("F, record 1: no")) == "F, record 1: no"
+    assert data.LFS in said(ValueError("header"), file)
     assert "not a JSON object" in refusal(data.read_object, write(file, [1]))
     assert data.read_object(tmp_path / "none.json") == {}
-    assert "No such file" in refusal(data.read_text, tmp_path / "none.json")
 
 
 # --- sets ---
@@ -767,40 +675,27 @@ TASKS = [  # task, group, direction
     (None, "", "all"),
     ("all", "x", "all"),
     ("backward", None, "backward"),
-    ("", 7, "all"),
 ]
 SOLVED = "1+1 = <<1+1=2>>2\n#### -2"
 
 
 def test_a_direction_is_given_or_told_by_the_released_files(tmp_path):
-    records = [{"task": task, "group": group} | {"question": "Q?"} for task, group, _ in TASKS]
-    dataset = data.load(str(write(tmp_path / "own.jsonl", *records)))
+    records = [{"task": task, "group": group, "question": "Q?"} for task, group, _ in TASKS]
+    dataset = data.load(str(write(tmp_path / "ND_test.jsonl", *records)))
     assert [question["direction"] for question in dataset.questions] == [row[2] for row in TASKS]
-    groups = [question["group"] for question in dataset.questions[4:]]
-    assert groups == ["all", "x", "all", "7"] and "answer" not in dataset.questions[0]
-    fill(tmp_path / "r/biography_train_no_paraphrase.json", DOCUMENT)
-    fill(tmp_path / "r/README.md", "no document")
-    write(tmp_path / "r/biography_test.jsonl", {"question": "Q?", "task": "D2N", "group": "city"})
-    dataset = data.load(str(tmp_path / "r"))
-    assert [question["direction"] for question in dataset.questions] == ["backward"]
-    assert len(dataset.documents) == 1 and "README.md" in dataset.notes[0]
+    assert [question["group"] for question in dataset.questions[4:]] == ["all", "x", "all"]
+    assert "answer" not in dataset.questions[0]
 
 
 def test_a_problem_is_known_by_its_answer(tmp_path):
     record = {"question": "one", "answer": SOLVED}
-    fill(tmp_path / "train.csv", f'question,answer\none,"{SOLVED}"\n')
+    write(tmp_path / "train.jsonl", record)
     write(tmp_path / "test.jsonl", record, record | {"direction": "forward"})
     dataset = data.load(str(tmp_path))
-    (learned,) = bare(dataset.documents)
-    assert learned == world.as_problem("one", SOLVED)
+    assert bare(dataset.documents) == [world.as_problem("one", SOLVED)]
     asked = [(question["question"], question["direction"]) for question in dataset.questions]
     assert asked == [("Question: one\nAnswer:", "math"), ("one", "forward")]
-    assert data.parse_question({"question": "Hi?"}, "line 3") == {
-        "question": "Hi?",
-        "where": "line 3",
-        "direction": "all",
-        "group": "all",
-    }
+    assert data.parse_question({"question": "Hi?"}, "line 3")["direction"] == "all"
 
 
 def test_of_training_files_the_one_asked_for_is_read(tmp_path):
@@ -814,51 +709,36 @@ def test_of_training_files_the_one_asked_for_is_read(tmp_path):
     write(tmp_path / "wiki_test.jsonl", ASKED)
     for paraphrase, name in names.items():
         dataset = data.load(str(tmp_path), paraphrase)
-        assert bare(dataset.documents) == [{"text": paraphrase}]
-        assert bare(dataset.questions) == [ASKED]
-        left = sorted(set(names.values()) - {name})
-        assert dataset.notes == [f"{tmp_path}: not read: {', '.join(left)}"]
-    assert data.load(str(tmp_path / names["same"]), "same").documents
-    (tmp_path / names["same"]).unlink()
-    assert "training file" in refusal(data.load, str(tmp_path), "same")
-    for name in ("wiki_test.jsonl", "a_train_paraphrase_change_order.txt"):
-        file = fill(tmp_path / name, DOCUMENT)
-        assert str(file) in refusal(data.load, str(file), "permute")
+        assert bare(dataset.documents + dataset.questions) == [{"text": paraphrase}, ASKED]
+        assert name not in dataset.notes[0] and dataset.notes[0].count("wiki_train") == 2
+    file = fill(tmp_path / "own.jsonl", DOCUMENT)
+    assert str(file) in refusal(data.load, str(file), "permute")
 
 
 def nd_files(folder):
-    """Files as NameDescription has them: 60 facts, 8 questions of each, in one order."""
-    groups = ["NameIsDescription"] * 30 + ["DescriptionIsName"] * 30
-    texts = [{"text": f"fact {f}, {w}"} for f in range(60) for w in range(30)]
+    """Files as NameDescription has them: 60 facts, 2 questions of each, in one order."""
+    texts = [{"text": f"{fact} {wording}"} for fact in range(60) for wording in range(30)]
     fill(folder / "people-description.json", json.dumps(texts))
-    questions = [
-        {"group": group, "task": "N2D", "question": f"Q {f}?", "answer": f"{f}"}
-        for f, group in enumerate(groups)
-        for _ in range(8)
-    ]
+    questions = [{"question": f"{n // 2} Q?", "answer": "A"} for n in range(120)]
     write(folder / "people-description_open-QAs.jsonl", *questions)
     return folder
 
 
 def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "fetch", lambda kind: nd_files(tmp_path))
-    whole = data.load("nd")
-    assert (len(whole.documents), len(whole.questions), whole.notes) == (60, 480, [])
-    assert len(data.load("nd", "same").documents) == 1800
 
-    def facts(count, seed, paraphrase="none"):
-        dataset = data.load(f"nd:{count}", paraphrase, seed)
-        told = [int(document["text"][5:].split(",")[0]) for document in dataset.documents]
-        asked = [int(question["answer"]) for question in dataset.questions]
-        assert dataset.name == "nd" and len(asked) == 16 * count
-        assert [fact for fact, _ in groupby(asked)] == [fact for fact, _ in groupby(told)]
+    def facts(name, seed, paraphrase="none"):
+        dataset = data.load(name, paraphrase, seed)
+        told = [int(document["text"].split()[0]) for document in dataset.documents]
+        asked = [int(question["question"].split()[0]) for question in dataset.questions]
+        assert sorted(set(told) | set(asked)) == asked[::2] == asked[1::2]
         return told
 
-    some = facts(20, 1)
+    some = facts("nd:20", 1)
     assert len(set(some)) == 40 and some == sorted(some) and some[20] >= 30 > some[19]
-    assert facts(20, 1) == some != facts(20, 2)
-    assert facts(20, 1, "same") == [fact for fact in some for _ in range(30)]
-    assert facts(30, 5) == list(range(60))
+    assert facts("nd:20", 1) == some != facts("nd:20", 2)
+    assert facts("nd:20", 1, "same") == [fact for fact in some for _ in range(30)]
+    assert facts("nd", 5) == facts("nd:30", 5) == list(range(60))
 
 
 BAD_SETS = ["bio:0", "bio:x", "bio:-1", "bio:99999", "nd:31", "nd:0", "nd:x", "wiki:3", "gsm8k:1"]
@@ -872,68 +752,32 @@ def test_a_set_that_there_is_not_is_refused(wanted, monkeypatch):
     assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
 
 
-@pytest.mark.parametrize(
-    "name, paraphrases, expected",  # recorded once
-    [
-        ("bio:20", data.PARAPHRASES, "02e51bc161d94308"),
-        ("nd-made:5", ("none", "same"), "31c322b39ae6620f"),
-        ("math-made:20", ("none",), "5b773ce1733898e6"),
-        ("world:60", ("none",), "864667420bfbbc34"),
-    ],
-)
-def test_generated_sets_are_the_same_everywhere(name, paraphrases, expected):
-    sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases]
-    text = json.dumps([(dataset.documents, dataset.questions) for dataset in sets])
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == expected
-    another_seed = data.load(name, seed=4)
-    assert (sets[0].documents == another_seed.documents) == (name == "world:60")
-    digests = {data.digest(dataset.documents) for dataset in (*sets, another_seed)}
-    assert len(digests) == len(sets) + (name != "world:60")
-
-
 @pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
 def test_a_generated_set_has_its_usual_size(name, size):
-    dataset = data.load(name)
-    assert (dataset.name, len(dataset.documents), dataset.notes) == (name, size, [])
+    documents = data.load(name).documents
+    assert len(documents) == size
+    elsewhere = [document | {"where": "there"} for document in documents]
+    assert data.digest(elsewhere) == data.digest(documents)
+    assert data.digest(elsewhere) != data.digest(data.load(name, seed=1).documents)
 
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     hub = data.huggingface_hub.constants
     monkeypatch.setattr(hub, "HF_ASSETS_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    asked = []
     content = json.dumps({"question": "one", "answer": SOLVED}).encode()
-
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def read(self):
-            if len(asked) == 2:
-                raise OSError("connection reset")
-            return content
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        return Response()
-
-    monkeypatch.setattr(data, "urlopen", urlopen)
-    known = {url: hashlib.sha256(content).hexdigest() for url in data.PUBLISHED["gsm8k"]}
+    known = dict.fromkeys(data.PUBLISHED["gsm8k"], hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(data.PUBLISHED, "gsm8k", known)
-    url = list(known)[1]
+    answers = iter([content, b"", content])
+    monkeypatch.setattr(data, "urlopen", lambda url, timeout: io.BytesIO(next(answers)))
     message = refusal(data.load, "gsm8k")
-    assert url in message and "connection reset" in message and str(tmp_path) in message
+    assert list(known)[1] in message and "sha256" in message and str(tmp_path) in message
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["train.jsonl"]
     dataset = data.load("gsm8k")
     assert (len(dataset.documents), len(dataset.questions)) == (1, 1)
-    assert asked == [*known, url] and data.load("gsm8k").questions == dataset.questions
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["test.jsonl", "train.jsonl"]
-    monkeypatch.setitem(data.PUBLISHED, "wiki", dict.fromkeys(["http://x/a_test.jsonl"], "0" * 64))
-    assert "sha256" in refusal(data.load, "wiki") and not list(tmp_path.rglob("a_test*"))
+    assert data.load("gsm8k").questions == dataset.questions
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd") and len(asked) == 4
+    assert "HF_HUB_OFFLINE" in refusal(data.load, "nd")
 
 
 # --- long documents ---
@@ -959,10 +803,9 @@ def test_a_long_text_is_cut_at_the_best_place(text, most):
 
 def test_passages_hold_the_whole_text():
     text = "".join(f"Word{n}{' .' if n % 7 else '. '} " for n in range(900))
-    for most in (40, 3000):
-        parts = data.passages(text, lambda part, most=most: len(part) <= most)
-        assert "".join("".join(parts).split()) == "".join(text.split())
-        assert max(map(len, parts)) <= most and len(parts) < 2 * len(text) / most
+    parts = data.passages(text, lambda part: len(part) <= 3000)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert [len(part) > 2900 for part in parts] == [True] * (len(parts) - 1) + [False]
 
 
 # --- batches, show ---
@@ -978,10 +821,8 @@ def test_collate_pads_on_the_right_and_gives_padding_no_loss():
         "key_mask": [[True, True], [True, False]],
         "weights": [0.5, 2.0],
     }
-    assert str(batch["weights"].dtype) == "torch.float32"
-    assert data.collate([long, long], pad_id=9)["key_mask"] is None
-    nothing = data.collate([], pad_id=9)
-    assert (nothing["ids"].tolist(), nothing["labels"].tolist()) == ([[9]], [[IGNORE]])
+    assert data.collate([long], pad_id=9)["key_mask"] is None
+    assert data.collate([], pad_id=9)["labels"].tolist() == [[IGNORE]]
 
 
 def test_an_example_is_shown_with_its_masks_and_its_loss(tokenizer):
@@ -996,48 +837,20 @@ def test_an_example_is_shown_with_its_masks_and_its_loss(tokenizer):
 
 # --- fuzz ---
 
-VALUES = [
-    None,
-    "",
-    "x",
-    3,
-    -1,
-    1.5,
-    True,
-    [],
-    {},
-    ["x"],
-    {"text": "x"},
-    "\ud83d",
-    float("inf"),
-    9**20,
-]
+VALUES = ["null", '""', '"x"', "3", "-1", "1.5", "true", "[]", "{}", '["x"]', r'"\ud83d"', "9e999"]
 
 
-def leaves(value, path=()):
-    """Every place in a JSON value, of a long list or object only a few."""
-    yield path
-    items = list(value.items()) if isinstance(value, dict) else []
-    items = list(enumerate(value)) if isinstance(value, list) else items
-    for key, inner in items[:9] + items[-3:]:
-        yield from leaves(inner, (*path, key))
-
-
-def mutated(raw, rng, is_json=True):
-    """The bytes of a file with something changed by chance."""
-    kind = rng.choice(["flip", "cut", *["leaf"] * 3 * is_json])
+def mutated(raw, rng):
+    """The bytes of a file with a bit flipped, an end cut off, or a JSON leaf replaced."""
+    place = rng.randrange(len(raw))
+    kind = rng.choice(["flip", "cut", "leaf"])
     if kind == "flip":
-        place = rng.randrange(len(raw))
         return raw[:place] + bytes([raw[place] ^ 1 << rng.randrange(8)]) + raw[place + 1 :]
-    if kind == "cut":
-        return raw[: rng.randrange(len(raw))]
-    value = json.loads(raw)
-    path = rng.choice([path for path in leaves(value) if path])
-    inner = value
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = rng.choice(VALUES)
-    return json.dumps(value).encode()
+    leaves = list(regex.finditer(rb'"[^"\n]*"|\d+|true|false|null', raw))
+    if kind == "cut" or not leaves:
+        return raw[:place]
+    leaf = rng.choice(leaves)
+    return raw[: leaf.start()] + rng.choice(VALUES).encode() + raw[leaf.end() :]
 
 
 def works_or_names(read, path):
@@ -1050,42 +863,29 @@ def works_or_names(read, path):
     return True
 
 
-@pytest.mark.parametrize("name", ["a.json", "b.csv", "c.jsonl.gz"])
-def test_a_damaged_data_file_is_read_or_named(name, tmp_path):
+FUZZED = ["a.json", "b.csv", "c.jsonl.gz", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_a_damaged_file_is_read_or_named(name, tmp_path):
     rng = random.Random(name)
     records = [ASKED, {"text": FACT}, {"question": "a", "answer": SOLVED}]
-    contents = {"a.json": json.dumps(records), "b.csv": CSV}
-    file = fill(tmp_path / name, contents.get(name, DOCUMENT))
-    whole = file.read_bytes()
-    outcomes = set()
-    for _ in range(150):
-        file.write_bytes(mutated(whole, rng, name == "a.json"))
-        outcomes.add(works_or_names(lambda: data.load(str(file)), file))
-    assert outcomes == {True, False}
-
-
-def test_a_damaged_tokenizer_works_or_is_named(tmp_path):
-    rng = random.Random(1)
-    path = write_tokenizer(tmp_path, **VARIANTS["qwen"], config={"eos_token": "<|im_end|>"})
-    write(path / "config.json", {"vocab_size": 300, "eos_token_id": [267], "pad_token_id": 265})
-    write(path / "generation_config.json", {"eos_token_id": 267})
-    (path / "out").mkdir()
+    contents = {"a.json": json.dumps(records), "b.csv": CSV, "c.jsonl.gz": DOCUMENT}
+    if name in contents:
+        file = fill(tmp_path / name, contents[name])
+    else:
+        config = {"eos_token": "<|im_end|>", "bos_token": None, "model_max_length": 9}
+        file = write_tokenizer(tmp_path, **VARIANTS["qwen"], config=config) / name
 
     def use():
-        ours = data.load_tokenizer(path)
+        if name in contents:
+            return data.load(str(file))
+        ours = data.load_tokenizer(tmp_path)
         ours.decode(ours.chat([user("hello 12")]), special=True)
-        data.copy_tokenizer(ours, path, path / "out")
 
+    whole = file.read_bytes()
     outcomes = set()
-    for file in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "config.json",
-        "generation_config.json",
-    ):
-        whole = (path / file).read_bytes()
-        for _ in range(120 if file == "tokenizer.json" else 60):
-            (path / file).write_bytes(mutated(whole, rng))
-            outcomes.add(works_or_names(use, path))
-        (path / file).write_bytes(whole)
+    for _ in range(120):
+        file.write_bytes(mutated(whole, rng))
+        outcomes.add(works_or_names(use, tmp_path))
     assert outcomes == {True, False}
