@@ -306,7 +306,8 @@ def read_config(directory):
         raw = data.read_json(path)
         config = parse_config(raw | code_elsewhere(raw, path.parent))
         with torch.device("meta"):
-            Model(config)  # sizes that cannot be are found here
+            Model(config).check_length(1)  # sizes that cannot be are found here
+            rope_tables(torch.ones(1, 1), config)  # and numbers that are none
     return with_own_head(config, path.parent)
 
 
