@@ -318,7 +318,11 @@ def code_elsewhere(raw, directory):
     if from_hub:
         source = "/".join(from_hub.groups())
     code = raw.get("auto_map") or {}
-    return {"auto_map": {kind: f"{source}--{name}" for kind, name in code.items()}} if code else {}
+    named = {
+        kind: name if "--" in name else f"{source}--{name}"  # once said, it stays so
+        for kind, name in code.items()
+    }
+    return {"auto_map": named} if named else {}
 
 
 def parse_config(raw):
