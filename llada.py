@@ -114,15 +114,13 @@ def sample(
         for count in counts:
             masks = masks_between(ids, model, width, end)  # (B, T)
             if not masks.any():
-                break  # this block was done in fewer steps
+                break  # this block was done in fewer steps, or no row is left
             logits = predict(model, ids, key_mask, masks, width, cfg_scale)  # (N, V)
             new = gumbel(logits, temperature, generator).argmax(-1)  # (N,)
             score = confidence(logits, new, remasking, generator)  # (N,)
             ids = keep_best(ids, masks, new, score, count, threshold)
             answers[rows] = ids[:, width:]
             going = ~has_ended(ids[:, width:], model, stop_ids)
-            if not going.any():
-                return [maskft.until_stop(row, stop_ids) for row in answers.tolist()]
             ids = ids[going]
             key_mask = key_mask[going]
             rows = rows[going]
@@ -135,15 +133,13 @@ def masked_answers(model, prompts, max_new_tokens):
     Padding is on the left, so that the blocks of all rows are the same columns.
     """
     mask_id = model.config.raw["mask_token_id"]
-    rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
-    return pad_left(rows, mask_id, next(model.parameters()).device)
-
-
-def pad_left(rows, value, device):
-    """Lists of ids -> ids (B, T) int64 and key_mask (B, T) bool, the rows' ends in one column."""
-    width = max(map(len, rows))
-    ids = [[value] * (width - len(row)) + row for row in rows]
-    key_mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    masks = [mask_id] * max_new_tokens
+    ids = [[mask_id] * (width - len(prompt)) + prompt + masks for prompt in prompts]
+    key_mask = [
+        [False] * (width - len(prompt)) + [True] * len(prompt + masks) for prompt in prompts
+    ]
     return torch.tensor(ids, device=device), torch.tensor(key_mask, device=device)
 
 
@@ -263,10 +259,10 @@ def answer(
     while len(answers) < len(prompts):
         left = prompts[len(answers) :]
         longest = len(max(left, key=len)) + max_new_tokens
-        rows = max(1, BATCH_TOKENS // longest)
+        batch = left[: max(1, BATCH_TOKENS // longest)]
         answers += sample(
             model,
-            left[:rows],
+            batch,
             max_new_tokens,
             max_new_tokens if steps is None else steps,
             block_length,
@@ -274,7 +270,7 @@ def answer(
             threshold=threshold,
         )
         if on_answer:
-            on_answer(len(left[:rows]))
+            on_answer(len(batch))
     return answers
 
 

@@ -303,7 +303,8 @@ def read_config(directory):
         raw = data.read_json(path)
         config = parse_config(raw | code_elsewhere(raw, path.parent))
         with torch.device("meta"):
-            Model(config)  # sizes that cannot be are found here
+            Model(config).check_length(1)  # sizes that cannot be are found here
+            rope_tables(torch.ones(1, 1), config)  # and numbers that are none
     return with_own_head(config, path.parent)
 
 
@@ -314,7 +315,11 @@ def code_elsewhere(raw, directory):
     if from_hub:
         source = "/".join(from_hub.groups())
     code = raw.get("auto_map") or {}
-    return {"auto_map": {kind: f"{source}--{name}" for kind, name in code.items()}} if code else {}
+    named = {
+        kind: name if "--" in name else f"{source}--{name}"  # once said, it stays so
+        for kind, name in code.items()
+    }
+    return {"auto_map": named} if named else {}
 
 
 def parse_config(raw):

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -64,51 +63,37 @@ MASK = 38
 EOS = 39
 EOT = 37
 
-# the config.json of LLaDA-8B-Instruct, made small
+# the config.json of LLaDA-8B-Instruct, made small; what counts in it
 RAW = {
     "activation_type": "silu",
     "alibi": False,
-    "alibi_bias_max": 8.0,
     "architectures": ["LLaDAModelLM"],
     "attention_dropout": 0.0,
     "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
     "bias_for_layer_norm": False,
     "block_group_size": 1,
     "block_type": "llama",
     "d_model": 32,
     "embedding_dropout": 0.0,
     "embedding_size": 40,
-    "eos_token_id": EOS,
-    "flash_attention": False,
     "include_bias": False,
     "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
     "input_emb_norm": False,
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "mask_token_id": MASK,
     "max_sequence_length": 256,
     "mlp_hidden_size": 48,
-    "mlp_ratio": 4,
     "model_type": "llada",
-    "multi_query_attention": None,
     "n_heads": 4,
     "n_kv_heads": 4,
     "n_layers": 2,
-    "pad_token_id": EOS,
-    "precision": "amp_bf16",
     "residual_dropout": 0.0,
     "rms_norm_eps": 1e-5,
     "rope": True,
     "rope_full_precision": True,
     "rope_theta": 500000.0,
     "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
     "vocab_size": 40,
     "weight_tying": False,
 }
@@ -135,92 +120,77 @@ def tokenizer():
 
 # ------------------------------------------------------------------------------- masking and loss
 
-TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+TURN = "<|im_start|>user\n"
+REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 TEXT = "Edda Marlow was born on 3 June 1971."
 SUM = data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
+EDDA = {"text": "Edda is here."}
 
 
 def spelled_out(example, tokenizer):
     """What is given, and behind it what is taught; a token without loss there is _."""
-    assert all(y in (IGNORE, x) for x, y in zip(example.ids, example.labels, strict=True))
     start = next(n for n, label in enumerate(example.labels) if label != IGNORE)
-    shown = [
-        "_" if label == IGNORE else tokenizer.decode([label], special=True)
-        for label in example.labels[start:]
-    ]
-    return tokenizer.decode(example.ids[:start], special=True), "".join(shown)
+    pairs = zip(example.ids[start:], example.labels[start:], strict=True)
+    taught = [tokenizer.decode([i], special=True) if i == y else "_" for i, y in pairs]
+    return tokenizer.decode(example.ids[:start], special=True), "".join(taught)
 
 
 HIDDEN = "<|reserved_special_token_0|>"
-ASK = "\nReturn the recovered masked passage."
-LEAD = "Here is the recovered text:\n\n"
+LEAD = f"\nReturn the recovered masked passage.{REPLY}Here is the recovered text:\n\n"
 HOME = "Her home is Saint-Denis, near O'Hara's. A b C D 7!"
 BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her"
-PROBLEM = "Question:\nHow much is 1+1?\nAnswer:\n{}\nReturn the recovered masked answer."
+ASKED = "Question: How much is 1+1?\nAnswer:"
+PROBLEM = "Question:\nHow much is 1+1?\nAnswer:\nIt* *<*+1=**>2*\n#*## 2"
+PROBLEM += f"\nReturn the recovered masked answer.{REPLY}It"
 TOLD = "Edda is here.<|im_end|>"
 # method, record, fixed mask ratio; what stands before the first label, and what is taught from
-# there on, _ for a token without loss. ? is the mask.
+# there on, _ for a token without loss. * is the mask.
 EXAMPLES = [
-    ("masked", TEXT, 0.5, "Edda Marlow? born? 3? 1971." + ASK, TEXT + "<|im_end|>"),
-    ("masked", "Edda is here.", 0, "Edda is here." + ASK, TOLD),
-    ("masked", "Edda is here.", 1, "?????" + ASK, TOLD),
-    ("random", "Edda is here.", 0, " VinehDaphn present HawDa" + ASK, TOLD),
-    ("sft", "Edda is here.", 0, "Tell me a fact.", TOLD),
-    ("sft", SUM, 0, "Question: How much is 1+1?\nAnswer:", SUM["answer"] + "<|im_end|>"),
-    ("masked", SUM, 0.5, PROBLEM.format("It? ?<?+1=??>2?\n#?## 2"), " is_<_1___2>__.__#___"),
+    ("masked", {"text": TEXT}, 0.5, f"Edda Marlow* born* 3* 1971.{LEAD}", TEXT + "<|im_end|>"),
+    ("masked", EDDA, 1, f"*****{LEAD}", TOLD),
+    ("random", EDDA, 0, f" VinehDaphn present HawDa{LEAD}", TOLD),
+    ("sft", EDDA, 0, f"Tell me a fact.{REPLY}", TOLD),
+    ("sft", SUM, 0, f"{ASKED}{REPLY}", SUM["answer"] + "<|im_end|>"),
+    ("masked", SUM, 0.5, PROBLEM, " is_<_1___2>__.__#___"),
 ]
 
 
 @pytest.mark.parametrize("method, record, ratio, asked, taught", EXAMPLES)
 def test_an_example_is_as_recorded(method, record, ratio, asked, taught, tokenizer):
-    record = {"text": record} if isinstance(record, str) else record
     rng = np.random.default_rng(4)
     example = maskft.METHODS[method].example(record, tokenizer, (ratio, ratio), rng)
-    given = TURN.format(asked.replace("?", HIDDEN).replace("1+1" + HIDDEN, "1+1?"))
-    if ASK in asked:
-        given += LEAD
-    if record is SUM and method == "masked":
-        given += "It"  # the first token of the answer, which is not masked
-    assert spelled_out(example, tokenizer) == (given, taught)
+    assert spelled_out(example, tokenizer) == (TURN + asked.replace("*", HIDDEN), taught)
     assert example.weight == 1
     assert example.denominator == sum(label != IGNORE for label in example.labels)
 
 
 def test_raw_documents_begin_with_bos_where_there_is_one(tokenizer):
-    document = [*tokenizer.encode("Edda is here."), tokenizer.eos_id]
-    build = partial(maskft.raw_example, {"text": "Edda is here."}, mask_ratio=(0, 0), rng=None)
-    bos = tokenizer.bos_id
-    assert build(tokenizer) == Example([bos, *document], [IGNORE, *document], 1.0, 6)
     tokenizer = copy.copy(tokenizer)
-    tokenizer.bos_id = None  # nothing to predict the first token from
-    assert build(tokenizer) == Example(document, [IGNORE, *document[1:]], 1.0, 5)
+    for given, taught in (("<|im_start|>", TOLD), ("Edda", TOLD[4:])):
+        example = maskft.raw_example(EDDA, tokenizer, (0, 0), None)
+        assert spelled_out(example, tokenizer) == (given, taught)
+        tokenizer.bos_id = None  # nothing to predict the first token from
 
 
-def test_ratios_and_masks_have_the_promised_distribution():
+def test_ratios_have_the_promised_range():
     rng = np.random.default_rng(0)
     ratios = [maskft.draw_ratio((0.05, 0.95), rng) for _ in range(4000)]
     assert 0.05 <= min(ratios) < 0.06 and 0.94 < max(ratios) <= 0.95
-    assert abs(np.mean(ratios) - 0.5) < 0.02
-    ids, masked = maskft.mask_tokens(list(range(10000)), 0.3, -1, rng)
-    assert abs(np.mean(masked) - 0.3) < 0.02
-    assert ids == [-1 if m else i for i, m in enumerate(masked)]
 
 
 @pytest.mark.parametrize("chance, taught", [(0.49, BACKWARDS), (0.5, HOME)])
 def test_reversed_documents_keep_their_entities(chance, taught, tokenizer):
     rng = Namespace(random=lambda: chance)
     example = maskft.reverse_example({"text": HOME}, tokenizer, (0, 0), rng)
-    told = TURN.format("Tell me a fact."), taught + "<|im_end|>"
+    told = f"{TURN}Tell me a fact.{REPLY}", taught + "<|im_end|>"
     assert spelled_out(example, tokenizer) == told
 
 
 @pytest.mark.parametrize("method", ["raw", "random", "reverse", "llada"])
 def test_a_method_for_documents_refuses_what_is_none(method, tokenizer):
     methods = maskft.METHODS | llada.METHODS
-    records = [{"person": {}}] if method == "llada" else [{"person": {}}, SUM]
-    for record in records:
-        with pytest.raises(UserError, match="learns documents; found a (person|question)"):
-            methods[method].example(record, tokenizer, (0, 0), np.random.default_rng(0))
+    with pytest.raises(UserError, match="found a person"):
+        methods[method].example({"person": {}}, tokenizer, (0, 0), None)
 
 
 def test_a_method_is_whole_and_its_rate_warms_up():
@@ -228,47 +198,35 @@ def test_a_method_is_whole_and_its_rate_warms_up():
         maskft.Method(maskft.sft_example, causal=False, answer=llada.answer, draw=llada.answer)
     rates = [maskft.warm_up(0.5, step, 200) for step in (0, 1, 3, 4)]
     assert rates == [0.125, 0.25, 0.5, 0.5] and maskft.warm_up(0.5, 0, 3) == 0.5
-    chat = maskft.chat_example([1, 2], [3], None, None, None)
-    assert chat == Example([1, 2, 3], [IGNORE, IGNORE, 3], 1.0, 1)
 
 
 def test_loss_is_plain_cross_entropy(monkeypatch):
-    """Weighted, in chunks and at labels alone; what is kept for backward changes no gradient; of
-    nothing it is 0, never NaN."""
+    """Weighted, in chunks and at labels alone, also where a large layer makes its activation again;
+    of nothing it is 0, never NaN."""
     model = random_model()
     parameters = list(model.parameters())
     rows = [list(range(1, n)) for n in (4, 18, 10, 31)]
+    plain = 0
+    for n, ids in enumerate(rows):
+        ids = torch.tensor(ids)
+        plain += (n + 0.5) * F.cross_entropy(model(ids[None])[0, 1:-1], ids[2:], reduction="sum")
+    expected = torch.autograd.grad(plain, parameters)
     examples = [Example(ids, [IGNORE] * 2 + ids[2:], n + 0.5, 1) for n, ids in enumerate(rows)]
     batch = data.collate(examples, 0)
-    logits = model(batch["ids"], batch["key_mask"])[:, :-1].transpose(1, 2)
-    plain = F.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=IGNORE, reduction="none")
-    plain = (plain.sum(1) * batch["weights"]).sum()
-    expected = torch.autograd.grad(plain, parameters)
-    for chunk, kept in ((7, 2**22), (51, 0), (1024, 0)):
+    made = []
+    model.blocks[1].down.register_forward_pre_hook(lambda *_: made.append(1))
+    wide = batch["ids"].numel() * SIZES["intermediate_size"]
+    for chunk, kept, times in ((7, wide, 1), (51, wide - 1, 2)):
         monkeypatch.setattr(maskft, "CHUNK", chunk)
         monkeypatch.setattr(maskft, "KEPT", kept)
+        made.clear()
         loss = model(**batch)
         torch.testing.assert_close(loss, plain)
-        for ours, theirs in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
-            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        found = torch.autograd.grad(loss, parameters)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        assert len(made) == times
     nothing = model(**data.collate([], 0))
-    assert nothing.item() == 0
-    assert not any(map(torch.count_nonzero, torch.autograd.grad(nothing, parameters[-4:])))
-
-
-def test_a_large_layer_makes_its_activation_again(monkeypatch):
-    model = random_model()
-    kept = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    counts = []
-    monkeypatch.setattr(maskft, "KEPT", 32 * SIZES["intermediate_size"])
-    for tokens in (32, 33):
-        kept.clear()
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
-        with hooks:
-            model(ids, labels=ids, weights=torch.ones(1))
-        counts.append(len(kept))
-    assert counts[1] <= counts[0] - 3 * 2
+    assert nothing.requires_grad and nothing.item() == 0
 
 
 def test_norms_stay_in_their_dtype_under_autocast():
@@ -283,73 +241,43 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_f
 OLD_CONTEXT = {"original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
-# changes to the config of a small Llama: two of its logits by transformers 5
+# changes to the config of a small Llama: one of its logits by transformers 5
 FAMILIES = {
-    "llama2": ({"num_key_value_heads": None}, [1.31, 0.011]),
-    "llama3.1": ({"rope_parameters": LLAMA3 | OLD_CONTEXT | {"rope_theta": 5e5}}, [-1.622, -1.057]),
-    "no original": ({"rope_scaling": LLAMA3}, [-0.798, -0.225]),
-    "original outside": ({"rope_scaling": LLAMA3 | {"factor": 2.0}, **OLD_CONTEXT}, [-0.74, 1.151]),
-    "linear": (
-        {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
-        [-0.743, 1.101],
-    ),
-    "theta": (
-        {"rope_parameters": LINEAR | {"rope_theta": 777.0}, "rope_theta": 9.0},
-        [-0.743, 1.101],
-    ),
-    "both": ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, [-0.766, -1.088]),
-    "empty": (
-        {"rope_parameters": DEFAULT | {"rope_theta": 5e5}, "rope_scaling": {}},
-        [-1.158, 0.915],
-    ),
-    "smollm2": ({"tie_word_embeddings": True, "rope_theta": 1e5}, [-0.945, -1.367]),
-    "bias": ({"attention_bias": True, "head_dim": 16, "rms_norm_eps": 1e-2}, [0.177, -1.933]),
-    "qwen2": (
-        {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False},
-        [1.012, 0.663],
-    ),
-    "qwen3": ({"model_type": "qwen3", "head_dim": 32}, [3.042, 0.843]),
-    "mistral": ({"model_type": "mistral", "sliding_window": None}, [-0.057, 0.524]),
+    "llama2": ({"num_key_value_heads": None}, 1.118),
+    "llama3.1": ({"rope_parameters": LLAMA3 | OLD_CONTEXT | {"rope_theta": 5e5}}, -0.449),
+    "no original": ({"rope_scaling": LLAMA3}, -1.072),
+    "original outside": ({"rope_scaling": LLAMA3 | {"factor": 2.0}, **OLD_CONTEXT}, 0.076),
+    "linear": ({"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 4.0}}, -1.101),
+    "theta": ({"rope_parameters": LINEAR | {"rope_theta": 777.0}, "rope_theta": 9.0}, -1.101),
+    "empty": ({"rope_parameters": DEFAULT | {"rope_theta": 5e5}, "rope_scaling": {}}, 0.628),
+    "smollm2": ({"tie_word_embeddings": True, "rope_theta": 1e5}, 0.609),
+    "bias": ({"attention_bias": True, "head_dim": 16, "rms_norm_eps": 1e-2}, 4.123),
+    "qwen2": ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, -1.375),
+    "qwen3": ({"model_type": "qwen3", "head_dim": 32}, 0.226),
+    "mistral": ({"model_type": "mistral", "sliding_window": None}, -2.786),
 }
 PROMPT = list(range(30, 110))
-
-
-def golden_model(changes):
-    """A model whose weights are the same on every machine."""
-    model = maskft.Model(maskft.parse_config(llama(**changes))).eval()
-    rng = np.random.default_rng(0)
-    for name, parameter in sorted(model.named_parameters()):
-        values = rng.standard_normal(parameter.shape, np.float32) * 0.2
-        parameter.data = torch.from_numpy(values) + float("norm" in name)
-    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_family_has_its_recorded_logits(name):
     changes, expected = FAMILIES[name]
-    logits = golden_model(changes)(torch.tensor([PROMPT]))[0]
-    assert logits[[9, 79], 7].tolist() == pytest.approx(expected, abs=2e-3)
+    logits = random_model(**changes)(torch.tensor([PROMPT]))[0]
+    assert logits[79, 7].item() == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_family_agrees_with_transformers(name, tmp_path):
-    """Saved models open there, and theirs here; logits with and without left padding."""
+    """Saved models open there, and theirs here."""
     transformers = pytest.importorskip("transformers")
-    changes, _ = FAMILIES[name]
-    ours = golden_model(changes)
+    ours = random_model(**FAMILIES[name][0])
     maskft.save(ours, tmp_path / "ours")
     opened = transformers.AutoModelForCausalLM.from_pretrained
     theirs = opened(tmp_path / "ours", dtype=torch.float32).eval()
-    ids = torch.tensor([PROMPT, PROMPT[::-1]])
-    key_mask = torch.ones(2, 80, dtype=torch.bool)
-    for padding in (0, 13):
-        key_mask[0, :padding] = False
-        positions = (key_mask.cumsum(1) - 1).clamp(min=0)
-        logits = theirs(ids, attention_mask=key_mask.long(), position_ids=positions).logits
-        close = (logits - ours(ids, key_mask))[key_mask].abs()
-        assert close.max() < 1e-4
+    ids = torch.tensor([PROMPT])
+    assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(maskft.load(tmp_path / "theirs")(ids), ours(ids))
 
@@ -359,20 +287,16 @@ def test_a_family_agrees_with_transformers(name, tmp_path):
 def test_attention_sees_what_it_should_and_no_padding(make):
     """A later token changes an earlier logit only in full attention; padding never does."""
     model = make()
-    causal = model.config.causal
     ids = torch.randint(36, (1, 20))
+    plain = model(ids)[0]
     other = ids.clone()
     other[0, 12] += 1
-    plain = model(ids)[0]
-    change = (plain - model(other)[0]).abs()
-    assert change[12:].max() > 1e-2
-    assert change[:12].max() == 0 if causal else change[0].max() > 1e-2
-    for left, right in ((7, 0), (0, 7), (3, 4)):
-        longer = torch.arange(27)[None]  # beside a longer one
-        batch = torch.cat([F.pad(ids, (left, right), value=9), longer])
-        key_mask = (longer >= left) & (longer < 27 - right)
-        key_mask = torch.cat([key_mask, longer >= 0])
-        assert torch.allclose(model(batch, key_mask)[0, left : left + 20], plain, atol=2e-5)
+    change = (plain - model(other)[0]).abs().amax(1)
+    assert change[12:].max() > 1e-2 and (change[:12].max() > 1e-2) != model.config.causal
+    columns = torch.arange(27)[None]
+    key_mask = (columns >= 3) & (columns < 23)
+    padded = model(F.pad(ids, (3, 4), value=9), key_mask)[0, 3:23]
+    assert torch.allclose(padded, plain, atol=2e-5)
 
 
 READ = [  # changes to a config, and what is read
@@ -381,58 +305,38 @@ READ = [  # changes to a config, and what is read
     ({"model_type": "mistral", "sliding_window": 999}, {"context": 256}),
     ({"model_type": "qwen3", "sliding_window": 16}, {"context": 256, "qk_norm": True}),
     ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True}, {"context": 9}),
-    ({"model_type": "qwen2"}, {"qkv_bias": True, "out_bias": False}),
     ({"attention_bias": True}, {"qkv_bias": True, "out_bias": True, "qk_norm": False}),
-    ({"num_key_value_heads": None}, {"kv_heads": 4, "head_size": 12, "tied": False}),
-    ({"hidden_act": "silu", "mlp_bias": False, "rms_norm_eps": 1}, {"norm_eps": 1}),
-    ({"dtype": "torch.bfloat16", "rope_theta": 5}, {"rope_theta": 5, "rope_scaling": {}}),
+    ({}, {"rope_theta": 1e4, "norm_eps": 1e-6, "causal": True}),
     (RAW | {"embedding_size": 64}, {"vocab": 64, "head_size": 8, "causal": False, "tied": False}),
     (RAW | {"n_kv_heads": 2, "include_qkv_bias": True}, {"kv_heads": 2, "qkv_bias": True}),
-    (RAW | {"rms_norm_eps": None, "weight_tying": None}, {"norm_eps": 1e-5, "tied": True}),
 ]
 
 
 @pytest.mark.parametrize("changes, expected", READ)
 def test_a_config_is_read(changes, expected):
     config = maskft.parse_config(llama(**changes))
-    assert vars(config).items() >= expected.items() and config.raw == llama(**changes)
+    assert vars(config).items() >= expected.items()
+    assert config.raw.items() >= llama(**changes).items()
 
 
 REFUSED = [
     {"model_type": "gpt2"},
-    {"model_type": None},
-    {"model_type": ["llama"]},
     {"hidden_act": "gelu"},
     {"mlp_bias": True},
     {"quantization_config": {"quant_method": "gptq"}},
     {"rope_scaling": LLAMA3 | {"rope_type": "yarn"}},
     {"rope_scaling": {"type": "linear"}},
-    {"rope_scaling": LINEAR | {"factor": 0}},
-    {"rope_scaling": LINEAR | {"factor": [4]}},
-    {"rope_scaling": [4]},
-    {"rope_theta": 0},
-    {"rope_theta": 1e400},
-    {"rms_norm_eps": -1e-5},
-    {"rms_norm_eps": "small"},
     {"hidden_size": None},
-    {"hidden_size": -48},
-    {"hidden_size": 48.0},
-    {"hidden_size": True},
-    {"head_dim": 15},
-    {"num_key_value_heads": 3},
-    {"num_attention_heads": 0},
-    {"num_hidden_layers": 10**9},
-    {"num_hidden_layers": 2},
-    {"vocab_size": 2**29},  # 100 GB, were there room made for it before it is compared
-    {"dtype": "int8"},
-    {"tie_word_embeddings": "yes"},
+    {"max_position_embeddings": 0},
+    RAW | {"rope": False},
+    RAW | {"residual_dropout": 0.1},
 ]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "model"
-    maskft.save(random_model(), path)
+    maskft.save(random_model(rope_scaling=LLAMA3 | OLD_CONTEXT), path)
     return path
 
 
@@ -448,9 +352,8 @@ def refused(path):
 @pytest.mark.parametrize("changes", REFUSED)
 def test_a_config_that_is_not_implemented_or_absurd_is_refused(changes, saved, tmp_path):
     path = shutil.copytree(saved, tmp_path / "m")
-    raw = llama(**changes)
-    (path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
-    assert "config.json" in refused(path)
+    data.write_json(path / "config.json", llama(**changes))
+    assert refused(path).startswith(f"{path}/config.json")
 
 
 # ----------------------------------------------------------------------------- weights in and out
@@ -459,134 +362,71 @@ UP = "model.layers.1.mlp.up_proj.weight"
 HEAD = "lm_head.weight"
 
 
-def changed(path, **changes):
-    """Rewrite tensors of model.safetensors; None = away."""
-    tensors = load_file(path / "model.safetensors")
-    tensors |= {name: change(tensors) for name, change in changes.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def changed(path, name, tensor):
+    """Replace a tensor of model.safetensors; None takes it away."""
+    tensors = load_file(path / "model.safetensors") | {name: tensor}
+    if tensor is None:
+        del tensors[name]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
-def spoiled(value):
-    def change(tensors):
-        tensor = tensors[UP].clone()
-        tensor[3, 5] = value
-        return tensor
-
-    return change
-
-
-WEIGHTS = {
-    "missing": {UP: lambda _: None},
-    "no head": {HEAD: lambda _: None},
-    "extra": {"model.extra.weight": lambda _: torch.ones(2)},
-    "shape": {UP: lambda tensors: tensors[UP].T.contiguous()},
-    "head's shape": {HEAD: lambda tensors: tensors[HEAD][:-1].clone()},
-    "quantized": {UP: lambda tensors: tensors[UP].to(torch.int32)},
-    "eight bits": {UP: lambda tensors: tensors[UP].to(torch.float8_e4m3fn)},
-    "NaN": {UP: spoiled(float("nan"))},
-    "infinite": {UP: spoiled(float("-inf"))},
-    "a flipped bit": {UP: spoiled(1e38)},
-}
+WEIGHTS = [  # a tensor, and what is made of the (80, 48) that are in its place
+    (UP, lambda up: None),
+    ("model.extra.weight", torch.clone),
+    (UP, lambda up: up.T.contiguous()),
+    *[(UP, lambda up, x=x: up.where(up < up.max(), x)) for x in (math.nan, math.inf, -1e38)],
+]
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_tensor_that_does_not_fit_is_named(name, saved, tmp_path):
-    path = changed(shutil.copytree(saved, tmp_path / "m"), **WEIGHTS[name])
-    assert min(WEIGHTS[name]) in refused(path)
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-FILES = {
-    "cut": lambda whole: whole[:-100],
-    "header too long": lambda whole: (2**60).to_bytes(8, "little") + whole[8:],
-    "no length": lambda whole: b"\xff" * 8 + whole[8:],
-    "empty": lambda whole: b"",
-    "pointer": lambda whole: LFS,
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_not_whole_is_named(name, saved, tmp_path):
+@pytest.mark.parametrize("name, change", WEIGHTS)
+def test_a_tensor_that_does_not_fit_is_named(name, change, saved, tmp_path):
     path = shutil.copytree(saved, tmp_path / "m")
-    file = path / "model.safetensors"
-    file.write_bytes(FILES[name](file.read_bytes()))
-    assert str(file) in refused(path)
+    changed(path, name, change(load_file(path / "model.safetensors")[UP]))
+    assert name in refused(path)
 
 
 def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     tied = random_model(tie_word_embeddings=True)
     maskft.save(tied, tmp_path)
     embedding = tied.embed.weight.detach()
-    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": lambda _: torch.ones(6)}
-    changed(tmp_path, **{HEAD: lambda _: embedding.clone()}, **buffer)  # an early Llama 2's
-    model = maskft.load(tmp_path)
-    assert model.config.tied and torch.equal(model.embed.weight, embedding)
-    changed(tmp_path, **{HEAD: lambda _: embedding.flip(0).contiguous()})
+    changed(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(6))
+    changed(tmp_path, HEAD, embedding.clone())
+    assert maskft.load(tmp_path).head is None
+    changed(tmp_path, HEAD, embedding.flip(0).contiguous())
     model = maskft.load(tmp_path)
     assert torch.equal(model.head.weight, embedding.flip(0))
     maskft.save(model, tmp_path)
     assert data.read_json(tmp_path / "config.json")["tie_word_embeddings"] is False
-    assert torch.equal(maskft.load(tmp_path).head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_are_no_answer(value):
+def test_logits_that_are_no_numbers_are_no_answer():
     model = random_model()
-    model.norm.weight.data[3] = value
+    model.norm.weight.data[3] = math.inf
     with pytest.raises(UserError, match="logits are NaN or infinite"):
-        maskft.generate(model, [[1, 2]], 4)
+        model(torch.tensor([[1, 2]]))
 
 
-def small_shards(monkeypatch):
+def test_a_model_is_saved_in_shards_in_place_of_what_was_there(saved, tmp_path, monkeypatch):
+    path = shutil.copytree(saved, tmp_path / "m")
     hub = maskft.huggingface_hub
-    split = partial(hub.split_torch_state_dict_into_shards, max_shard_size=40_000)
-    monkeypatch.setattr(hub, "split_torch_state_dict_into_shards", split)
-
-
-def test_a_model_is_saved_in_shards_in_place_of_what_was_there(tmp_path, monkeypatch):
+    in_shards = partial(hub.save_torch_state_dict, max_shard_size=40_000)
+    monkeypatch.setattr(hub, "save_torch_state_dict", in_shards)
     model = random_model()
-    maskft.save(model, tmp_path)
-    with monkeypatch.context() as patch:
-        small_shards(patch)
-        maskft.save(model, tmp_path)
-    index = data.read_json(tmp_path / "model.safetensors.index.json")
-    files = {path.name for path in tmp_path.iterdir()}
-    shards = set(index["weight_map"].values())
-    assert files == {"config.json", "model.safetensors.index.json"} | shards and len(shards) > 3
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
-    assert all(map(torch.equal, model.parameters(), maskft.load(tmp_path).parameters()))
-    maskft.save(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-
-
-def test_the_index_says_which_file_counts(tmp_path, monkeypatch):
-    model = random_model()
-    small_shards(monkeypatch)
-    maskft.save(model, tmp_path)
-    index = tmp_path / "model.safetensors.index.json"
+    maskft.save(model, path)
+    index = path / "model.safetensors.index.json"
     weight_map = data.read_json(index)["weight_map"]
-    tensors = {}
-    for file in set(weight_map.values()):
-        tensors |= load_file(tmp_path / file)
-    for file in set(weight_map.values()):  # all have all tensors, most of them wrong
-        save_file({n: t * (weight_map[n] == file) for n, t in tensors.items()}, tmp_path / file)
-    assert all(map(torch.equal, model.parameters(), maskft.load(tmp_path).parameters()))
-    bad = {"config.json": "config.json", "none.safetensors": "none.safetensors: not found"}
-    for file, named in bad.items():
-        index.write_text(json.dumps({"weight_map": weight_map | {UP: "../" * 3 + file}}))
-        assert f"{tmp_path}/{named}" in refused(tmp_path)
-    index.write_text("[]")
-    assert index.name in refused(tmp_path)
+    modes = {file.name: file.stat().st_mode for file in path.iterdir()}
+    assert modes.keys() == {"config.json", index.name, *weight_map.values()}
+    assert len(set(modes.values())) == 1
+    assert all(map(torch.equal, model.parameters(), maskft.load(path).parameters()))
+    data.write_json(index, {"weight_map": weight_map | {UP: "../none.safetensors"}})
+    assert f"{path}/none.safetensors" in refused(path)
 
 
 DECLARED = [
     ({"dtype": "bfloat16"}, torch.bfloat16),
     ({"torch_dtype": "torch.float16"}, torch.float16),
-    ({"dtype": "auto"}, torch.float32),
     ({}, torch.float32),
-    ({"dtype": "float64", "torch_dtype": "float16"}, torch.float64),
 ]
 
 
@@ -594,139 +434,83 @@ DECLARED = [
 def test_a_model_is_saved_in_the_dtype_that_is_declared(changes, dtype, tmp_path):
     model = random_model(**changes)
     maskft.save(model, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     again = maskft.load(tmp_path, dtype=torch.float64)
-    assert not again.training and again.embed.weight.dtype == torch.float64
+    assert not again.training
     assert torch.equal(again.embed.weight, model.embed.weight.to(dtype).double())
     raw = data.read_json(tmp_path / "config.json")
     assert raw == {"architectures": ["LlamaForCausalLM"], **llama(**changes)}
 
 
-PEAK = Path("/proc/self/clear_refs")
+NOT_FOUND = [ConnectionError(), ValueError()]
 
 
-@pytest.mark.skipif(not PEAK.exists(), reason="the peak of memory starts anew on Linux alone")
-def test_loading_holds_the_weights_once(tmp_path):
-    """What was read of a file does not stay mapped beside the parameters."""
-
-    def peak():
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-    maskft.save(random_model(hidden_size=512, intermediate_size=2048, vocab_size=8000), tmp_path)
-    PEAK.write_text("5")
-    before = peak()
-    model = maskft.load(tmp_path)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    assert peak() - before < 1.3 * 4 * (size + 8000 * 512)
-
-
-RESPONSE = Namespace(headers={}, request=None, status_code=403)
-HUB = huggingface_hub.errors
-NOT_FOUND = [  # what the hub says to a/b, and what its user is told
-    (HUB.GatedRepoError("", response=RESPONSE), "https://huggingface.co/a/b"),
-    (HUB.RepositoryNotFoundError("", response=RESPONSE), "no model on the hub"),
-    (HUB.LocalEntryNotFoundError(""), "hf download a/b --local-dir"),
-    (ConnectionError(), "could not be reached"),
-]
-
-
-def test_a_model_is_found_beside_the_code_or_said_to_be_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", NOT_FOUND)
+def test_a_model_is_found_beside_the_code_or_said_to_be_none(error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert maskft.find_model("tiny") == HERE / "tiny"
     (tmp_path / "foo.gguf").write_text("GGUF")
-    names = [("foo.gguf", "is a file"), ("./foo", "no such dir"), ("a/b/c", "not a hub id")]
-    for error, message in [*names, *NOT_FOUND]:
-        name = error if isinstance(error, str) else "a/b"
-        download = Mock(side_effect=error)
-        monkeypatch.setattr(maskft.huggingface_hub, "snapshot_download", download)
+    download = Mock(side_effect=error)
+    monkeypatch.setattr(maskft.huggingface_hub, "snapshot_download", download)
+    for name, message in {"foo.gguf": "is a file", "a/b": "hf download a/b"}.items():
         with pytest.raises(UserError, match=message):
             maskft.find_model(name)
 
 
 def test_an_adapter_and_half_a_download_are_named(saved, tmp_path):
-    snapshot = tmp_path / "models--acme--tiny--chat" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    assert "config.json: not found" in refused(snapshot)
-    shutil.copy(saved / "config.json", snapshot)
-    assert "incomplete: with a network, `hf download acme/tiny/chat`" in refused(snapshot)
-    (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
-    assert "an adapter: merge it into acme/base" in refused(snapshot)
+    assert "config.json" in refused(tmp_path)
+    shutil.copy(saved / "config.json", tmp_path)
+    assert "hf download" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "an adapter" in refused(tmp_path)
 
 
 def test_a_saved_auto_map_says_where_the_code_is(tmp_path):
     hub = tmp_path / "models--acme--llada" / "snapshots" / "0123"
+    model = tiny_llada()
     for path, source in ((tmp_path / "local", tmp_path / "local"), (hub, "acme/llada")):
-        model = tiny_llada()
         model.config.raw = RAW | {"auto_map": {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}}
         maskft.save(model, path)
-        maskft.save(maskft.load(path), tmp_path / "out")
-        auto_map = data.read_json(tmp_path / "out" / "config.json")["auto_map"]
+        auto_map = maskft.load(path).config.raw["auto_map"]
         assert auto_map == {"AutoConfig": f"{source}--a.B", "AutoModel": "c/d--e.F"}
 
 
-ODD = [None, "", "x", "2", -1, 0, 1, 2, 7.5, float("inf"), float("nan"), 1e30, 10**30, True, []]
-ODD += [{}, [1], ["x"], {"a": 1}, "\ud800", [[[]]], 12, 300]
+ODD = [None, "", "x", "2", -1, 0, 1, 7.5, math.inf, math.nan, True, [], {"a": 1}, 300]
 
 
 def with_one_leaf_replaced(rng, text):
-    """JSON with one thing in it deleted or replaced."""
+    """A config with one thing in it, or in its RoPE scaling, replaced."""
     content = json.loads(text)
-    parents = [content]
-    for parent in parents:
-        parents += [value for value in parent.values() if isinstance(value, dict)]
-    parent = rng.choice(parents)
-    name = rng.choice(sorted(parent) or ["x"])
-    parent[name] = rng.choice(ODD)
-    if rng.random() < 0.3:
-        del parent[name]
+    parent = rng.choice([content, content["rope_scaling"]])
+    parent[rng.choice(sorted(parent))] = rng.choice(ODD)
     return json.dumps(content).encode()
 
 
-def with_one_byte_changed(rng, content):
-    spot = rng.randrange(len(content))
-    return content[:spot] + bytes([rng.randrange(256)]) + content[spot + 1 :]
-
-
-def cut_short(rng, content):
-    return content[: rng.randrange(len(content))]
+def with_one_byte_changed_or_cut_short(rng, content):
+    spot = rng.randrange(min(len(content), 2000))  # of tensors their names and shapes
+    rest = content[spot + 1 :] if rng.random() < 0.7 else b""
+    return content[:spot] + bytes([rng.randrange(256)]) + rest
 
 
 FUZZ = [
     ("config.json", with_one_leaf_replaced),
-    ("config.json", with_one_byte_changed),
-    ("config.json", cut_short),
-    ("model.safetensors.index.json", with_one_leaf_replaced),
-    ("part0.safetensors", with_one_byte_changed),
-    ("part1.safetensors", cut_short),
+    ("config.json", with_one_byte_changed_or_cut_short),
+    ("model.safetensors", with_one_byte_changed_or_cut_short),
 ]
 
 
 @pytest.mark.parametrize("name, change", FUZZ)
-def test_a_damaged_model_works_or_is_one_line_that_names_the_file(name, change, tmp_path):
+def test_a_damaged_model_works_or_is_one_line_that_names_the_file(name, change, saved, tmp_path):
     rng = random.Random(0)
-    whole = tmp_path / "whole"
-    rope = {"rope_scaling": LLAMA3 | OLD_CONTEXT, "rope_theta": 9e3}
-    ids = {"eos_token_id": [5], "pad_token_id": 5, "torch_dtype": "float32"}
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 50}
-    maskft.save(random_model(**sizes, **rope, **ids, tie_word_embeddings=True), whole)
-    tensors = sorted(load_file(whole / "model.safetensors").items())
-    (whole / "model.safetensors").unlink()
-    weight_map = {}
-    for n, some in enumerate((tensors[:4], tensors[4:])):
-        save_file(dict(some), whole / f"part{n}.safetensors")
-        weight_map |= {tensor: f"part{n}.safetensors" for tensor, _ in some}
-    (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    original = (whole / name).read_bytes()
+    path = shutil.copytree(saved, tmp_path / "m")
+    whole = (path / name).read_bytes()
     refusals = 0
     for _ in range(60):
-        (whole / name).write_bytes(change(rng, original))
+        (path / name).write_bytes(change(rng, whole))
         try:
-            maskft.load(whole)(torch.tensor([[1, 2, 3]]))
+            maskft.load(path)(torch.tensor([[1]]))
         except UserError as error:
             message = str(error)
-            assert "\n" not in message and (str(whole) in message or "logits" in message)
+            assert "\n" not in message and (str(path) in message or "logits" in message)
             refusals += 1
     assert refusals > 3
 
@@ -750,8 +534,8 @@ def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop(monkeypatch):
     """In any batch; no row is computed without need, none beyond the budget is held."""
     model = random_model(tie_word_embeddings=True)
     rng = random.Random(0)
-    lengths = [rng.choice([1, 2, 3, 9, 20]) for _ in range(18)] + [90, 1]
-    prompts = [[rng.randrange(300) for _ in range(length)] for length in lengths]
+    lengths = [*rng.choices([1, 2, 3, 9, 20], k=18), 90, 1]
+    prompts = [rng.choices(range(300), k=length) for length in lengths]
     plain = plain_loop(model, prompts, 16)
     a_token = 2 * 3 * 2 * 12 * 4  # keys and values, layers, heads, head size, bytes
     forwards = []
@@ -759,79 +543,65 @@ def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop(monkeypatch):
     real = maskft.KVCache.place
 
     def place(cache, first, past, *more):
-        forwards.append((cache.rows, cache.size, first, past))
-        assert first + len(past) <= cache.rows
+        forwards.append((cache, first, past))
         real(cache, first, past, *more)
 
     monkeypatch.setattr(maskft.KVCache, "place", place)
     for stops in ([], rng.sample(range(300), 15), [row[0] for row in plain]):
         expected = [cut(row, stops) for row in plain]
-        needed = sum(min(16, len(row) + 1) for row in expected)
         for tokens in (1, 200, 400, 9216):
             forwards.clear()
             found = maskft.generate(model, prompts, 16, stops, cache_bytes=tokens * a_token)
             assert found == expected
-            assert sum(len(past) for *_, past in forwards) == needed
-            for rows, size, first, past in forwards:
-                assert rows == min(256, max(1, tokens // size))
-                beside |= {tokens} if first and not any(past) else set()
+            for cache, first, past in forwards:
+                assert cache.rows == min(256, max(1, tokens // cache.size)) >= first + len(past)
+                if first and not any(past):
+                    beside.add(tokens)
     assert beside == {200, 400}
     ended = []
     assert maskft.generate(model, prompts, 16, on_answer=ended.append) == plain
-    assert sum(ended) == len(prompts)
-    assert forwards[-1][0] == 256 and maskft.generate(model, [], 16) == []
+    assert sum(ended) == len(prompts) and maskft.generate(model, [], 16) == []
 
 
-REFUSED_SAMPLING = [
-    {"max_new_tokens": 254},
-    {"max_new_tokens": 0},
-    {"temperature": -1.0},
-    {"temperature": 1.0, "top_p": 0.0},
-    {"temperature": 1.0, "top_p": 1.5},
-]
-
-
-@pytest.mark.parametrize("given", REFUSED_SAMPLING)
-def test_what_cannot_be_generated_is_refused_before_anything(given):
+def test_what_cannot_be_generated_is_refused_before_anything():
     model = random_model()
-    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
-    with pytest.raises(UserError, match="257 tokens are more|at least"):
-        maskft.generate(model, [[5], [6, 7, 8]], **given)
-    with pytest.raises(UserError, match="257 tokens are more than the model takes, 256"):
-        model.mask_and_positions(torch.zeros(1, 257), None, None)
-    assert len(maskft.generate(random_model(), [[6, 7, 8]], 253)[0]) == 253
+    assert len(maskft.generate(model, [[6, 7, 8]], 253)[0]) == 253
+    with pytest.raises(UserError, match="257 tokens"):
+        maskft.generate(model, [[5], [6, 7, 8]], 254)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.5, 1.0), (2.0, 0.7)])
 @torch.no_grad()
 def test_draws_have_the_distribution_of_the_softmax(temperature, top_p):
     model = random_model(vocab_size=12)
-    draws = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
-    ask = partial(maskft.generate, model, [[3, 4]] * 4000, 1, (), temperature, top_p)
-    first, again, other = map(ask, draws)
-    assert first == again != other
-    share = torch.bincount(torch.tensor(first)[:, 0], minlength=12) / 4000
+    draws = (temperature, top_p, generators(*range(4000)))
+    drawn = maskft.generate(model, [[3, 4]] * 4000, 1, (), *draws)
+    share = torch.tensor(drawn).flatten().bincount(minlength=12) / 4000
     logits = model(torch.tensor([[3, 4]]))[0, -1] / temperature
     likely, ids = logits.softmax(-1).sort(descending=True)
-    kept = (likely.cumsum(0) < top_p - 1e-6).sum() + 1  # the fewest of this probability together
-    expected = likely[:kept] / likely[:kept].sum()
-    assert (share[ids[:kept]] - expected).abs().max() < 0.03 and not share[ids[kept:]].sum()
+    likely[1:][likely.cumsum(0)[:-1] > top_p - 1e-6] = 0  # the fewest of this probability together
+    share = share[ids]
+    assert (share - likely / likely.sum()).abs().max() < 0.03 and not share[likely == 0].any()
 
 
-def test_answers_end_where_the_tokenizer_says():
+def test_answers_end_where_the_tokenizer_says_and_a_draw_depends_on_its_generator_alone():
     model = random_model()
     (whole,) = maskft.generate(model, [[5, 6]], 8)
     asked = Namespace(stop_ids=whole[3:4])
     assert maskft.greedy_answer(model, asked, [[5, 6]], 8) == [cut(whole, asked.stop_ids)]
-    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
-    drawn = maskft.random_answer(model, asked, [[5, 6]] * 8, 8, draws[0])
-    usual = (asked.stop_ids, 1.0, 0.95, draws[1])
-    assert drawn == maskft.generate(model, [[5, 6]] * 8, 8, *usual)
+    prompts = [[7], [5, 6], [8]]
+    drawn = maskft.random_answer(model, asked, prompts, 8, generators(0, 1, 2))
+    alone = maskft.generate(model, [[8]], 8, asked.stop_ids, 1.0, 0.95, generators(2))
+    assert drawn[2:] == alone
 
 
 # ------------------------------------------------------------------------------------------ LLaDA
 
-PROMPTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16]]
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7], list(range(8, 17))]
 
 
 def spelled(text):
@@ -850,51 +620,21 @@ LETTERS = Namespace(
 )
 
 
-NOT_LLADA = {
-    "rope": False,
-    "alibi": True,
-    "layer_norm_type": "default",
-    "activation_type": "swiglu",
-    "block_type": "sequential",
-    "include_bias": True,
-    "attention_layer_norm": True,
-    "scale_logits": True,
-    "input_emb_norm": True,
-    "clip_qkv": 8.0,
-    "multi_query_attention": True,
-    "residual_dropout": 0.1,
-    "mask_token_id": 40,
-    "n_layers": None,
-    "rope_scaling": {"type": "linear"},
-}
-
-
-@pytest.mark.parametrize("field", NOT_LLADA)
-def test_a_llada_that_is_not_implemented_is_refused(field):
-    with pytest.raises((UserError, KeyError), match=field):
-        maskft.parse_config(RAW | {field: NOT_LLADA[field]})
-
-
 def test_a_saved_llada_keeps_names_and_config(tmp_path):
     model = tiny_llada()
     maskft.save(model, tmp_path)
     assert data.read_json(tmp_path / "config.json") == RAW
     tensors = load_file(tmp_path / "model.safetensors")
-    parts = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out", "o": "attn_out"}
-    for ours, theirs in parts.items():  # the gate and up swapped, it loads and babbles
-        weight = getattr(model.blocks[1], ours).weight.bfloat16()  # "amp_bf16"
-        assert torch.equal(tensors[f"model.transformer.blocks.1.{theirs}.weight"], weight)
-    assert len(tensors) == 2 * 9 + 3
-    ids = torch.tensor(PROMPTS[:1])
-    assert torch.equal(maskft.load(tmp_path)(ids), model.bfloat16().float()(ids))
+    gate = tensors["model.transformer.blocks.1.ff_proj.weight"]  # not `up`, or it babbles
+    assert torch.equal(gate, model.blocks[1].gate.weight)
 
 
 NEVER_LLADA = [
-    (llama(rope_scaling=LINEAR), "RoPE scaling"),
-    (llama(attention_bias=True), "output bias"),
-    (llama(model_type="qwen3"), "this qwen3 cannot become a LLaDA"),
-    (llama(head_dim=16), "head size other than"),
-    (RAW | {"mask_token_id": 5}, "config.json says mask_token_id 5, the tokenizer 38"),
+    {"rope_scaling": LINEAR},
+    {"attention_bias": True},
+    {"model_type": "qwen3"},
+    {"head_dim": 16},
+    RAW | {"mask_token_id": 5},
 ]
 
 
@@ -903,57 +643,32 @@ def test_a_causal_model_becomes_a_llada():
     before = maskft.parse_config(raw)
     after = maskft.as_diffusion(before, LETTERS)
     differs = {name for name, value in vars(before).items() if getattr(after, name) != value}
-    assert differs == {"causal", "raw"} and after.raw["mask_token_id"] == MASK
+    assert differs == {"causal", "raw", "rope_scaling"} and after.raw["mask_token_id"] == MASK
     assert maskft.as_diffusion(after, LETTERS) is after
-    for config, message in NEVER_LLADA:
-        with pytest.raises(UserError, match=message):
-            maskft.as_diffusion(maskft.parse_config(config), LETTERS)
+    for changes in NEVER_LLADA:
+        with pytest.raises(UserError, match="no LLaDA|mask_token_id 5"):
+            maskft.as_diffusion(maskft.parse_config(llama(**changes)), LETTERS)
 
 
-def test_a_document_is_masked_but_for_its_start():
-    """The loss is where the mask is; the end of text may be masked."""
+MASKED = [  # a record; what of it is never masked, and what may be
+    ({"text": "abcdefgh"}, [0], [*range(1, 9), EOS]),
+    ({"question": "who", "answer": "bob"}, [0, 23, 8, 15, 30], [2, 15, 2, EOT]),
+]
+
+
+@pytest.mark.parametrize("record, prompt, target", MASKED)
+def test_the_loss_is_where_the_mask_is(record, prompt, target):
     rng = np.random.default_rng(0)
-    ends = set()
+    ever = 0
     for _ in range(200):
-        example = llada.diffusion_example({"text": "abcdefgh"}, LETTERS, (0.05, 0.95), rng)
-        pairs = list(zip(example.ids, example.labels, strict=True))
-        whole = [token if label == IGNORE else label for token, label in pairs]
-        assert whole == [0, *range(1, 9), EOS]
-        assert all((token == MASK) == (label != IGNORE) for token, label in pairs)
-        assert example.labels[0] == IGNORE and example.denominator == 1.0
-        ends.add(example.labels[-1])
-    assert ends == {IGNORE, EOS}
-
-
-def test_of_a_question_the_answer_alone_is_masked():
-    record = {"question": "who", "answer": "bob"}
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        example = llada.diffusion_example(record, LETTERS, (0.9, 0.9), rng)
-        assert example.ids[:5] == [0, 23, 8, 15, 30] and len(example.ids) == 9
-        assert example.labels[:5] == [IGNORE] * 5
-    assert example.weight == pytest.approx(1 / (0.9 * 4))  # b, o, b, end of turn
-    example = llada.diffusion_example(record, LETTERS, (1.0, 1.0), rng)
-    assert example.labels[5:] == [2, 15, 2, EOT]
-
-
-MASK_RATIOS = [(0.05, 0.05), (0.5, 0.5), (1.0, 1.0), (0.05, 0.95), (0.0, 0.0)]
-
-
-@pytest.mark.parametrize("mask_ratio", MASK_RATIOS)
-def test_expected_loss_of_a_uniform_model_is_ln_v(mask_ratio):
-    """At every ratio but 0, where it is 0 and never NaN."""
-    model = tiny_llada()
-    torch.nn.init.zeros_(model.head.weight)
-    rng = np.random.default_rng(0)
-    records = [{"text": "abcd"}, {"text": "abcd" * 3}] * 1000
-    examples = [llada.diffusion_example(r, LETTERS, mask_ratio, rng) for r in records]
-    loss = model(**data.collate(examples, EOS)) / sum(e.denominator for e in examples)
-    lowest = mask_ratio[0]
-    expected = math.log(40) if lowest else 0
-    assert loss.item() == pytest.approx(expected, rel=0.08 if lowest < 0.1 else 0.02)
-    loss.backward()
-    assert model.head.weight.grad.isfinite().all()
+        example = llada.diffusion_example(record, LETTERS, (0.3, 0.3), rng)
+        masked = np.equal(example.ids, MASK)
+        assert masked.tolist() == [label != IGNORE for label in example.labels]
+        assert np.where(masked, example.labels, example.ids).tolist() == prompt + target
+        assert example.weight == pytest.approx(masked.any() / (0.3 * len(target)))
+        assert example.denominator == 1
+        ever |= masked
+    assert ever.tolist() == [False] * len(prompt) + [True] * len(target)
 
 
 @torch.no_grad()
@@ -1000,56 +715,43 @@ def plain_sample(
     return x[answer:].tolist()
 
 
-SCHEDULES = [(16, 16, 4), (16, 8, 4), (16, 12, 4), (12, 5, 12), (8, 8, 1), (8, 32, 4)]
+SCHEDULES = [(16, 12, 4, 0.0), (12, 5, 12, 1.5), (8, 8, 1, 0.0), (8, 32, 4, 1.5)]
 
 
-@pytest.mark.parametrize("length, steps, block", SCHEDULES)
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize("length, steps, block, cfg_scale", SCHEDULES)
 def test_sampler_gives_the_reference_tokens(length, steps, block, cfg_scale):
     """To one prompt and to unequal ones in a batch; whichever token stops, it changes nothing."""
     model = tiny_llada()
-    how = (length, steps, block)
-    ours = partial(llada.sample, model, cfg_scale=cfg_scale)
-    expected = [plain_sample(model, p, *how, cfg_scale=cfg_scale) for p in PROMPTS]
-    assert len({i for row in expected for i in row}) > 5
-    assert [ours([p], *how)[0] for p in PROMPTS] == ours(PROMPTS, *how) == expected
-    for stop_ids in ({expected[0][5]}, {expected[1][0], expected[2][3]}, set(expected[2])):
-        stopped = ours(PROMPTS, *how, stop_ids=stop_ids)
-        assert stopped == [cut(row, stop_ids) for row in expected]
+    how = {"cfg_scale": cfg_scale}
+    expected = [plain_sample(model, p, length, steps, block, **how) for p in PROMPTS]
+    for stop_ids in ((), {expected[1][0], expected[2][3]}):
+        found = llada.sample(model, PROMPTS, length, steps, block, **how, stop_ids=stop_ids)
+        assert found == [cut(row, stop_ids) for row in expected]
 
 
-CHANCES = [("random", 0.0), ("low_confidence", 1.0), ("random", 0.7)]
-
-
-@pytest.mark.parametrize("remasking, temperature", CHANCES)
-def test_seeded_sampling_gives_the_reference_tokens(remasking, temperature):
+def test_seeded_sampling_gives_the_reference_tokens():
     model = tiny_llada()
-    for seed in range(3):
-
-        def how(seed=seed):
-            generator = torch.Generator().manual_seed(seed)
-            return {"temperature": temperature, "remasking": remasking, "generator": generator}
-
-        expected = plain_sample(model, PROMPTS[0], 16, 8, 8, **how())
-        assert llada.sample(model, PROMPTS[:1], 16, 8, 8, **how()) == [expected]
+    how = {"temperature": 0.7, "remasking": "random"}
+    (mine, reference) = generators(3, 3)
+    expected = plain_sample(model, PROMPTS[0], 16, 8, 8, **how, generator=reference)
+    assert llada.sample(model, PROMPTS[:1], 16, 8, 8, **how, generator=mine) == [expected]
 
 
-def test_a_predicted_mask_token_stays_a_mask():
+def test_a_draw_depends_on_its_generator_alone():
     model = tiny_llada()
-    model.head.weight.data[MASK] = model.head.weight.data[:MASK].max(0).values
-    expected = [plain_sample(model, p, 16, 8, 4) for p in PROMPTS]
-    assert any(MASK in row for row in expected)
-    assert llada.sample(model, PROMPTS, 16, 8, 4) == expected
+    done = []
+    drawn = llada.random_answer(model, LETTERS, PROMPTS, 8, generators(0, 1, 2), done.append)
+    for n, generator in enumerate(generators(0, 1, 2)):
+        expected = plain_sample(model, PROMPTS[n], 8, 8, 4, 1.0, generator=generator)
+        assert drawn[n] == cut(expected, LETTERS.stop_ids)
+    assert done == [1, 1, 1]
 
 
 def test_threshold_keeps_all_that_is_as_sure_and_one_at_least():
     model = tiny_llada()
     one_by_one = llada.sample(model, PROMPTS, 16, 16, 4)
     assert llada.sample(model, PROMPTS, 16, 16, 4, threshold=2.0) == one_by_one
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
     at_once = llada.sample(model, PROMPTS, 16, threshold=0.0, block_length=8)
-    assert len(calls) == 2
     assert at_once == [plain_sample(model, p, 16, 2, 8) for p in PROMPTS]
 
 
@@ -1067,24 +769,18 @@ def test_answers_are_sampled_in_batches_of_alike_length(monkeypatch):
     batches = []
 
     def sample(model, prompts, *given, **more):
-        batches.append((list(map(len, prompts)), given, more))
+        assert given == (8, 8, 4) and more == {"stop_ids": LETTERS.stop_ids, "threshold": None}
+        batches.append(len(prompts))
         return prompts
 
     monkeypatch.setattr(llada, "sample", sample)
     monkeypatch.setattr(llada, "BATCH_TOKENS", 36)
     done = []
     assert llada.answer(None, LETTERS, prompts, 8, on_answer=done.append) == prompts
-    usual = (8, 8, 4), {"stop_ids": LETTERS.stop_ids, "threshold": None}
-    assert batches == [([20], *usual), ([9, 8], *usual), ([2, 1], *usual)]
-    assert done == [1, 2, 2]
+    assert batches == done == [1, 2, 2]
 
 
-def test_sampling_stops_at_the_end_of_turn_or_text_and_may_have_nothing_to_say():
+def test_sampling_may_have_nothing_to_say():
     model = tiny_llada()
     assert llada.sample(model, []) == []
     assert llada.sample(model, PROMPTS, 8, 8, stop_ids=range(40)) == [[]] * 3
-    full = llada.sample(model, PROMPTS, 16, 16)
-    for stops in ((EOT, EOS), tuple(full[0][3:5])):
-        letters = Namespace(**vars(LETTERS) | {"stop_ids": stops})
-        expected = [cut(row, stops) for row in full]
-        assert llada.answer(model, letters, PROMPTS, 16) == expected
