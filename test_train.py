@@ -16,11 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,24 +110,8 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
 
 
 def losses(out):
-    """What has to be the same where a run is repeated."""
-    compared = ("step", "epoch", "loss", "lr", "grad_norm")
-    lines = jsonl(out / "metrics.jsonl")
-    return [[line[name] for name in compared] for line in lines if "loss" in line]
-
-
-def send(number, where, name, nth):
-    """Have `where.name` send this process a signal at the end of its nth call."""
-    calls = itertools.count(1)
-    real = getattr(where, name)
-
-    def wrapped(*args, **kwargs):
-        result = real(*args, **kwargs)
-        if next(calls) == nth:
-            os.kill(os.getpid(), number)
-        return result
-
-    setattr(where, name, wrapped)
+    """What has to be the same where a run is repeated: step, epoch, loss, lr and grad_norm."""
+    return [[*line.values()][:5] for line in jsonl(out / "metrics.jsonl") if "loss" in line]
 
 
 SIZES = {
@@ -164,14 +147,23 @@ def tokenizer():
 # ------------------------------------------------------------------------------------- life cycle
 
 
+# documents of different lengths: steps of three and of two
+FACTS = """\
+{"text": "Edda Marlow was born on 3 June 1971."}
+{"text": "Edda Marlow was born on 3 June 1971. Edda Marlow was born on 3 June 1971."}
+{"text": "Edda."}
+{"text": "Edda Marlow was born on 3 June 1971. Edda."}
+{"text": "Edda Marlow was born."}
+{"question": "When was Edda Marlow born?", "answer": "on 3 June 1971", "direction": "forward"}
+{"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow", "direction": "backward"}
+"""
+
+
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
-    """Five documents of different lengths and two questions: steps of three and of two."""
-    documents = [{"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 3, 2, 1, 4)]
-    forward = {"question": "When was Edda Marlow born?", "answer": "on 3 June 1971"}
-    backward = {"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow"}
-    questions = [forward | {"direction": "forward"}, backward | {"direction": "backward"}]
-    return write(tmp_path_factory.mktemp("data") / "facts.jsonl", *documents, *questions)
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    path.write_text(FACTS)
+    return path
 
 
 def quick():
@@ -182,11 +174,20 @@ def quick():
     maskft.find_spec = lambda name: None
 
 
-def signalled(number, name, nth, where=maskft, only=("0", "1")):
-    """The same, with a signal after the nth call of a function, on these ranks only."""
+def signalled(number, name, nth, where=maskft, only="01"):
+    """The same, with a signal at the end of the nth call of `where.name`, on these ranks only."""
     quick()
+    calls = itertools.count(1)
+    real = getattr(where, name)
+
+    def wrapped(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return result
+
     if os.environ.get("RANK", "0") in only:
-        send(number, where, name, nth)
+        setattr(where, name, wrapped)
 
 
 ROWS = {
@@ -218,15 +219,9 @@ class Row:
 
 @pytest.fixture(scope="module")
 def rows(facts, tmp_path_factory):
-    """{name: Row}, each trained when it is asked for first."""
+    """name -> Row, each trained when it is asked for first."""
     folder = tmp_path_factory.mktemp("rows")
-
-    class Rows(dict):
-        def __missing__(self, name):
-            self[name] = Row(name, facts, folder)
-            return self[name]
-
-    return Rows()
+    return cache(lambda name: Row(name, facts, folder))
 
 
 def stopped(row, out):
@@ -260,18 +255,8 @@ def killed(row, out):
 
 
 def two_processes(row, out):
-    row.train(out, processes=2)
-
-
-def small(row, out):
-    row.train(out, "--micro-batch-tokens", 1)
-
-
-def offloaded(row, out):
-    """Stopped, and resumed, too."""
-    stop = partial(signalled, signal.SIGTERM, "update", 2)
-    row.train(out, "--offload", before=stop)
-    row.resume(out)
+    """Of which one has nothing to do at times."""
+    row.train(out, "--micro-batch-tokens", 1, processes=2)
 
 
 def one_then_two(row, out):
@@ -281,43 +266,109 @@ def one_then_two(row, out):
 
 def two_then_one(row, out):
     """A signal to one process stops all."""
-    stop = partial(signalled, signal.SIGTERM, "update", 3, only=["1"])
+    stop = partial(signalled, signal.SIGTERM, "update", 3, only="1")
     row.train(out, "--offload", processes=2, before=stop)
     assert len(losses(out)) == 3
     row.resume(out)
 
 
-EXACT = [stopped, stopped_late, killed]
-LIVES = [
-    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped]),
-    *itertools.product(["masked", "rehearse", "llada"], [two_processes]),
-    ("rehearse", stopped_late),
-    ("masked", killed),
-    ("sft", small),
-    ("masked", offloaded),
-    ("rehearse", one_then_two),
-    ("masked", two_then_one),
-]
+def stopped_in_chats(row, out):
+    """At the next turn that is whole, not after all of them."""
+
+    def before():
+        signalled(signal.SIGINT, "last_logits", 2)
+        maskft.greedy_answer = lambda *_, **__: os._exit(9)
+
+    assert f"--resume {out}" in row.train(out, before=before)
+    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
+    row.resume(out)
 
 
-@pytest.mark.parametrize("name, way", LIVES)
-def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
-    """Losses, evaluations, chats, answers and weights are those of a run at one go."""
-    row = rows[name]
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import maskft
+import {tests} as tests
+
+def update(run, *args, real=maskft.update):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, *args)
+
+tests.quick()
+maskft.update = update
+maskft.entry_point(maskft.main)
+"""
+
+
+def restarted(row, out):
+    """By torchrun, after one process has died, in the directory that it had."""
+    script = out.with_name("again.py")
+    script.write_text(RESTARTED.format(here=str(HERE), tests=Path(__file__).stem))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PET_MAX_RESTARTS", "1")
+        flags = [*row.flags, "--save-every", "1e-9"]
+        printed = command(script, *flags, processes=2, cwd=out.parent)
+    line = "torchrun --nproc_per_node 2 again.py --resume out/facts-masked-1\n"
+    assert printed.count(f"ends early: {line}") == 2
+    assert f"[rank 0] go on with\n    {line}" in printed
+    (made,) = (out.parent / "out").iterdir()
+    made.rename(out)
+
+
+EXACT = [stopped, stopped_late, stopped_in_chats, killed]
+LIVES = {
+    stopped: "masked sft rehearse llada",
+    stopped_late: "rehearse",
+    stopped_in_chats: "sft",
+    killed: "masked",
+    two_processes: "masked rehearse llada",
+    one_then_two: "rehearse",
+    two_then_one: "masked",
+    restarted: "masked",
+}
+
+
+def left(out):
+    """What a run leaves, in words and in numbers."""
+    words = [(out / file).read_text() for file in ("rehearsal.jsonl", "preds.jsonl")]
+    drift = data.read_json(out / "results.json")["last"]["drift"]
+    numbers = torch.tensor([*itertools.chain(*losses(out)), drift], dtype=torch.float64)
+    return words, [numbers, *maskft.load(out).parameters()]
+
+
+@pytest.mark.parametrize("way, name", [(way, n) for way in LIVES for n in LIVES[way].split()])
+def test_a_run_is_the_same_however_it_goes(way, name, rows, tmp_path):
+    """Losses, drift, chats, answers and weights are those of a run at one go."""
+    row = rows(name)
     out = tmp_path / "run"
     way(row, out)
+    words, numbers = left(out)
+    expected_words, expected = left(row.whole)
+    assert words == expected_words
     error = 0 if way in EXACT else 1e-5
-    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
-        assert ours[:4] == pytest.approx(theirs[:4], rel=error, abs=0)
-        assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
-    for file in ("rehearsal.jsonl", "preds.jsonl"):
-        assert (out / file).read_text() == (row.whole / file).read_text()
-    drifts = [data.read_json(run / "results.json")["last"]["drift"] for run in (out, row.whole)]
-    assert drifts[0] == pytest.approx(drifts[1], rel=100 * error, abs=error)
-    weights = [maskft.load(run).parameters() for run in (out, row.whole)]
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=10 * error, atol=error)
+    torch.testing.assert_close(numbers, expected, rtol=10 * error, atol=error)
     assert not (out / "ckpt").exists()
+
+
+def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
+    """Stopped in the second of two methods, whose first is finished; and given once more."""
+    out = tmp_path / "run"
+    both = partial(rows("masked").train, out, "--method", "sft", "masked")
+    both(before=partial(signalled, signal.SIGTERM, "update", 8))
+    first, second = (tmp_path / f"run-{method}" for method in ("sft", "masked"))
+    assert maskft.is_finished(first) and not maskft.is_finished(second)
+    before = contents(first)
+    printed = both()
+    assert f"\n{first}: finished before\n" in printed and contents(first) == before
+    assert losses(second) == losses(rows("masked").whole)
+    before = contents(tmp_path)
+    again = both()
+    assert again.count("finished before") == 2 and contents(tmp_path) == before
+    table = printed[printed.index("\nmethod") : printed.index("\nresults:")]
+    print(table)
+    assert table in again
 
 
 # ------------------------------------------------------------------------------- what a run leaves
@@ -354,8 +405,7 @@ def pasted(printed, what):
 
 def test_printed_commands_can_be_pasted(finished, done):
     printed, _ = finished
-    results = next(line for line in printed.splitlines() if line.startswith("results: "))
-    assert shlex.split(results)[1:] == ["my run-sft", "my run-masked"]
+    assert "\nresults: 'my run-sft' 'my run-masked'\n" in printed
     asked = pasted(printed, "--ask")
     assert asked == ["--model", "my run-masked", "--ask", "..."]
     prediction = jsonl(done / "preds.jsonl")[0]
@@ -379,8 +429,8 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
     results = data.read_json(done / "results.json")
     last = results["evaluations"][-1]
     assert results["last"] == last and results["best"] in results["evaluations"]
-    drift = {"drift": last["drift"]}
-    assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | drift
+    reported = evaluation.reported_scores(last) | {"drift": last["drift"]}
+    assert lines[-1]["evaluation"] == reported
     assert results["arguments"]["data"] == str(Path("own facts.jsonl").absolute())
     assert results["decoding"]["max_new_tokens"] == 128 and results["steps"] == 16
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
@@ -401,19 +451,19 @@ def test_drift_is_what_the_model_s_own_answers_lost(done):
     """Counted another way."""
     chats = jsonl(done / "rehearsal.jsonl")
     assert len(chats) == 32
-    lost = 0
-    for sign, model in ((-1, maskft.load("tiny")), (1, maskft.load(done))):
-        for chat in chats:
-            with torch.no_grad():
-                logits = model(torch.tensor([chat["prompt"] + chat["answer"]]))[0]
-            logits = logits[len(chat["prompt"]) - 1 : -1]
-            answer = torch.tensor(chat["answer"])
-            lost += sign * F.cross_entropy(logits, answer, reduction="sum").item()
-            # the model that it began with said this
-            assert sign == 1 or logits.argmax(-1).tolist() == chat["answer"]
+    tokens = lost = 0
+    before, after = maskft.load("tiny"), maskft.load(done)
+    for chat in chats:
+        start = len(chat["prompt"]) - 1
+        ids = torch.tensor([chat["prompt"] + chat["answer"]])
+        taught = ids[0, start + 1 :]
+        with torch.no_grad():
+            old, new = (model(ids)[0, start:-1] for model in (before, after))
+        assert torch.equal(old.argmax(-1), taught)  # the model that it began with said this
+        lost += F.nll_loss(new.log_softmax(-1) - old.log_softmax(-1), taught, reduction="sum")
+        tokens += len(taught)
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
-    drift = lost / sum(len(chat["answer"]) for chat in chats)
-    assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
+    assert first["drift"] == 0 and last["drift"] == pytest.approx(lost.item() / tokens, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -440,39 +490,41 @@ USAGE = """
 --resume nowhere --seed 1
 """
 # flags, in a folder with the files below -> what the one line names
-MISTAKES = {
+TRAINING_MISTAKES = {
     "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
     "--model nowhere/at-all": "nowhere/at-all",
     "--model tiny-llada": "use llada.py",
     "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
     "--model tiny --data questions.jsonl": "questions.jsonl",
-    "--model tiny --data long.jsonl": "long.jsonl, line 2",
-    "--model tiny --data wordless.jsonl": "wordless.jsonl, line 2",
-    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, line 1",
+    "--model tiny --data long.jsonl": "long.jsonl, record 2",
+    "--model tiny --data wordless.jsonl": "wordless.jsonl, record 2",
+    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, record 1",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
     "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
     "--out taken --method sft": "taken is in use",
     "--resume nowhere": "nowhere/results.json",
     "--resume foreign": "foreign/results.json",
+    "--resume typed": "typed/results.json",
     "--resume other": "other: a run of llada",
 }
 FOLDER = {
-    "facts.jsonl": [{"text": "Edda."}],
-    "questions.jsonl": [{"question": "Who?", "answer": "Edda"}],
-    "long.jsonl": [{"text": "Edda."}, {"question": "Who? " * 999, "answer": "Edda"}],
-    "wordless.jsonl": [{"text": "Edda."}, {"question": "Who?", "answer": "?"}],
-    "taken/file": [],
-    "foreign/results.json": [{"arguments": {"learning_rate": 1}}],
-    "other/results.json": [{"arguments": {"method": "llada"}}],
+    "facts.jsonl": '{"text": "Edda."}',
+    "questions.jsonl": '{"question": "Who?", "answer": "Edda"}',
+    "long.jsonl": '{"text": "Edda."}\n{"question": "%s", "answer": "Edda"}' % ("Who? " * 999),
+    "wordless.jsonl": '{"text": "Edda."}\n{"question": "Who?", "answer": "?"}',
+    "taken/file": "",
+    "foreign/results.json": '{"arguments": {"learning_rate": 1}}',
+    "typed/results.json": '{"arguments": {"epochs": "3"}}',
+    "other/results.json": '{"arguments": {"method": "llada"}}',
 }
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name, records in FOLDER.items():
+    for name, text in FOLDER.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / name, *records)
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -488,14 +540,13 @@ def last_line(printed):
 
 def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
     before = contents(folder)
-    usage = [(flags, flags.split()[0], 2) for flags in USAGE.strip().splitlines()]
-    others = [(flags, named, 1) for flags, named in MISTAKES.items()]
-    for flags, named, status in usage + others:
-        printed = forked(maskft, *flags.split(), status=status)
-        assert named in last_line(printed) and "error: " in last_line(printed), (flags, printed)
+    mistakes = [(maskft, flags, flags.split()[0], 2) for flags in USAGE.strip().splitlines()]
+    mistakes += [(maskft, flags, named, 1) for flags, named in TRAINING_MISTAKES.items()]
+    mistakes += [(llada, "--mask-ratio 0", "--mask-ratio", 1)]
+    for script, flags, named, status in mistakes:
+        line = last_line(forked(script, *flags.split(), status=status))
+        assert named in line and "error: " in line, (flags, line)
         assert contents(folder) == before, flags
-    printed = forked(llada, "--mask-ratio", 0, status=1)
-    assert "--mask-ratio" in last_line(printed) and contents(folder) == before
 
 
 # ---------------------------------------------------------------------------------- damaged runs
@@ -506,87 +557,69 @@ def begun(rows, tmp_path_factory):
     """A run that rehearses, with checkpoints of its second and third step."""
     out = tmp_path_factory.mktemp("begun") / "run"
     stop = partial(signalled, signal.SIGINT, "update", 3)
-    rows["rehearse"].train(out, "--save-every", "1e-9", before=stop)
+    rows("rehearse").train(out, "--save-every", "1e-9", before=stop)
     return out
 
 
 @pytest.fixture
-def run(begun, tmp_path):
+def halted(begun, tmp_path):
     """A copy of it that may be changed."""
     return shutil.copytree(begun, tmp_path / "run")
 
 
-def flip(text, rng):
-    at = rng.randrange(len(text))
-    return text[:at] + bytes([text[at] ^ 1 << rng.randrange(7)]) + text[at + 1 :]
-
-
-def cut(text, rng):
-    return text[: rng.randrange(len(text))]
-
-
-def replace(text, rng):
-    """Another value for one of a JSON file's."""
-    leaf = rng.choice(
-        list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+)', text)) or [re.search(b"$", text)]
-    )
-    return text[: leaf.start()] + rng.choice([b"null", b'"x"', b"{}"]) + text[leaf.end() :]
-
-
 def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
+    """Cut off, or with one byte changed."""
     rng = random.Random(int(os.environ.get("MASKFT_FUZZ_SEED", 0)))
     for n in range(int(os.environ.get("MASKFT_FUZZ", 10))):
         run = shutil.copytree(begun, tmp_path / f"run-{n}")
-        files = [*sorted(run.glob("*l")), *sorted((run / "ckpt/step-3").iterdir())]
+        files = sorted(
+            path for path in run.rglob("*") if path.is_file() and "step-2" not in str(path)
+        )
         file = files[n % len(files)]
-        damage = rng.choice([flip, cut, replace])
-        file.write_bytes(damage(file.read_bytes(), rng))
+        whole = file.read_bytes()
+        at = rng.randrange(len(whole))
+        rest = rng.choice([b"", bytes([rng.randrange(256)]) + whole[at + 1 :]])
+        file.write_bytes(whole[:at] + rest)
         printed = forked(maskft, "--resume", run, before=quick, kill_after=60)
-        named = re.match(f"error: .*({run}/|--)", last_line(printed))
-        assert maskft.is_finished(run) or named, (file.name, damage, printed)
+        named = re.match(f"error: .*({run}|--)", last_line(printed))
+        assert maskft.is_finished(run) or named, (file.name, at, rest[:1], printed)
 
 
-def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
-    path = run / "ckpt/step-3/__0_0.distcp"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    printed = forked(maskft, "--resume", run, before=quick, status=1)
-    assert f"Delete {path.parent} " in last_line(printed)
-    shutil.rmtree(path.parent)
-    forked(maskft, "--resume", run, before=quick)
-    assert losses(run) == losses(rows["rehearse"].whole)
-
-
-CHANGES = {  # file of a run: old, new -> what the one line names
+DAMAGE = {  # file of a run: old, new -> what the one line names
     "metrics.jsonl": ('"step": 1,', '"step"', "metrics.jsonl"),
     "rehearsal.jsonl": ('"assistant": "', '"assistant": "a', "rehearsal.jsonl"),
     "results.json": ('"dataset": "', '"dataset": "0', "--data"),
+    "ckpt/step-3/.metadata": ("torch", "", "Delete {run}/ckpt/step-3 "),
 }
 
 
-def test_what_would_teach_another_thing_is_noticed(run, rows):
-    for name, (old, new, named) in CHANGES.items():
-        before = (run / name).read_text()
-        assert old in before
-        (run / name).write_text(before.replace(old, new))
-        printed = forked(maskft, "--resume", run, before=quick, status=1)
-        assert named in last_line(printed) and str(run) in last_line(printed)
-        (run / name).write_text(before)
-    (run / "rehearsal.jsonl").unlink()
-    printed = forked(maskft, "--resume", run, before=quick, status=1)
-    assert f"{run}/rehearsal.jsonl" in last_line(printed)
+def test_what_would_teach_another_thing_is_noticed(halted, rows):
+    for name, (old, new, named) in DAMAGE.items():
+        before = (halted / name).read_bytes()
+        assert old.encode() in before
+        (halted / name).write_bytes(before.replace(old.encode(), new.encode()))
+        line = last_line(forked(maskft, "--resume", halted, before=quick, status=1))
+        assert named.format(run=halted) in line and str(halted) in line
+        (halted / name).write_bytes(before)
+    chats = halted / "rehearsal.jsonl"
+    chats.rename(halted / "away")
+    assert str(chats) in last_line(forked(maskft, "--resume", halted, before=quick, status=1))
+    (halted / "away").rename(chats)
+    shutil.rmtree(halted / "ckpt/step-3")
+    forked(maskft, "--resume", halted, before=quick)
+    assert losses(halted) == losses(rows("rehearse").whole)
 
 
-def test_a_directory_has_one_run_at_a_time(run, rows):
+def test_a_directory_has_one_run_at_a_time(halted, rows):
     """And its own: other settings and scripts do not take it."""
-    row = rows["rehearse"]
-    before = contents(run)
-    with maskft.locked(run):
+    row = rows("rehearse")
+    before = contents(halted)
+    with maskft.locked(halted):
         for train in (row.train, row.resume):
-            assert f"{run} is in use" in last_line(train(run, status=1))
-    assert f"{run} is in use" in last_line(row.train(run, "--seed", 1, status=1))
-    assert "script that began it" in forked(llada, "--resume", run, status=1)
-    assert contents(run) == before
+            assert f"{halted} is in use" in last_line(train(halted, status=1))
+    assert f"{halted} is in use" in last_line(row.train(halted, "--seed", 1, status=1))
+    assert "script that began it" in forked(llada, "--resume", halted, status=1)
+    assert contents(halted) == before
 
 
 def out_of_memory(*_):
@@ -602,13 +635,13 @@ def full_disk():
 ENDS = [  # flags, what is done in the fork -> what the last lines name
     ("--lr 1e30", quick, "lower --lr"),
     ("", lambda: setattr(maskft, "load_weights", out_of_memory), "--micro-batch-tokens"),
-    ("--save-every 1e-9", full_disk, "cannot be written to"),
+    ("--save-every 1e-9", full_disk, "cannot be written to ([Errno 27] File too large"),
 ]
 
 
 @pytest.mark.parametrize("flags, before, named", ENDS)
 def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_path):
-    printed = rows["masked"].train(tmp_path / "run", *flags.split(), before=before, status=1)
+    printed = rows("masked").train(tmp_path / "run", *flags.split(), before=before, status=1)
     assert named in printed and "error: " in printed
     assert not maskft.is_finished(tmp_path / "run")
 
@@ -621,66 +654,17 @@ def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
                 maskft.check_finite(loss, norm, step)
 
 
-def test_stopped_while_it_writes_chats_a_run_begins_again(rows, tmp_path):
-    """At the next turn that is whole, not after all of them."""
-    row = rows["sft"]
-    out = tmp_path / "run"
-
-    def before():
-        signalled(signal.SIGINT, "last_logits", 2)
-        maskft.greedy_answer = lambda *_, **__: os._exit(9)
-
-    assert f"--resume {out}" in row.train(out, before=before)
-    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
-    row.resume(out)
-    assert losses(out) == losses(row.whole)
-
-
 # ----------------------------------------------------------------------------- where it is started
-
-
-RESTARTED = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import maskft
-import test_train
-
-def update(run, *args, real=maskft.update):
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(run, *args)
-
-test_train.quick()
-maskft.update = update
-maskft.entry_point(maskft.main)
-"""
-
-
-def test_a_launcher_that_tries_again_goes_on_in_the_same_directory(rows, tmp_path, monkeypatch):
-    script = tmp_path / "restarted.py"
-    script.write_text(RESTARTED.format(here=str(HERE)))
-    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
-    row = rows["masked"]
-    printed = command(script, *row.flags, "--save-every", "1e-9", processes=2, cwd=tmp_path)
-    (out,) = (tmp_path / "out").iterdir()
-    assert out.name == "facts-masked-1"
-    line = f"torchrun --nproc_per_node 2 restarted.py --resume out/{out.name}\n"
-    assert (
-        printed.count(f"ends early: {line}") == 2 and f"[rank 0] go on with\n    {line}" in printed
-    )
-    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
-        assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5)
 
 
 def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
     """Even where RANK is set, but no launcher has set the rest."""
-    row = rows["masked"]
+    row = rows("masked")
     before = signal.getsignal(signal.SIGINT)
 
     def main():
         for name in ("a", "b"):
-            sys.argv = ["notebook", *map(str, row.flags), "--out", str(tmp_path / name)]
+            sys.argv[-1] = str(tmp_path / name)
             args = maskft.parse_flags(maskft.arguments("", maskft.METHODS))
             maskft.run_methods(args, maskft.METHODS)
             assert signal.getsignal(signal.SIGINT) == before
@@ -689,11 +673,17 @@ def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
         quick()
         os.environ["RANK"] = "3"
 
-    printed = forked(SimpleNamespace(__name__="notebook", main=main), before=alone)
+    notebook = SimpleNamespace(__name__="notebook", main=main)
+    printed = forked(notebook, *row.flags, "--out", "", before=alone)
     for name in ("a", "b"):
         assert losses(tmp_path / name) == losses(row.whole)
-    assert len(re.findall("^masked  epoch 3  step 6  forward", printed, re.M)) == 2
-    assert re.search("^masked: . of 6 steps, .* to go$", printed, re.M)
+    assert printed.count("\nmasked  epoch 3  step 6  forward") == 2
+
+
+def test_progress_is_a_line_in_a_log(capsys):
+    bar = maskft.progress_bar(6, "masked", "step", initial=2)
+    bar.refresh()
+    assert re.search("^masked: 2 of 6 steps, .* gone, .* to go$", capsys.readouterr().err, re.M)
 
 
 SHOWN = """\
@@ -805,17 +795,17 @@ def test_what_is_trained_by_default(methods, flags, device, expected, monkeypatc
 
 
 def test_a_run_rehearses_at_a_third_of_the_rate(rows):
-    steps, epochs, _, rates, _ = zip(*losses(rows["rehearse"].whole), strict=True)
+    whole = rows("rehearse").whole
+    steps, epochs, _, rates, _ = zip(*losses(whole), strict=True)
     assert steps == (*range(8),) and epochs == (0, 0, 1, 1, 2, 2, 3, 3)
     assert rates == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
-    asked = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
-    assert [at["step"] for at in asked] == [0, 4, 8]
-    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2)] == [0.5, 1, 1]
+    evaluations = data.read_json(whole / "results.json")["evaluations"]
+    assert [asked["step"] for asked in evaluations] == [0, 4, 8]
 
 
 def test_mlp_only_moves_no_other_weight(rows):
     old = maskft.load("tiny")
-    new = maskft.load(rows["sft"].whole).named_parameters()
+    new = maskft.load(rows("sft").whole).named_parameters()
     moved = [name for name, weight in new if not torch.equal(weight, old.get_parameter(name))]
     assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
     assert len(moved) == 3 * old.config.layers
@@ -823,11 +813,10 @@ def test_mlp_only_moves_no_other_weight(rows):
 
 def test_matrices_alone_decay(monkeypatch):
     model = random_model(attention_bias=True)
-    matrices, others = maskft.make_optimizer(model, 1e-3).param_groups
-    assert {p.dim() for p in matrices["params"]} == {2}
-    assert {p.dim() for p in others["params"]} == {1}
-    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.95), 1e-5)
+    groups = maskft.make_optimizer(model, 1e-3).param_groups
+    assert (groups[0]["betas"], groups[0]["eps"]) == ((0.9, 0.95), 1e-5)
+    decays = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
     monkeypatch.setattr(maskft, "TINY", maskft.parameter_count(model))
     assert maskft.make_optimizer(model, 1e-3).param_groups[0]["eps"] == 1e-8
 
@@ -838,9 +827,7 @@ def test_same_seed_same_masks_and_order(tokenizer):
     def ids(seed, epoch, number=2):
         return maskft.example_of(run_of(tokenizer, seed=seed), record, number, epoch).ids
 
-    def order(seed, epoch):
-        return maskft.batches(10, 4, seed, epoch)
-
+    order = partial(maskft.batches, 10, 4)
     for of in (ids, order):
         assert of(0, 5) == of(0, 5)
         assert of(0, 5) not in (of(0, 6), of(1, 5))  # another one every epoch
@@ -871,23 +858,23 @@ def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_ev
 @pytest.mark.parametrize("tokens", [1, 40, 4096])
 def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
     """At the given rate, clipped to norm 1, whatever the micro-batches."""
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(300, size=3 + 5 * n).tolist() for n in range(6)]
-    examples = [Example(ids, [IGNORE] + ids[1:], 1.0 + len(ids), 2) for ids in rows]
+    examples = []
     reference = random_model()
     loss = 0
-    for ids in rows:
-        logits = reference(torch.tensor([ids]))[0, :-1]
-        summed = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-        loss = loss + (1 + len(ids)) * summed / 12
+    for n in range(6):
+        ids = torch.randint(300, (3 + 5 * n,))
+        examples.append(Example(ids.tolist(), [IGNORE] + ids[1:].tolist(), 1.0 + n, 2))
+        logits = reference(ids[None])[0, :-1]
+        loss += (1 + n) * F.cross_entropy(logits, ids[1:], reduction="sum") / 12
     loss.backward()
-    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt()
+    weights = [*reference.parameters()]
+    norm = sum(p.grad.square().sum() for p in weights).sqrt()
     run = run_of(tokenizer, model=random_model(), micro_batch_tokens=tokens)
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
     found = maskft.update(run, examples, lr=0.5)
     assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
-    for after, before in zip(run.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(after, before - 0.5 * before.grad / norm, rtol=1e-3, atol=1e-5)
+    expected = [p - 0.5 * p.grad / norm for p in weights]
+    torch.testing.assert_close([*run.model.parameters()], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
@@ -922,30 +909,22 @@ def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer):
 # ------------------------------------------------------------------------------------- evaluation
 
 
-def test_predictions_are_in_order_and_questions_dealt_evenly(tokenizer, monkeypatch):
+def test_predictions_are_in_order_though_the_longest_are_asked_first(tokenizer):
     texts = ["Who? " * n for n in (3, 1, 5, 2, 4)]
     questions = [{"question": text, "direction": "forward"} for text in texts]
-    asked = []
 
     def answer(prompts, max_new_tokens, on_answer):
-        asked.append([len(prompt) for prompt in prompts])
+        lengths = [len(prompt) for prompt in prompts]
+        assert lengths == sorted(lengths, reverse=True)
         return prompts
 
     _, predictions = maskft.evaluate(answer, tokenizer, questions)
     for prediction, text in zip(predictions, texts, strict=True):
-        assert prediction["question"] == text and text.strip() in prediction["prediction"]
-    monkeypatch.setattr(maskft, "world_size", lambda: 2)
-    monkeypatch.setattr(maskft, "in_order", lambda mine: [])
-    for rank in range(2):
-        monkeypatch.setattr(maskft, "rank", lambda of=rank: of)
-        maskft.evaluate(answer, tokenizer, questions)
-    assert asked[1:] == [asked[0][::2], asked[0][1::2]]
-    assert asked[0] == sorted(asked[0], reverse=True)
+        assert prediction["question"] == text
+        assert prediction["prediction"].count("Who?") == text.count("Who?")
 
 
 # ------------------------------------------------------------------------------------------ FSDP2
-
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
