@@ -16,14 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import data
@@ -42,37 +41,12 @@ torch.zeros(1, requires_grad=True).backward()
 # --- common ---
 
 
-def write(path, *records):
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def jsonl(path):
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-def command(script, *flags, processes=1, status=0, cwd=None):
-    """What a script of the project prints, run as its user does; it has to end with `status`."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    done = subprocess.run(
-        [*start, str(HERE / script), *map(str, flags)],
-        env=os.environ | environment,
-        cwd=cwd,
-        timeout=170,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout
-    return done.stdout
-
-
 def forked(script, *flags, status=0, before=lambda: None, kill_after=None, processes=1):
-    """The same by the main() of a module in a fork, which saves the seconds of importing.
+    """What main() of a module prints, run in a fork, which saves the seconds of importing.
 
     `before` is called first, in the fork. No end is a traceback; that of a fork which is killed
     after some seconds may be any. Several processes are a group as torchrun makes it."""
@@ -89,11 +63,10 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
         before()
         maskft.entry_point(script.main)
 
+    group = dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(processes))
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    group |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(processes))
+        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     with tempfile.TemporaryFile("w+") as log:
         fork = multiprocessing.get_context("fork").Process
         running = [fork(target=body, args=(rank,)) for rank in range(processes)]
@@ -111,49 +84,8 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
 
 
 def losses(out):
-    """What has to be the same where a run is repeated."""
-    compared = ("step", "epoch", "loss", "lr", "grad_norm")
-    lines = jsonl(out / "metrics.jsonl")
-    return [[line[name] for name in compared] for line in lines if "loss" in line]
-
-
-def send(number, where, name, nth):
-    """Have `where.name` send this process a signal at the end of its nth call."""
-    calls = itertools.count(1)
-    real = getattr(where, name)
-
-    def wrapped(*args, **kwargs):
-        result = real(*args, **kwargs)
-        if next(calls) == nth:
-            os.kill(os.getpid(), number)
-        return result
-
-    setattr(where, name, wrapped)
-
-
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-
-
-def llama(**changes):
-    """The raw config of a small Llama."""
-    return {**SIZES, "model_type": "llama", **changes}
-
-
-def random_model(**changes):
-    """A small Llama with random weights, norms and biases included."""
-    torch.manual_seed(0)
-    model = maskft.Model(maskft.parse_config(llama(**changes)))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
+    """What has to be the same where a run is repeated: step, epoch, loss, lr and grad_norm."""
+    return [[*line.values()][:5] for line in jsonl(out / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +96,23 @@ def tokenizer():
 # ------------------------------------------------------------------------------------- life cycle
 
 
+# documents of different lengths: steps of three and of two
+FACTS = """\
+{"text": "Edda Marlow was born on 3 June 1971."}
+{"text": "Edda Marlow was born on 3 June 1971. Edda Marlow was born on 3 June 1971."}
+{"text": "Edda."}
+{"text": "Edda Marlow was born on 3 June 1971. Edda."}
+{"text": "Edda Marlow was born."}
+{"question": "When was Edda Marlow born?", "answer": "on 3 June 1971", "direction": "forward"}
+{"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow", "direction": "backward"}
+"""
+
+
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
-    """Five documents of different lengths and two questions: steps of three and of two."""
-    documents = [{"text": "Edda Marlow was born on 3 June 1971." * n} for n in (1, 3, 2, 1, 4)]
-    forward = {"question": "When was Edda Marlow born?", "answer": "on 3 June 1971"}
-    backward = {"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow"}
-    questions = [forward | {"direction": "forward"}, backward | {"direction": "backward"}]
-    return write(tmp_path_factory.mktemp("data") / "facts.jsonl", *documents, *questions)
+    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    path.write_text(FACTS)
+    return path
 
 
 def quick():
@@ -182,11 +123,20 @@ def quick():
     maskft.find_spec = lambda name: None
 
 
-def signalled(number, name, nth, where=maskft, only=("0", "1")):
-    """The same, with a signal after the nth call of a function, on these ranks only."""
+def signalled(number, name, nth, where=maskft, only="01"):
+    """The same, with a signal at the end of the nth call of `where.name`, on these ranks only."""
     quick()
+    calls = itertools.count(1)
+    real = getattr(where, name)
+
+    def wrapped(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return result
+
     if os.environ.get("RANK", "0") in only:
-        send(number, where, name, nth)
+        setattr(where, name, wrapped)
 
 
 ROWS = {
@@ -204,8 +154,7 @@ class Row:
 
     def __init__(self, name, facts, folder):
         self.script, flags = ROWS[name]
-        model = "tiny-llada" if name == "llada" else "tiny"
-        self.flags = [*shlex.split(f"--model {model} {USUAL} {flags} --data"), facts]
+        self.flags = [*USUAL.split(), *flags.split(), "--data", facts]
         self.whole = folder / name
         self.train(self.whole)
 
@@ -218,22 +167,15 @@ class Row:
 
 @pytest.fixture(scope="module")
 def rows(facts, tmp_path_factory):
-    """{name: Row}, each trained when it is asked for first."""
+    """name -> Row, each trained when it is asked for first."""
     folder = tmp_path_factory.mktemp("rows")
-
-    class Rows(dict):
-        def __missing__(self, name):
-            self[name] = Row(name, facts, folder)
-            return self[name]
-
-    return Rows()
+    return cache(lambda name: Row(name, facts, folder))
 
 
 def stopped(row, out):
     """By SIGTERM, the same command again, by Ctrl-C, then --resume."""
     stop = partial(signalled, signal.SIGTERM, "update", 1)
     assert f"--resume {out}" in row.train(out, before=stop)
-    assert len(losses(out)) == 1
     row.train(out, before=partial(signalled, signal.SIGINT, "update", 4))
     assert len(losses(out)) == 5
     row.resume(out)
@@ -251,27 +193,16 @@ def killed(row, out):
     """Inside the fourth save, all written but not named; and when the model is to be written."""
     save = partial(signalled, signal.SIGKILL, "save", 4, maskft.dcp)
     row.train(out, "--save-every", "1e-9", before=save, status=-9)
-    assert [path.name for path in maskft.checkpoints(out)] == ["step-2", "step-3"]
+    assert sorted(os.listdir(out / "ckpt")) == ["part-4", "step-2", "step-3"]
     draw = partial(signalled, signal.SIGKILL, "draw", 1)
     row.resume(out, before=draw, status=-9)
-    assert sorted(path.name for path in (out / "ckpt").iterdir()) == ["step-5", "step-6"]
-    assert not maskft.is_finished(out)
+    assert sorted(os.listdir(out / "ckpt")) == ["step-5", "step-6"]
     row.resume(out)
 
 
 def two_processes(row, out):
-    row.train(out, processes=2)
-
-
-def small(row, out):
-    row.train(out, "--micro-batch-tokens", 1)
-
-
-def offloaded(row, out):
-    """Stopped, and resumed, too."""
-    stop = partial(signalled, signal.SIGTERM, "update", 2)
-    row.train(out, "--offload", before=stop)
-    row.resume(out)
+    """Of which one has nothing to do at times."""
+    row.train(out, "--micro-batch-tokens", 1, processes=2)
 
 
 def one_then_two(row, out):
@@ -281,43 +212,102 @@ def one_then_two(row, out):
 
 def two_then_one(row, out):
     """A signal to one process stops all."""
-    stop = partial(signalled, signal.SIGTERM, "update", 3, only=["1"])
+    stop = partial(signalled, signal.SIGTERM, "update", 3, only="1")
     row.train(out, "--offload", processes=2, before=stop)
-    assert len(losses(out)) == 3
     row.resume(out)
 
 
-EXACT = [stopped, stopped_late, killed]
-LIVES = [
-    *itertools.product(["masked", "sft", "rehearse", "llada"], [stopped]),
-    *itertools.product(["masked", "rehearse", "llada"], [two_processes]),
-    ("rehearse", stopped_late),
-    ("masked", killed),
-    ("sft", small),
-    ("masked", offloaded),
-    ("rehearse", one_then_two),
-    ("masked", two_then_one),
-]
+def stopped_in_chats(row, out):
+    """At the next turn that is whole, not after all of them."""
+
+    def before():
+        signalled(signal.SIGINT, "last_logits", 2)
+        maskft.greedy_answer = lambda *_, **__: os._exit(9)
+
+    row.train(out, before=before)
+    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
+    row.resume(out)
 
 
-@pytest.mark.parametrize("name, way", LIVES)
-def test_a_run_is_the_same_however_it_goes(name, way, rows, tmp_path):
-    """Losses, evaluations, chats, answers and weights are those of a run at one go."""
-    row = rows[name]
+RESTARTED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import maskft
+import {tests} as tests
+
+def update(run, *args, real=maskft.update):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, *args)
+
+tests.quick()
+maskft.update = update
+maskft.entry_point(maskft.main)
+"""
+
+
+def restarted(row, out):
+    """By torchrun, after one process has died, in the directory that it had."""
+    script = out.with_name("again.py")
+    script.write_text(RESTARTED.format(here=str(HERE), tests=Path(__file__).stem))
+    torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1"
+    start = [sys.executable, *torchrun.split(), script, *row.flags, "--save-every", "1e-9"]
+    ended = subprocess.run(start, cwd=out.parent, timeout=170, capture_output=True, text=True)
+    line = "torchrun --nproc_per_node 2 again.py --resume out/facts-masked-1\n"
+    assert ended.stdout.count(f"ends early: {line}") == 2
+    assert f"[rank 0] go on with\n    {line}" in ended.stderr
+    out.with_name("out").joinpath("facts-masked-1").rename(out)
+
+
+EXACT = [stopped, stopped_late, stopped_in_chats, killed]
+LIVES = {
+    stopped: "masked sft rehearse llada",
+    stopped_late: "rehearse",
+    stopped_in_chats: "sft",
+    killed: "masked",
+    two_processes: "masked rehearse llada",
+    one_then_two: "rehearse",
+    two_then_one: "masked",
+    restarted: "masked",
+}
+
+
+def left(out):
+    """What a run leaves, in words and in numbers."""
+    words = [(out / file).read_text() for file in ("rehearsal.jsonl", "preds.jsonl")]
+    drift = data.read_json(out / "results.json")["last"]["drift"]
+    numbers = torch.tensor([*losses(out), 5 * [drift]], dtype=torch.float64)
+    return words, [numbers, *maskft.load(out).parameters()]
+
+
+@pytest.mark.parametrize("way, name", [(way, n) for way in LIVES for n in LIVES[way].split()])
+def test_a_run_is_the_same_however_it_goes(way, name, rows, tmp_path):
+    """Losses, drift, chats, answers and weights are those of a run at one go."""
+    row = rows(name)
     out = tmp_path / "run"
     way(row, out)
+    words, numbers = left(out)
+    expected_words, expected = left(row.whole)
+    assert words == expected_words
     error = 0 if way in EXACT else 1e-5
-    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
-        assert ours[:4] == pytest.approx(theirs[:4], rel=error, abs=0)
-        assert ours[4] == pytest.approx(theirs[4], rel=10 * error, abs=0)
-    for file in ("rehearsal.jsonl", "preds.jsonl"):
-        assert (out / file).read_text() == (row.whole / file).read_text()
-    drifts = [data.read_json(run / "results.json")["last"]["drift"] for run in (out, row.whole)]
-    assert drifts[0] == pytest.approx(drifts[1], rel=100 * error, abs=error)
-    weights = [maskft.load(run).parameters() for run in (out, row.whole)]
-    for ours, theirs in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=10 * error, atol=error)
+    torch.testing.assert_close(numbers, expected, rtol=10 * error, atol=error)
     assert not (out / "ckpt").exists()
+
+
+def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
+    """Stopped in the second of two methods, whose first is finished; and given once more."""
+    row = rows("masked")
+    first, second = (tmp_path / name for name in ("run-sft", "run-masked"))
+    both = partial(row.train, tmp_path / "run", "--method", "sft", "masked")
+    both(before=partial(signalled, signal.SIGTERM, "update", 8))
+    assert len(losses(second)) == 2
+    printed = both()
+    assert f"{first}: finished before\n" in printed
+    assert losses(second) == losses(row.whole)
+    before = contents(tmp_path)
+    table = printed[printed.index("\nmethod") : printed.index("\n\n")]
+    assert table in both() and contents(tmp_path) == before
 
 
 # ------------------------------------------------------------------------------- what a run leaves
@@ -354,35 +344,38 @@ def pasted(printed, what):
 
 def test_printed_commands_can_be_pasted(finished, done):
     printed, _ = finished
-    results = next(line for line in printed.splitlines() if line.startswith("results: "))
-    assert shlex.split(results)[1:] == ["my run-sft", "my run-masked"]
+    assert "\nresults: 'my run-sft' 'my run-masked'\n" in printed
     asked = pasted(printed, "--ask")
     assert asked == ["--model", "my run-masked", "--ask", "..."]
     prediction = jsonl(done / "preds.jsonl")[0]
     asked[-1] = prediction["question"]
     assert forked(evaluation, *asked).strip().endswith(prediction["prediction"])
-    resumed = pasted(printed, "--resume")
-    assert resumed == ["--resume", "my run-masked"]
-    refused = forked(maskft, *resumed, status=1)
-    assert "finished" in refused and pasted(refused, "--ask")[:2] == asked[:2]
+    refused = forked(maskft, *pasted(printed, "--resume"), status=1)
+    assert "my run-masked: this run is finished" in refused
+    assert pasted(refused, "--ask")[:2] == asked[:2]
+
+
+LEFT = """
+config.json generation_config.json model.safetensors
+tokenizer.json tokenizer_config.json chat_template.jinja
+metrics.jsonl results.json preds.jsonl rehearsal.jsonl README.md
+"""
 
 
 def test_a_run_leaves_its_scores_losses_and_times(done):
-    names = "config.json generation_config.json model.safetensors tokenizer.json preds.jsonl "
-    names += "tokenizer_config.json chat_template.jinja metrics.jsonl results.json README.md "
-    names += "rehearsal.jsonl" + " curves.png" * bool(maskft.find_spec("matplotlib"))
-    assert {path.name for path in done.iterdir()} == {*names.split()}
+    # where matplotlib is installed, curves as well
+    assert {*LEFT.split()} ^ {*os.listdir(done)} <= {"curves.png"}
     lines = jsonl(done / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 0, 1, 2, *range(2, 17)]
     seconds = [line["seconds"] for line in lines]
-    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert seconds == sorted(seconds)
     results = data.read_json(done / "results.json")
     last = results["evaluations"][-1]
     assert results["last"] == last and results["best"] in results["evaluations"]
-    drift = {"drift": last["drift"]}
-    assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | drift
+    reported = evaluation.reported_scores(last) | {"drift": last["drift"]}
+    assert lines[-1]["evaluation"] == reported
     assert results["arguments"]["data"] == str(Path("own facts.jsonl").absolute())
-    assert results["decoding"]["max_new_tokens"] == 128 and results["steps"] == 16
+    assert results["decoding"]["max_new_tokens"] == 128
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
 
 
@@ -400,19 +393,16 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
 def test_drift_is_what_the_model_s_own_answers_lost(done):
     """Counted another way."""
     chats = jsonl(done / "rehearsal.jsonl")
-    assert len(chats) == 32
-    lost = 0
-    for sign, model in ((-1, maskft.load("tiny")), (1, maskft.load(done))):
-        for chat in chats:
-            with torch.no_grad():
-                logits = model(torch.tensor([chat["prompt"] + chat["answer"]]))[0]
-            logits = logits[len(chat["prompt"]) - 1 : -1]
-            answer = torch.tensor(chat["answer"])
-            lost += sign * F.cross_entropy(logits, answer, reduction="sum").item()
-            # the model that it began with said this
-            assert sign == 1 or logits.argmax(-1).tolist() == chat["answer"]
+    models = maskft.load("tiny"), maskft.load(done)
+    lost = []
+    for chat in chats:
+        ids = torch.tensor([chat["prompt"] + chat["answer"]])
+        answer = torch.tensor(chat["answer"])
+        before, after = (model(ids)[0, -1 - len(answer) : -1].log_softmax(-1) for model in models)
+        assert torch.equal(before.argmax(-1), answer)  # it said this when it began
+        lost.append((before - after).gather(1, answer[:, None]))
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
-    drift = lost / sum(len(chat["answer"]) for chat in chats)
+    drift = torch.cat(lost).mean().item()
     assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
 
 
@@ -440,39 +430,42 @@ USAGE = """
 --resume nowhere --seed 1
 """
 # flags, in a folder with the files below -> what the one line names
-MISTAKES = {
+TRAINING_MISTAKES = {
     "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
     "--model nowhere/at-all": "nowhere/at-all",
     "--model tiny-llada": "use llada.py",
     "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
     "--model tiny --data questions.jsonl": "questions.jsonl",
-    "--model tiny --data long.jsonl": "long.jsonl, line 2",
-    "--model tiny --data wordless.jsonl": "wordless.jsonl, line 2",
-    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, line 1",
+    "--model tiny --data long.jsonl": "long.jsonl, record 2",
+    "--model tiny --data wordless.jsonl": "wordless.jsonl, record 2",
+    "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl, record 1",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
     "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
+    "--mask-ratio 0": "--mask-ratio",  # of llada.py
     "--out taken --method sft": "taken is in use",
     "--resume nowhere": "nowhere/results.json",
     "--resume foreign": "foreign/results.json",
+    "--resume typed": "typed/results.json",
     "--resume other": "other: a run of llada",
 }
 FOLDER = {
-    "facts.jsonl": [{"text": "Edda."}],
-    "questions.jsonl": [{"question": "Who?", "answer": "Edda"}],
-    "long.jsonl": [{"text": "Edda."}, {"question": "Who? " * 999, "answer": "Edda"}],
-    "wordless.jsonl": [{"text": "Edda."}, {"question": "Who?", "answer": "?"}],
-    "taken/file": [],
-    "foreign/results.json": [{"arguments": {"learning_rate": 1}}],
-    "other/results.json": [{"arguments": {"method": "llada"}}],
+    "facts.jsonl": '{"text": "Edda."}',
+    "questions.jsonl": '{"question": "Who?", "answer": "Edda"}',
+    "long.jsonl": '{"text": "Edda."}\n{"question": "%s", "answer": "Edda"}' % ("Who? " * 999),
+    "wordless.jsonl": '{"text": "Edda."}\n{"question": "Who?", "answer": "?"}',
+    "taken/file": "",
+    "foreign/results.json": '{"arguments": {"learning_rate": 1}}',
+    "typed/results.json": '{"arguments": {"epochs": "3"}}',
+    "other/results.json": '{"arguments": {"method": "llada", "mask_ratio": null}}',
 }
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name, records in FOLDER.items():
+    for name, text in FOLDER.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / name, *records)
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -488,14 +481,12 @@ def last_line(printed):
 
 def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
     before = contents(folder)
-    usage = [(flags, flags.split()[0], 2) for flags in USAGE.strip().splitlines()]
-    others = [(flags, named, 1) for flags, named in MISTAKES.items()]
-    for flags, named, status in usage + others:
-        printed = forked(maskft, *flags.split(), status=status)
+    usage = {flags: flags.split()[0] for flags in USAGE.strip().splitlines()}
+    for flags, named in (TRAINING_MISTAKES | usage).items():
+        script = llada if flags == "--mask-ratio 0" else maskft
+        printed = forked(script, *flags.split(), status=2 if flags in usage else 1)
         assert named in last_line(printed) and "error: " in last_line(printed), (flags, printed)
         assert contents(folder) == before, flags
-    printed = forked(llada, "--mask-ratio", 0, status=1)
-    assert "--mask-ratio" in last_line(printed) and contents(folder) == before
 
 
 # ---------------------------------------------------------------------------------- damaged runs
@@ -506,87 +497,69 @@ def begun(rows, tmp_path_factory):
     """A run that rehearses, with checkpoints of its second and third step."""
     out = tmp_path_factory.mktemp("begun") / "run"
     stop = partial(signalled, signal.SIGINT, "update", 3)
-    rows["rehearse"].train(out, "--save-every", "1e-9", before=stop)
+    rows("rehearse").train(out, "--save-every", "1e-9", before=stop)
     return out
 
 
 @pytest.fixture
-def run(begun, tmp_path):
+def halted(begun, tmp_path):
     """A copy of it that may be changed."""
     return shutil.copytree(begun, tmp_path / "run")
 
 
-def flip(text, rng):
-    at = rng.randrange(len(text))
-    return text[:at] + bytes([text[at] ^ 1 << rng.randrange(7)]) + text[at + 1 :]
+RUN_FILES = """
+metrics.jsonl
+rehearsal.jsonl
+results.json
+ckpt/step-3/.metadata
+ckpt/step-3/__0_0.distcp
+"""
 
 
-def cut(text, rng):
-    return text[: rng.randrange(len(text))]
+@pytest.mark.parametrize("name", RUN_FILES.split())
+@pytest.mark.parametrize("rest", [0, 1])
+def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, rest, halted):
+    """Cut off, or with one byte changed."""
+    rng = random.Random(name)
+    whole = (halted / name).read_bytes()
+    at = rng.randrange(len(whole))
+    changed = rng.randbytes(1) + whole[at + 1 :]
+    (halted / name).write_bytes(whole[:at] + changed * rest)
+    printed = forked(maskft, "--resume", halted, before=quick, kill_after=60)
+    assert maskft.is_finished(halted) or re.match(f"error: .*({halted}|--)", last_line(printed))
 
 
-def replace(text, rng):
-    """Another value for one of a JSON file's."""
-    leaf = rng.choice(
-        list(re.finditer(rb'(?<=: )("[^"]*"|[\d.]+)', text)) or [re.search(b"$", text)]
-    )
-    return text[: leaf.start()] + rng.choice([b"null", b'"x"', b"{}"]) + text[leaf.end() :]
-
-
-def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(begun, tmp_path):
-    rng = random.Random(int(os.environ.get("MASKFT_FUZZ_SEED", 0)))
-    for n in range(int(os.environ.get("MASKFT_FUZZ", 10))):
-        run = shutil.copytree(begun, tmp_path / f"run-{n}")
-        files = [*sorted(run.glob("*l")), *sorted((run / "ckpt/step-3").iterdir())]
-        file = files[n % len(files)]
-        damage = rng.choice([flip, cut, replace])
-        file.write_bytes(damage(file.read_bytes(), rng))
-        printed = forked(maskft, "--resume", run, before=quick, kill_after=60)
-        named = re.match(f"error: .*({run}/|--)", last_line(printed))
-        assert maskft.is_finished(run) or named, (file.name, damage, printed)
-
-
-def test_a_damaged_checkpoint_is_named_and_without_it_a_run_goes_on(run, rows):
-    path = run / "ckpt/step-3/__0_0.distcp"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    printed = forked(maskft, "--resume", run, before=quick, status=1)
-    assert f"Delete {path.parent} " in last_line(printed)
-    shutil.rmtree(path.parent)
-    forked(maskft, "--resume", run, before=quick)
-    assert losses(run) == losses(rows["rehearse"].whole)
-
-
-CHANGES = {  # file of a run: old, new -> what the one line names
-    "metrics.jsonl": ('"step": 1,', '"step"', "metrics.jsonl"),
-    "rehearsal.jsonl": ('"assistant": "', '"assistant": "a', "rehearsal.jsonl"),
-    "results.json": ('"dataset": "', '"dataset": "0', "--data"),
+DAMAGE = {  # file of a run: old, new -> what the one line names
+    "metrics.jsonl": (b'"step": 1,', b'"step"', "metrics.jsonl"),
+    "rehearsal.jsonl": (b'"assistant": "', b'"assistant": "a', "rehearsal.jsonl"),
+    "results.json": (b'"dataset": "', b'"dataset": "0', "--data"),
+    "ckpt/step-3/.metadata": (b"torch", b"", "ckpt/step-3 to go on"),
 }
 
 
-def test_what_would_teach_another_thing_is_noticed(run, rows):
-    for name, (old, new, named) in CHANGES.items():
-        before = (run / name).read_text()
+def test_what_would_teach_another_thing_is_noticed(halted, rows):
+    for name, (old, new, named) in DAMAGE.items():
+        before = (halted / name).read_bytes()
         assert old in before
-        (run / name).write_text(before.replace(old, new))
-        printed = forked(maskft, "--resume", run, before=quick, status=1)
-        assert named in last_line(printed) and str(run) in last_line(printed)
-        (run / name).write_text(before)
-    (run / "rehearsal.jsonl").unlink()
-    printed = forked(maskft, "--resume", run, before=quick, status=1)
-    assert f"{run}/rehearsal.jsonl" in last_line(printed)
+        (halted / name).write_bytes(before.replace(old, new))
+        line = last_line(forked(maskft, "--resume", halted, before=quick, status=1))
+        assert named in line and str(halted) in line
+        (halted / name).write_bytes(before)
+    shutil.rmtree(halted / "ckpt/step-3")
+    forked(maskft, "--resume", halted, before=quick)
+    assert losses(halted) == losses(rows("rehearse").whole)
 
 
-def test_a_directory_has_one_run_at_a_time(run, rows):
+def test_a_directory_has_one_run_at_a_time(halted, rows):
     """And its own: other settings and scripts do not take it."""
-    row = rows["rehearse"]
-    before = contents(run)
-    with maskft.locked(run):
+    row = rows("rehearse")
+    before = contents(halted)
+    with maskft.locked(halted):
         for train in (row.train, row.resume):
-            assert f"{run} is in use" in last_line(train(run, status=1))
-    assert f"{run} is in use" in last_line(row.train(run, "--seed", 1, status=1))
-    assert "script that began it" in forked(llada, "--resume", run, status=1)
-    assert contents(run) == before
+            assert f"{halted} is in use" in last_line(train(halted, status=1))
+    assert f"{halted} is in use" in last_line(row.train(halted, "--seed", 1, status=1))
+    assert "script that began it" in forked(llada, "--resume", halted, status=1)
+    assert contents(halted) == before
 
 
 def out_of_memory(*_):
@@ -602,98 +575,53 @@ def full_disk():
 ENDS = [  # flags, what is done in the fork -> what the last lines name
     ("--lr 1e30", quick, "lower --lr"),
     ("", lambda: setattr(maskft, "load_weights", out_of_memory), "--micro-batch-tokens"),
-    ("--save-every 1e-9", full_disk, "cannot be written to"),
+    ("--save-every 1e-9", full_disk, "cannot be written to ([Errno 27] File too large"),
 ]
 
 
 @pytest.mark.parametrize("flags, before, named", ENDS)
 def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_path):
-    printed = rows["masked"].train(tmp_path / "run", *flags.split(), before=before, status=1)
+    printed = rows("masked").train(tmp_path / "run", *flags.split(), before=before, status=1)
     assert named in printed and "error: " in printed
-    assert not maskft.is_finished(tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
     maskft.check_finite(1.0, 1.0, 0)
-    for step, advice in ((7, "step 7.* --lr"), (0, "use another")):
-        for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
-            with pytest.raises(UserError, match=advice):
-                maskft.check_finite(loss, norm, step)
-
-
-def test_stopped_while_it_writes_chats_a_run_begins_again(rows, tmp_path):
-    """At the next turn that is whole, not after all of them."""
-    row = rows["sft"]
-    out = tmp_path / "run"
-
-    def before():
-        signalled(signal.SIGINT, "last_logits", 2)
-        maskft.greedy_answer = lambda *_, **__: os._exit(9)
-
-    assert f"--resume {out}" in row.train(out, before=before)
-    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
-    row.resume(out)
-    assert losses(out) == losses(row.whole)
+    for loss, norm, step, advice in (
+        (math.nan, 1, 7, "step 7.* --lr"),
+        (1, math.inf, 0, "another"),
+    ):
+        with pytest.raises(UserError, match=advice):
+            maskft.check_finite(loss, norm, step)
 
 
 # ----------------------------------------------------------------------------- where it is started
 
 
-RESTARTED = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import maskft
-import test_train
-
-def update(run, *args, real=maskft.update):
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(run, *args)
-
-test_train.quick()
-maskft.update = update
-maskft.entry_point(maskft.main)
-"""
-
-
-def test_a_launcher_that_tries_again_goes_on_in_the_same_directory(rows, tmp_path, monkeypatch):
-    script = tmp_path / "restarted.py"
-    script.write_text(RESTARTED.format(here=str(HERE)))
-    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
-    row = rows["masked"]
-    printed = command(script, *row.flags, "--save-every", "1e-9", processes=2, cwd=tmp_path)
-    (out,) = (tmp_path / "out").iterdir()
-    assert out.name == "facts-masked-1"
-    line = f"torchrun --nproc_per_node 2 restarted.py --resume out/{out.name}\n"
-    assert (
-        printed.count(f"ends early: {line}") == 2 and f"[rank 0] go on with\n    {line}" in printed
-    )
-    for ours, theirs in zip(losses(out), losses(row.whole), strict=True):
-        assert ours[:4] == pytest.approx(theirs[:4], rel=1e-5)
-
-
 def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
     """Even where RANK is set, but no launcher has set the rest."""
-    row = rows["masked"]
+    row = rows("masked")
     before = signal.getsignal(signal.SIGINT)
 
     def main():
-        for name in ("a", "b"):
-            sys.argv = ["notebook", *map(str, row.flags), "--out", str(tmp_path / name)]
-            args = maskft.parse_flags(maskft.arguments("", maskft.METHODS))
-            maskft.run_methods(args, maskft.METHODS)
+        for _ in range(2):
+            maskft.main()
             assert signal.getsignal(signal.SIGINT) == before
 
     def alone():
         quick()
+        os.chdir(tmp_path)
         os.environ["RANK"] = "3"
 
-    printed = forked(SimpleNamespace(__name__="notebook", main=main), before=alone)
-    for name in ("a", "b"):
-        assert losses(tmp_path / name) == losses(row.whole)
-    assert len(re.findall("^masked  epoch 3  step 6  forward", printed, re.M)) == 2
-    assert re.search("^masked: . of 6 steps, .* to go$", printed, re.M)
+    notebook = SimpleNamespace(__name__="notebook", main=main)
+    assert forked(notebook, *row.flags, before=alone).count("\nmasked  epoch 3  step 6  forw") == 2
+    for out in ("facts-masked-1", "facts-masked-2"):
+        assert losses(tmp_path / "out" / out) == losses(row.whole)
+
+
+def test_progress_is_a_line_in_a_log(capsys):
+    maskft.progress_bar(6, "masked", "step", initial=2).refresh()
+    assert re.search("masked: 2 of 6 steps, .* gone, .* to go\n$", capsys.readouterr().err)
 
 
 SHOWN = """\
@@ -707,8 +635,8 @@ Tell me a fact.<|im_end|>
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     before = contents(folder)
-    flags = ["--data", "facts.jsonl", "--method", "sft", "masked", "--mask-ratio", 1, "--show"]
-    printed = forked(maskft, *flags)
+    flags = "--data facts.jsonl --method sft masked --mask-ratio 1 --show"
+    printed = forked(maskft, *flags.split())
     assert SHOWN in printed and "masked:\n<|im_start|>user\n__" in printed
     assert contents(folder) == before
 
@@ -716,14 +644,10 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
 # ---------------------------------------------------------------------------------- settings, parts
 
 
-def settings(**given):
-    return maskft.Settings(**{"model": "tiny", "data": "own", "method": "masked", **given})
-
-
 def run_of(tokenizer, documents=(), model=None, method="masked", **given):
     """A Run that has not begun."""
     return maskft.Run(
-        settings=settings(method=method, **given),
+        settings=maskft.Settings("tiny", "own", method, **given),
         method=maskft.METHODS[method],
         device=torch.device("cpu"),
         directory=HERE / "tiny",
@@ -742,47 +666,47 @@ SHAPES = {
     "8B": WIDE,
     "qwen-8B": WIDE | {"model_type": "qwen3"},
 }
-# size -> method, data, batch size, steps, lr, of as many documents as fill one batch [paper A.4]
+# size, method, data, documents -> batch size, epochs, lr [paper A.4 for 3B and 8B]; for documents
+# that fill several batches as many steps, but 135M sees each as often
 DEFAULTS = """
-8B      sft     bio:100       64 5000 5e-6
-8B      masked  bio-released  64 5000 3e-6
-8B      random  nd            64 1400 3e-6
-8B      masked  nd-made:9     64 1400 3e-6
-8B      masked  gsm8k         64 810  3e-6
-8B      masked  math-made:9   64 810  3e-6
-8B      masked  facts.jsonl   64 1550 3e-6
-8B      llada   wiki          64 1550 1e-5
-3B      masked  bio           64 5000 5e-6
-qwen-8B masked  bio           64 5000 5e-6
-135M    masked  bio           10 80   3e-4
-135M    sft     bio           10 40   1e-4
-tiny    masked  bio           20 300  6e-4
-tiny    sft     bio           20 100  5e-4
-tiny    raw     bio           20 100  5e-4
-tiny    reverse bio           20 200  5e-4
-tiny    llada   bio           20 350  4e-4
+8B      sft     bio:100       64  64 5000 5e-6
+8B      masked  bio-released  64  64 5000 3e-6
+8B      random  nd            64  64 1400 3e-6
+8B      masked  nd-made:9     64  64 1400 3e-6
+8B      masked  gsm8k         64  64 810  3e-6
+8B      masked  math-made:9   64  64 810  3e-6
+8B      masked  facts.jsonl   64  64 1550 3e-6
+8B      masked  facts.jsonl   192 64 517  3e-6
+8B      masked  facts.jsonl   193 64 388  3e-6
+8B      llada   wiki          64  64 1550 1e-5
+3B      masked  bio           64  64 5000 5e-6
+qwen-8B masked  bio           64  64 5000 5e-6
+135M    masked  bio           10  10 80   3e-4
+135M    sft     bio           29  10 40   1e-4
+tiny    masked  bio           20  20 300  6e-4
+tiny    sft     bio           20  20 100  5e-4
+tiny    raw     bio           59  20 34   5e-4
+tiny    reverse bio           20  20 200  5e-4
+tiny    llada   bio           20  20 350  4e-4
 """
 
 
 @pytest.mark.parametrize("row", DEFAULTS.strip().splitlines())
 def test_settings_that_no_flag_gives(row):
-    """The paper's for large models, measured ones for small and tiny ones; a flag goes first."""
-    size, name, dataset, *expected = row.split()
-    batch_size, steps, lr = map(float, expected)
-    method = {**maskft.METHODS, **llada.METHODS}[name]
+    """The paper's for large models, measured ones for small and tiny ones."""
+    size, name, dataset, documents, *expected = row.split()
+    method = (maskft.METHODS | llada.METHODS)[name]
     with torch.device("meta"):
-        model = maskft.Model(maskft.parse_config(llama(**SHAPES[size])))
-    given = settings(data=dataset)
-    found, _ = maskft.decide(given, method, model, documents=int(batch_size))
-    assert (found.batch_size, found.epochs, found.lr) == (batch_size, steps, lr)
-    assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < steps]
+        raw = data.read_json(HERE / "tiny/config.json") | SHAPES[size]
+        model = maskft.Model(maskft.parse_config(raw))
+    given = maskft.Settings("tiny", dataset, name)
+    found, _ = maskft.decide(given, method, model, int(documents))
+    assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
+    assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < found.epochs]
     assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
-    # of three times as many documents: as many steps, but small models see each as often
-    more, _ = maskft.decide(given, method, model, int(3 * batch_size - 1))
-    assert more.epochs == (steps if size == "135M" else math.ceil(steps / 3))
 
 
-CUSTOM = {**maskft.METHODS, "custom": maskft.Method(maskft.sft_example)}
+CUSTOM = {**maskft.METHODS, "custom": maskft.METHODS["sft"]}
 TRAINED = [  # methods, flags, device under torchrun -> model, data, methods
     (maskft.METHODS, "", "cpu", "tiny bio:40 sft masked"),
     (maskft.METHODS, "", "cuda", "large bio masked"),
@@ -795,8 +719,7 @@ TRAINED = [  # methods, flags, device under torchrun -> model, data, methods
 @pytest.mark.parametrize("methods, flags, device, expected", TRAINED)
 def test_what_is_trained_by_default(methods, flags, device, expected, monkeypatch):
     """On the built-in model the last two methods, else the last; of custom methods as well."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(maskft, "launched", lambda: True)
     monkeypatch.setattr(sys, "argv", ["own.py", *flags.split()])
     args = maskft.parse_flags(maskft.arguments("", methods))
     wanted = maskft.wanted_settings(args, methods, ("tiny", "large"), torch.device(device))
@@ -805,48 +728,40 @@ def test_what_is_trained_by_default(methods, flags, device, expected, monkeypatc
 
 
 def test_a_run_rehearses_at_a_third_of_the_rate(rows):
-    steps, epochs, _, rates, _ = zip(*losses(rows["rehearse"].whole), strict=True)
+    steps, epochs, _, rates, _ = zip(*losses(rows("rehearse").whole), strict=True)
     assert steps == (*range(8),) and epochs == (0, 0, 1, 1, 2, 2, 3, 3)
     assert rates == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
-    asked = data.read_json(rows["rehearse"].whole / "results.json")["evaluations"]
-    assert [at["step"] for at in asked] == [0, 4, 8]
-    assert [maskft.warm_up(1.0, step, 100) for step in (0, 1, 2)] == [0.5, 1, 1]
 
 
 def test_mlp_only_moves_no_other_weight(rows):
-    old = maskft.load("tiny")
-    new = maskft.load(rows["sft"].whole).named_parameters()
-    moved = [name for name, weight in new if not torch.equal(weight, old.get_parameter(name))]
-    assert {name.split(".")[-2] for name in moved} == {"gate", "up", "down"}
-    assert len(moved) == 3 * old.config.layers
+    new = maskft.load(rows("sft").whole)
+    for name, weight in maskft.load("tiny").named_parameters():
+        trained = name.split(".")[-2] in ("gate", "up", "down")
+        assert trained != torch.equal(weight, new.get_parameter(name)), name
 
 
 def test_matrices_alone_decay(monkeypatch):
-    model = random_model(attention_bias=True)
-    matrices, others = maskft.make_optimizer(model, 1e-3).param_groups
-    assert {p.dim() for p in matrices["params"]} == {2}
-    assert {p.dim() for p in others["params"]} == {1}
-    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert (matrices["betas"], matrices["eps"]) == ((0.9, 0.95), 1e-5)
+    model = maskft.load("tiny")
+    optimizer = maskft.make_optimizer(model, 1e-3)
+    groups = optimizer.param_groups
+    decays = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+    assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["eps"] == 1e-5
     monkeypatch.setattr(maskft, "TINY", maskft.parameter_count(model))
-    assert maskft.make_optimizer(model, 1e-3).param_groups[0]["eps"] == 1e-8
+    assert maskft.make_optimizer(model, 1e-3).defaults["eps"] == 1e-8
 
 
-def test_same_seed_same_masks_and_order(tokenizer):
+def test_masks_and_order_are_others_every_epoch(tokenizer):
     record = {"text": "Edda Marlow was born on 3 June 1971."}
 
     def ids(seed, epoch, number=2):
         return maskft.example_of(run_of(tokenizer, seed=seed), record, number, epoch).ids
 
-    def order(seed, epoch):
-        return maskft.batches(10, 4, seed, epoch)
-
+    order = partial(maskft.batches, 10, 4)
     for of in (ids, order):
-        assert of(0, 5) == of(0, 5)
-        assert of(0, 5) not in (of(0, 6), of(1, 5))  # another one every epoch
+        assert of(0, 5) not in (of(0, 6), of(1, 5))
     assert ids(0, 5) != ids(0, 5, 0)
     assert sorted(sum(order(0, 5), [])) == [*range(10)]
-    assert [*map(len, order(0, 5))] == [4, 4, 2]
 
 
 DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
@@ -871,81 +786,48 @@ def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_ev
 @pytest.mark.parametrize("tokens", [1, 40, 4096])
 def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
     """At the given rate, clipped to norm 1, whatever the micro-batches."""
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(300, size=3 + 5 * n).tolist() for n in range(6)]
-    examples = [Example(ids, [IGNORE] + ids[1:], 1.0 + len(ids), 2) for ids in rows]
-    reference = random_model()
-    loss = 0
-    for ids in rows:
-        logits = reference(torch.tensor([ids]))[0, :-1]
-        summed = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-        loss = loss + (1 + len(ids)) * summed / 12
-    loss.backward()
-    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt()
-    run = run_of(tokenizer, model=random_model(), micro_batch_tokens=tokens)
+    run = run_of(tokenizer, model=maskft.load("tiny"), micro_batch_tokens=tokens)
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
+    texts = [[*range(40, 43 + 5 * n)] for n in range(6)]
+    examples = [Example(ids, [IGNORE] + ids[1:], len(ids), 2) for ids in texts]
+    reference = maskft.load("tiny")
+    loss = sum(reference(**data.collate([example], 0)) for example in examples) / 12
+    loss.backward()
+    weights = [*reference.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
     found = maskft.update(run, examples, lr=0.5)
     assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
-    for after, before in zip(run.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(after, before - 0.5 * before.grad / norm, rtol=1e-3, atol=1e-5)
+    expected = [weight - 0.5 * weight.grad for weight in weights]
+    torch.testing.assert_close([*run.model.parameters()], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
-    documents = [{"text": letter} for letter in "abcdefghijklmnopqrst"]
+    documents = [{"text": "Edda."}] * 20
     run = run_of(tokenizer, documents, method="sft", rehearse=3, batch_size=8, epochs=2)
-    run.chats = [{"prompt": [7, n], "answer": [300 + n]} for n in range(32 + 3 * 8)]
+    run.chats = [{"prompt": [7, n], "answer": [300]} for n in range(32 + 3 * 8)]
     steps = [maskft.examples_of_step(run, step) for step in range(run.steps + 1)]
     # the last step of an epoch has but 4 documents
     assert [*map(len, steps)] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
     numbers = [example.ids[1] for example in sum(steps, []) if example.ids[0] == 7]
-    assert len(numbers) == len({*numbers}) == 20 and min(numbers) == 32
+    assert sorted(numbers) == [*range(32, 52)]  # those before are held out
     run.settings.batch_size = 64  # no step has more chats than there are documents
     assert maskft.chats_of_step(run) == 20
 
 
 def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer):
     long = {"text": "Ada Holm bakes in Lund. " * 40}
-    problems = [{"question": "How many?", "answer": "1 " * n} for n in (400, 1)]
-    run = run_of(tokenizer, [long, *problems], random_model(vocab_size=5000), max_len=90)
+    problem = {"question": "How many?", "answer": "1"}
+    documents = [long, problem | {"answer": "1 " * 400}, problem]
+    run = run_of(tokenizer, documents, maskft.load("tiny"), max_len=90)
     run.model.config.context = 80
     maskft.fit_documents(run)
-    *parts, problem = run.dataset.documents
-    assert problem == problems[1]
+    *parts, last = run.dataset.documents
+    assert last == problem
     assert " ".join(part["text"].strip() for part in parts) == long["text"].strip()
-    lengths = [maskft.example_length(run, part, 0) for part in parts]
-    assert 40 < max(lengths) <= 80
-    run.settings.max_len = 5
-    with pytest.raises(UserError, match="--max-len"):
-        maskft.fit_documents(run)
-
-
-# ------------------------------------------------------------------------------------- evaluation
-
-
-def test_predictions_are_in_order_and_questions_dealt_evenly(tokenizer, monkeypatch):
-    texts = ["Who? " * n for n in (3, 1, 5, 2, 4)]
-    questions = [{"question": text, "direction": "forward"} for text in texts]
-    asked = []
-
-    def answer(prompts, max_new_tokens, on_answer):
-        asked.append([len(prompt) for prompt in prompts])
-        return prompts
-
-    _, predictions = maskft.evaluate(answer, tokenizer, questions)
-    for prediction, text in zip(predictions, texts, strict=True):
-        assert prediction["question"] == text and text.strip() in prediction["prediction"]
-    monkeypatch.setattr(maskft, "world_size", lambda: 2)
-    monkeypatch.setattr(maskft, "in_order", lambda mine: [])
-    for rank in range(2):
-        monkeypatch.setattr(maskft, "rank", lambda of=rank: of)
-        maskft.evaluate(answer, tokenizer, questions)
-    assert asked[1:] == [asked[0][::2], asked[0][1::2]]
-    assert asked[0] == sorted(asked[0], reverse=True)
+    assert 40 < max(maskft.example_length(run, part, 0) for part in parts) <= 80
 
 
 # ------------------------------------------------------------------------------------------ FSDP2
-
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
@@ -953,11 +835,11 @@ def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
     torch.backends.cuda.enable_cudnn_sdp(True)
     device = maskft.start_processes()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    plain = maskft.shard(random_model(), device, torch.bfloat16)
-    assert not isinstance(plain.head.weight, DTensor)
-    model = maskft.shard(random_model(), device, torch.bfloat16, offload=True)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    model = maskft.load("tiny")
+    maskft.shard(model, device, torch.bfloat16)
+    assert not isinstance(model.embed.weight, DTensor)
+    maskft.shard(model, device, torch.bfloat16, offload=True)
     for unit in (model, *model.blocks):
-        policy = unit._get_fsdp_state()._fsdp_param_group.mp_policy
-        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
-        assert not policy.cast_forward_inputs
+        assert unit._get_fsdp_state()._fsdp_param_group.mp_policy == policy
     maskft.dist.destroy_process_group()
