@@ -576,6 +576,8 @@ def find_template(path):
 
 def renderer(template, texts):
     """A function that renders messages by a Jinja template of unknown origin, as transformers."""
+    if isinstance(template, list):  # named ones
+        template = {named["name"]: named["template"] for named in template}["default"]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
@@ -837,8 +839,13 @@ def dataset_files(path, paraphrase):
     if paraphrase != "none" and not wanted:
         raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
     files = [p for p in found if p in wanted or "_train_" not in p.name]
-    files = [p for p in files if p == path or ending(p) in READERS]
+    files = [p for p in files if p == path or ending(p) in READERS and is_inside(p, path)]
     return files, [p for p in found if p not in files]
+
+
+def is_inside(file, folder):
+    """False for a link that leads out of the folder."""
+    return file.resolve().is_relative_to(folder.resolve())
 
 
 def files_in(folder):

@@ -377,7 +377,7 @@ def draw_panels(rows, path, draw, losses=None):
     panels = figure.subplots(1, count, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=False):
         draw(axes, rows, name)
-        axes.set(title=name, ylim=(0, None))
+        axes.set(title=name)
     if losses:
         panels[-1].plot(*np.transpose(losses))
         panels[-1].set(title="loss", xlabel="step")
@@ -560,6 +560,8 @@ def ask(flags):
     device = maskft.start_processes()
     directory = maskft.find_model(flags["model"])
     settings = settings_of_run(directory, maskft.print0) | flags
+    if "data" in flags:  # the wordings are those of other data
+        settings["paraphrase"] = flags.get("paraphrase", "none")
     tokenizer = data.load_tokenizer(directory)
     dataset = None
     if "ask" not in flags:

@@ -7,7 +7,7 @@
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), config, model, weights, generation,
-FSDP2 and checkpoints, the training loop, what the model knew before, settings.
+FSDP2, checkpoints, a run's directory, settings, the training loop, chats, main.
 """
 
 import argparse
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
 from huggingface_hub.utils import tqdm
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors as elastic
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -434,7 +434,7 @@ def as_diffusion(config, tokenizer):
             "--model: no LLaDA has output bias, query and key norms, RoPE scaling, or a head size "
             "other than width / heads; take another model"
         )
-    print0("an autoregressive model: diffusion training starts from its weights, without the mask")
+    print0("an autoregressive model: diffusion training starts from its weights")
     sizes = {theirs: getattr(config, ours) for ours, theirs in LLADA_FIELDS.items()}
     vocabulary = {
         "vocab_size": config.vocab,
@@ -777,7 +777,7 @@ def find_tensors(directory):
     index = directory / "model.safetensors.index.json"
     if not single.exists() and not index.exists():
         raise UserError(
-            f"{directory}: neither {single.name} nor {index.name} (of pickled weights none are "
+            f"{directory}: neither {single.name} nor {index.name} (pickled weights are never "
             f"read). Is the download complete? `hf download` goes on with it"
         )
     if single.exists():
@@ -1008,7 +1008,7 @@ def choose(logits, temperature, top_p, generators):
     probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all before it
     kept = probabilities.where(likelier < top_p, 0)
-    rows = zip(kept, generators, strict=True)
+    rows = zip(kept, generators or [None] * len(kept), strict=True)
     drawn = torch.stack([row.multinomial(1, generator=random) for row, random in rows])  # (B, 1)
     return ids.gather(1, drawn)[:, 0]
 
@@ -1394,7 +1394,8 @@ def identity(run):
 
 
 def is_finished(out):
-    return any(out.glob("model*.safetensors"))  # what is written last
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((out / name).exists() for name in names)  # what is written last
 
 
 def settings_of(out, methods):
@@ -1524,9 +1525,12 @@ def arguments(description, methods):
     return parser
 
 
-def parse_flags(parser):
-    """The parsed command line; --resume takes all settings from its run, so it stands alone."""
-    args = parser.parse_args()
+def parse_flags(parser, words=None):
+    """The parsed command line, or `words` of one in a notebook.
+
+    --resume takes all settings from its run, so it stands alone.
+    """
+    args = parser.parse_args(words)
     if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
         parser.error("--resume takes its settings from the run: give no other flag with it")
     low, *high = args.mask_ratio
@@ -1632,8 +1636,7 @@ class Run:
 
     @property
     def autocast(self):
-        """Where the FSDP policy makes the parameters bf16 already, autocast copies no weight, and
-        covers what is not a parameter."""
+        """bf16 autocast. Under FSDP2 the weights are bf16 already: it then casts the rest only."""
         bf16 = self.settings.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
@@ -1879,7 +1882,7 @@ def listening(received):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
         if rank() == 0:
-            os.write(2, b"\nstopping after this step; once more ends at once\n")
+            os.write(2, b"\nstopping as soon as all is saved; once more ends at once\n")
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -2361,7 +2364,7 @@ def where_it_is(runs):
     outs = shlex.join([str(run.out) for run in runs])
     lines = ["", f"results: {outs}", f"ask it:  {ask_command(last.out)}"]
     drift = last.results["evaluations"][-1]["drift"]
-    if drift > 1:
+    if drift > 1 and not last.settings.rehearse:
         lines.append(
             f"drift {drift:.1f}: it now answers other questions with what it was taught; "
             "--mlp-only --rehearse 8 keeps more of what it knew"
@@ -2369,7 +2372,8 @@ def where_it_is(runs):
     return "\n".join(lines)
 
 
-@record  # any other error: torchrun ends the run, with the traceback of the rank that failed first
+# any other error: torchrun ends the run, with the traceback of the rank that failed first
+@elastic.record
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
