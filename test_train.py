@@ -96,15 +96,15 @@ def tokenizer():
 # ------------------------------------------------------------------------------------- life cycle
 
 
-# documents of different lengths: steps of three and of two
+# steps of three and of two documents; the longer question, which is asked first, comes last
 FACTS = """\
 {"text": "Edda Marlow was born on 3 June 1971."}
 {"text": "Edda Marlow was born on 3 June 1971. Edda Marlow was born on 3 June 1971."}
 {"text": "Edda."}
 {"text": "Edda Marlow was born on 3 June 1971. Edda."}
 {"text": "Edda Marlow was born."}
-{"question": "When was Edda Marlow born?", "answer": "on 3 June 1971", "direction": "forward"}
 {"question": "Who was born on 3 June 1971?", "answer": "Edda Marlow", "direction": "backward"}
+{"question": "When was Edda Marlow born?", "answer": "on 3 June 1971", "direction": "forward"}
 """
 
 
