@@ -3,7 +3,7 @@ r"""Text in, training sequences out: files, tokenizers, chat templates, data set
 One record of every kind:
 
     document    {"text": "Edda Marlow was born on 3 June 1971. She is a native of Oslo. ...",
-                 "where": "facts.jsonl, line 1"}
+                 "where": "facts.jsonl, record 1"}
     problem     {"question": "Question: Edda has 3 pens ...?\nAnswer:",
                  "problem": "Edda has 3 pens ...?",
                  "answer": "Edda has 3+4 = <<3+4=7>>7 pens.\n#### 7",
@@ -705,7 +705,7 @@ class Dataset:
     """Documents to learn, questions to ask about them, and the name that run directories get."""
 
     name: str
-    documents: list  # {"text": ..., "where": "FILE, line N"}
+    documents: list  # {"text": ..., "where": "FILE, record N"}
     questions: list  # {"question", "answer", "direction": "forward" | "backward" | ..., "group"}
     notes: list = field(default_factory=list)  # what the user should know about the files
 

@@ -642,7 +642,9 @@ def own_questions(texts, dist):
     """The questions of --ask, or those typed or piped in where it has none."""
     for text in texts or lines_of_input(dist):
         if texts or text.strip():
-            yield data.parse_question({"question": text.strip()}, "--ask")
+            with data.reading("--ask"):
+                question = data.parse_question({"question": text.strip()}, "--ask")
+            yield question
 
 
 def lines_of_input(dist):

@@ -757,6 +757,8 @@ def find_model(name):
             raise UserError(
                 f"--model {name} is a file: give the directory that has its config.json"
             )
+    if str(name).startswith((".", "/", "~")):
+        raise UserError(f"--model {name}: no such directory")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
     except (OSError, ValueError) as error:  # of the hub's all are one or the other
@@ -1356,8 +1358,8 @@ def claim(run, out, locks):
     results = results_of(run, out)
     if not results and any(path.name != ".lock" for path in out.iterdir()):
         raise UserError(
-            f"{out} is in use, and not by a run of these settings and --data as it is now: give "
-            "another --out"
+            f"{out} is in use, and not by a run with these settings and --data as it is now: bring "
+            "back what was changed, or give another --out"
         )
     return out, results
 
@@ -2034,11 +2036,11 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
         for run in runs:
             out = out_of(args, run.settings.method, several=len(runs) > 1)
             run.out, run.results = on_rank_0(partial(claim, run, out, locks))
-        for run in runs:
+        for number, run in enumerate(runs):
             if on_rank_0(partial(is_finished, run.out)):
                 print0(f"{run.out}: finished before")
                 continue
-            with explained(run):
+            with explained(run, later=runs[number + 1 :]):
                 build(run)
                 train(run)
                 finish(run)
@@ -2248,13 +2250,15 @@ def commit():
 
 
 @contextmanager
-def explained(run):
-    """What ends a run early, with what to do about it."""
+def explained(run, later):
+    """What ends a run early, with what to do about it and the runs after it."""
     advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
     except Stopped:
         print0(f"stopped; {advice}")
+        if later:
+            print0("not begun:", *(run.settings.method for run in later))
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
