@@ -947,7 +947,9 @@ def pad(rows, value):
 
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
-    mask_id = tokenizer.mask_id
+    mask_id = None
+    with suppress(UserError):  # what masks nothing needs no mask
+        mask_id = tokenizer.mask_id
 
     def kind(pair):
         token, label = pair

@@ -99,9 +99,9 @@ def sample(
     threshold    approximate and faster: keep every prediction at least this probable, one a step at
                  least; `steps` is not used
 
-    Tokens are the reference's, sooner: logits are computed at the block's masks only, and a row
-    leaves the batch once its text has ended. That changes nothing: a token that stands is never
-    changed again.
+    At temperature 0 and remasking by confidence, tokens are the reference's, sooner: logits are
+    computed at the block's masks only, and a row leaves the batch once its text has ended. A token
+    that stands is never changed again.
     """
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:

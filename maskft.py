@@ -334,7 +334,9 @@ def refuse_unless(raw, **implemented):
     """UserError for a field of a config with a value that is not implemented; absent is fine."""
     for name, values in implemented.items():
         if name in raw and raw[name] not in values:
-            raise UserError(f"{name} {raw[name]!r:.80} is not implemented, only {list(values)}")
+            raise UserError(
+                f"{name} {raw[name]!r:.80} is not implemented, only {list(values) or 'none'}"
+            )
 
 
 def parse_llama(raw):
@@ -902,7 +904,7 @@ def save(model, path):
         for old in path.glob("model*.safetensors*"):
             old.unlink()  # or the next reader mixes them with these
         for file in sorted(part.iterdir()):
-            file.chmod((path / "config.json").stat().st_mode)  # not for its owner's eyes alone
+            file.chmod((path / "config.json").stat().st_mode)  # the library's are its owner's alone
             file.replace(path / file.name)
         part.rmdir()
 
