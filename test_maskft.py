@@ -2233,6 +2233,8 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
         if processes > 1:
             os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         data.huggingface_hub.constants.HF_HUB_OFFLINE = True
+        # a shell ignores Ctrl-C for what it starts in the background, and children inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         before()
         maskft.entry_point(script.main)
 
