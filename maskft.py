@@ -964,16 +964,10 @@ def generate(
         chosen = choose(logits, temperature, top_p, random).tolist()
         for i, token in zip(numbers, chosen, strict=True):
             answers[i].append(token)
-        # 3. the last row takes the place of one that has ended
-        before = len(going)
-        for row in reversed(range(before)):
-            answer = answers[going[row]]
-            if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
-                cache.move(len(going) - 1, row)
-                going[row] = going[-1]
-                going.pop()
+        # 3. rows whose answers have ended are free
+        ended = free_rows(cache, going, answers, max_new_tokens, stop_ids)
         if on_answer:
-            on_answer(before - len(going))
+            on_answer(ended)
     return [until_stop(answer, stop_ids) for answer in answers]
 
 
@@ -993,6 +987,18 @@ def take_rows(cache, going, waiting, room):
     # much shorter ones wait, until there can be more and shorter rows
     while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
         going.append(waiting.pop())
+
+
+def free_rows(cache, going, answers, max_new_tokens, stop_ids):
+    """Put the last row in place of one whose answer has ended; how many have."""
+    before = len(going)
+    for row in reversed(range(before)):
+        answer = answers[going[row]]
+        if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
+            cache.move(len(going) - 1, row)
+            going[row] = going[-1]
+            going.pop()
+    return before - len(going)
 
 
 def last_logits(model, cache, first, past, ids):
