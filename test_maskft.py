@@ -2207,6 +2207,13 @@ def test_answers_are_sampled_in_batches_of_alike_length(monkeypatch):
     assert batches == done == [1, 2, 2]
 
 
+def test_a_step_keeps_as_many_tokens_as_it_has_to():
+    assert llada.tokens_per_step(4, 1, 4) == [4]
+    assert llada.tokens_per_step(8, 6, 4) == [2, 1, 1]
+    assert llada.tokens_per_step(2, 8, 1) == [1]
+    assert llada.tokens_per_step(8, None, 4, threshold=0.9) == [1, 1, 1, 1]
+
+
 def test_sampling_may_have_nothing_to_say():
     model = tiny_llada()
     assert llada.sample(model, []) == []
@@ -3152,12 +3159,19 @@ def test_a_program_of_bench_prints_its_table(tmp_path, monkeypatch, capsys):
     assert re.search(r"^b +\| 2 \(0\.50 x\)", compared, re.M)
     out = tmp_path / "report.json"
     monkeypatch.setattr(sys, "argv", ["bench.py", "loop", "tiny", "bio:2", "--out", str(out)])
+    real, said = bench.command_seconds, iter([3.0, 8.0])  # of 2 steps, of 12
+
+    def command_seconds(*words):
+        real(*words)
+        return next(said)
+
+    monkeypatch.setattr(bench, "command_seconds", command_seconds)
     bench.main()
     assert "tiny, bio:2, masked" in capsys.readouterr().out
     (figures,) = data.read_json(out)["figures"].values()
-    assert abs(figures["CPU seconds"]) < 1 and 0 < figures["seconds passed"] < 5
+    assert figures["CPU seconds"] == 0.5 and figures["seconds passed"] > 0
     with pytest.raises(UserError):
-        bench.command_seconds("no/such.py")
+        real("no/such.py")
 
 
 def test_bench_compares_with_transformers(monkeypatch, capsys):
