@@ -2781,9 +2781,9 @@ def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
 def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
     """Even where RANK is set, but no launcher has set the rest."""
     row = rows("masked")
-    before = signal.getsignal(signal.SIGINT)
 
     def main():
+        before = signal.getsignal(signal.SIGINT)
         for _ in range(2):
             maskft.main()
             assert signal.getsignal(signal.SIGINT) == before
