@@ -849,9 +849,12 @@ def load_weights(model, directory, device):
     for path in set(files.values()):
         with data.reading(path), safetensors.safe_open(path, "pt") as file:
             for theirs in [name for name in names if files[name] == path]:
-                shape = file.get_slice(theirs).get_shape()
+                view = file.get_slice(theirs)
+                shape = view.get_shape()
                 if shape != list(model.get_parameter(names[theirs]).shape):
                     raise UserError(f"{theirs} has shape {shape}, unlike config.json")
+                if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{theirs} is quantized, to {view.get_dtype()}")
     model.to_empty(device=device)
     for theirs, ours in names.items():
         local, start = local_rows(model.get_parameter(ours))

@@ -1802,6 +1802,7 @@ WEIGHTS = [  # a tensor, and what is made of the (80, 48) that are in its place
     (UP, lambda up: None),
     ("model.extra.weight", torch.clone),
     (UP, lambda up: up.T.contiguous()),
+    (UP, torch.Tensor.char),
     *[(UP, lambda up, x=x: up.where(up < up.max(), x)) for x in (math.nan, math.inf, -1e38)],
 ]
 
