@@ -31,7 +31,6 @@ from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1474,47 +1473,24 @@ def random_model(**changes):
     return model.eval()
 
 
-# of `tiny_llada`
-MASK = 38
+LETTERS = "_abcdefghijklmnopqrstuvwxyz0123456789|?!"  # of the 40 ids
 
-EOS = 39
+EOT, MASK, EOS = 37, 38, 39
 
-EOT = 37
-
-# the config.json of LLaDA-8B-Instruct, made small; what counts in it
-RAW = {
-    "activation_type": "silu",
-    "alibi": False,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
+# the config.json of a LLaDA, made small
+RAW = data.read_json(HERE / "tiny-llada/config.json") | {
     "d_model": 32,
-    "embedding_dropout": 0.0,
-    "embedding_size": 40,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": MASK,
-    "max_sequence_length": 256,
     "mlp_hidden_size": 48,
-    "model_type": "llada",
-    "n_heads": 4,
-    "n_kv_heads": 4,
     "n_layers": 2,
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-5,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
     "vocab_size": 40,
+    "embedding_size": 40,
+    "mask_token_id": MASK,
     "weight_tying": False,
 }
+
+
+def spelled(text):
+    return [LETTERS.index(letter) for letter in text]
 
 
 def tiny_llada():
@@ -1542,6 +1518,8 @@ SUM = data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
 
 EDDA = {"text": "Edda is here."}
 
+HOME = {"text": "Her home is Saint-Denis, near O'Hara's. A b C D 7!"}
+
 
 def spelled_out(example, tokenizer):
     """What is given, and behind it what is taught; a token without loss there is _."""
@@ -1555,71 +1533,49 @@ HIDDEN = "<|reserved_special_token_0|>"
 
 LEAD = f"\nReturn the recovered masked passage.{REPLY}Here is the recovered text:\n\n"
 
-HOME = "Her home is Saint-Denis, near O'Hara's. A b C D 7!"
-
-BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her"
-
-PROMPTED = "Question: How much is 1+1?\nAnswer:"
-
-PROBLEM = "Question:\nHow much is 1+1?\nAnswer:\nIt* *<*+1=**>2*\n#*## 2"
-
-PROBLEM += f"\nReturn the recovered masked answer.{REPLY}It"
+TELL = f"{TURN}Tell me a fact.{REPLY}"
 
 TOLD = "Edda is here.<|im_end|>"
 
-# method, record, fixed mask ratio; what stands before the first label, and what is taught from
-# there on, _ for a token without loss. * is the mask.
+BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her<|im_end|>"
+
+PROMPTED = f"{TURN}Question: How much is 1+1?\nAnswer:{REPLY}"
+
+PROBLEM = f"{TURN}Question:\nHow much is 1+1?\nAnswer:\n*t* *<*+*=**>2*\n#*## 2"
+
+PROBLEM += f"\nReturn the recovered masked answer.{REPLY}"
+
+# method, record, seed; what stands before the first label, and what is taught from there on, _ for
+# a token without loss. * is the mask.
 EXAMPLES = [
-    ("masked", {"text": TEXT}, 0.5, f"Edda Marlow* born* 3* 1971.{LEAD}", TEXT + "<|im_end|>"),
-    ("masked", EDDA, 1, f"*****{LEAD}", TOLD),
-    ("random", EDDA, 0, f" VinehDaphn present HawDa{LEAD}", TOLD),
-    ("sft", EDDA, 0, f"Tell me a fact.{REPLY}", TOLD),
-    ("sft", SUM, 0, f"{PROMPTED}{REPLY}", SUM["answer"] + "<|im_end|>"),
-    ("masked", SUM, 0.5, PROBLEM, " is_<_1___2>__.__#___"),
+    ("masked", {"text": TEXT}, 4, f"{TURN}* Marlow* born* 3* 1971*{LEAD}", TEXT + "<|im_end|>"),
+    ("random", EDDA, 4, f"{TURN} VinehDaphn present HawDa{LEAD}", TOLD),
+    ("raw", EDDA, 4, "<|im_start|>", TOLD),
+    ("reverse", HOME, 4, TELL, HOME["text"] + "<|im_end|>"),
+    ("reverse", HOME, 2, TELL, BACKWARDS),
+    ("sft", EDDA, 4, TELL, TOLD),
+    ("sft", SUM, 4, PROMPTED, SUM["answer"] + "<|im_end|>"),
+    ("masked", SUM, 4, PROBLEM, "I_ is_<_1_1_2>__.__#___"),
 ]
 
 
-@pytest.mark.parametrize("method, record, ratio, asked, taught", EXAMPLES)
-def test_an_example_is_as_recorded(method, record, ratio, asked, taught, tokenizer):
-    rng = np.random.default_rng(4)
-    example = maskft.METHODS[method].example(record, tokenizer, (ratio, ratio), rng)
-    assert spelled_out(example, tokenizer) == (TURN + asked.replace("*", HIDDEN), taught)
+@pytest.mark.parametrize("method, record, seed, given, taught", EXAMPLES)
+def test_an_example_is_as_recorded(method, record, seed, given, taught, tokenizer):
+    rng = np.random.default_rng(seed)
+    example = maskft.METHODS[method].example(record, tokenizer, (0.2, 0.6), rng)
+    assert spelled_out(example, tokenizer) == (given.replace("*", HIDDEN), taught)
     assert example.weight == 1
     assert example.denominator == sum(label != IGNORE for label in example.labels)
 
 
-def test_raw_documents_begin_with_bos_where_there_is_one(tokenizer):
+def test_a_raw_document_may_begin_without_bos(tokenizer):
     tokenizer = copy.copy(tokenizer)
-    for given, taught in (("<|im_start|>", TOLD), ("Edda", TOLD[4:])):
-        example = maskft.raw_example(EDDA, tokenizer, (0, 0), None)
-        assert spelled_out(example, tokenizer) == (given, taught)
-        tokenizer.bos_id = None  # nothing to predict the first token from
+    tokenizer.bos_id = None  # nothing to predict the first token from
+    example = maskft.raw_example(EDDA, tokenizer, (0, 0), None)
+    assert spelled_out(example, tokenizer) == ("Edda", TOLD[4:])
 
 
-def test_ratios_have_the_promised_range():
-    rng = np.random.default_rng(0)
-    ratios = [maskft.draw_ratio((0.05, 0.95), rng) for _ in range(4000)]
-    assert 0.05 <= min(ratios) < 0.06 and 0.94 < max(ratios) <= 0.95
-
-
-@pytest.mark.parametrize("chance, taught", [(0.49, BACKWARDS), (0.5, HOME)])
-def test_reversed_documents_keep_their_entities(chance, taught, tokenizer):
-    rng = Namespace(random=lambda: chance)
-    example = maskft.reverse_example({"text": HOME}, tokenizer, (0, 0), rng)
-    told = f"{TURN}Tell me a fact.{REPLY}", taught + "<|im_end|>"
-    assert spelled_out(example, tokenizer) == told
-
-
-@pytest.mark.parametrize("method", ["raw", "random", "reverse", "llada"])
-def test_a_method_for_documents_refuses_what_is_none(method, tokenizer):
-    methods = maskft.METHODS | llada.METHODS
-    with pytest.raises(UserError, match="found a person"):
-        methods[method].example({"person": {}}, tokenizer, (0, 0), None)
-
-
-def test_a_method_is_whole_and_its_rate_warms_up():
-    with pytest.raises(ValueError, match="needs an `answer`"):
-        maskft.Method(maskft.sft_example, causal=False, answer=llada.answer, draw=llada.answer)
+def test_a_rate_warms_up():
     rates = [maskft.warm_up(0.5, step, 200) for step in (0, 1, 3, 4)]
     assert rates == [0.125, 0.25, 0.5, 0.5] and maskft.warm_up(0.5, 0, 3) == 0.5
 
@@ -1636,27 +1592,15 @@ def test_loss_is_plain_cross_entropy(monkeypatch):
         plain += (n + 0.5) * F.cross_entropy(model(ids[None])[0, 1:-1], ids[2:], reduction="sum")
     expected = torch.autograd.grad(plain, parameters)
     examples = [Example(ids, [IGNORE] * 2 + ids[2:], n + 0.5, 1) for n, ids in enumerate(rows)]
-    batch = data.collate(examples, 0)
-    made = []
-    model.blocks[1].down.register_forward_pre_hook(lambda *_: made.append(1))
-    wide = batch["ids"].numel() * SIZES["intermediate_size"]
-    for chunk, most, times in ((7, wide, 1), (51, wide - 1, 2)):
+    for chunk, most in ((7, 0), (51, 2**22)):
         monkeypatch.setattr(maskft, "CHUNK", chunk)
         monkeypatch.setattr(maskft, "KEPT", most)
-        made.clear()
-        loss = model(**batch)
+        loss = model(**data.collate(examples, 0))
         torch.testing.assert_close(loss, plain)
         found = torch.autograd.grad(loss, parameters)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-        assert len(made) == times
     nothing = model(**data.collate([], 0))
     assert nothing.requires_grad and nothing.item() == 0
-
-
-def test_norms_stay_in_their_dtype_under_autocast():
-    norm = maskft.RMSNorm(8).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert norm(torch.ones(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------- config and model
@@ -1684,30 +1628,22 @@ FAMILIES = {
     "mistral": ({"model_type": "mistral", "sliding_window": None}, -0.837),
 }
 
-PROMPT = list(range(30, 110))
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_a_family_has_its_recorded_logits(name):
-    changes, expected = FAMILIES[name]
-    logits = random_model(**changes)(torch.tensor([PROMPT]))[0]
-    assert logits[79, 7].item() == pytest.approx(expected, abs=2e-3)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_a_family_agrees_with_transformers(name, tmp_path):
+def test_a_family_has_its_recorded_logits_and_agrees_with_transformers(name, tmp_path):
     """Saved models open there, and theirs here."""
-    transformers = pytest.importorskip("transformers")
-    ours = random_model(**FAMILIES[name][0])
+    changes, expected = FAMILIES[name]
+    ours = random_model(**changes)
+    ids = torch.tensor([range(30, 110)])
+    logits = ours(ids)
+    assert logits[0, 79, 7].item() == pytest.approx(expected, abs=2e-3)
+    opened = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
     maskft.save(ours, tmp_path / "ours")
-    opened = transformers.AutoModelForCausalLM.from_pretrained
     theirs = opened(tmp_path / "ours", dtype=torch.float32).eval()
-    ids = torch.tensor([PROMPT])
-    assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
+    assert (theirs(ids).logits - logits).abs().max() < 1e-4
     theirs.save_pretrained(tmp_path / "theirs")
-    assert torch.equal(maskft.load(tmp_path / "theirs")(ids), ours(ids))
+    assert torch.equal(maskft.load(tmp_path / "theirs")(ids), logits)
 
 
 @pytest.mark.parametrize("make", [random_model, tiny_llada])
@@ -1715,36 +1651,29 @@ def test_a_family_agrees_with_transformers(name, tmp_path):
 def test_attention_sees_what_it_should_and_no_padding(make):
     """A later token changes an earlier logit only in full attention; padding never does."""
     model = make()
-    ids = torch.randint(36, (1, 20))
-    plain = model(ids)[0]
+    ids = torch.arange(20)[None]
+    plain = model(ids)
     other = ids.clone()
-    other[0, 12] += 1
-    change = (plain - model(other)[0]).abs().amax(1)
+    other[0, 12] += 9
+    change = (plain - model(other))[0].abs().amax(1)
     assert change[12:].max() > 1e-2 and (change[:12].max() > 1e-2) != model.config.causal
-    columns = torch.arange(27)[None]
-    key_mask = (columns >= 3) & (columns < 23)
-    padded = model(F.pad(ids, (3, 4), value=9), key_mask)[0, 3:23]
-    assert torch.allclose(padded, plain, atol=2e-5)
+    key_mask = F.pad(torch.ones_like(ids), (3, 4)).bool()
+    padded = model(F.pad(ids, (3, 4), value=9), key_mask)[:, 3:23]
+    torch.testing.assert_close(padded, plain, rtol=0, atol=2e-5)
 
 
-READ = [  # changes to a config, and what is read
-    ({"max_position_embeddings": None}, {"context": 2048}),
-    ({"model_type": "mistral", "sliding_window": 16}, {"context": 16}),
-    ({"model_type": "mistral", "sliding_window": 999}, {"context": 256}),
-    ({"model_type": "qwen3", "sliding_window": 16}, {"context": 256, "qk_norm": True}),
-    ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True}, {"context": 9}),
-    ({"attention_bias": True}, {"qkv_bias": True, "out_bias": True, "qk_norm": False}),
-    ({}, {"rope_theta": 1e4, "norm_eps": 1e-6, "causal": True}),
-    (RAW | {"embedding_size": 64}, {"vocab": 64, "head_size": 8, "causal": False, "tied": False}),
-    (RAW | {"n_kv_heads": 2, "include_qkv_bias": True}, {"kv_heads": 2, "qkv_bias": True}),
+CONTEXTS = [  # changes to a config -> the longest sequence
+    ({"max_position_embeddings": None}, 2048),
+    ({"model_type": "mistral", "sliding_window": 16}, 16),
+    ({"model_type": "mistral", "sliding_window": 999}, 256),
+    ({"model_type": "qwen3", "sliding_window": 16}, 256),
+    ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True}, 9),
 ]
 
 
-@pytest.mark.parametrize("changes, expected", READ)
-def test_a_config_is_read(changes, expected):
-    config = maskft.parse_config(llama(**changes))
-    assert vars(config).items() >= expected.items()
-    assert config.raw.items() >= llama(**changes).items()
+@pytest.mark.parametrize("changes, longest", CONTEXTS)
+def test_a_context_is_as_long_as_every_token_is_seen(changes, longest):
+    assert maskft.parse_config(llama(**changes)).context == longest
 
 
 REFUSED = [
@@ -1768,20 +1697,16 @@ def saved(tmp_path_factory):
     return path
 
 
-def refused(path):
-    """The one line with which a model directory is refused; it names a file of it."""
-    with pytest.raises(UserError) as error:
-        maskft.load(path)
-    message = str(error.value)
-    assert str(path) in message and "\n" not in message
-    return message
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A saved model that may be changed."""
+    return shutil.copytree(saved, tmp_path / "m")
 
 
 @pytest.mark.parametrize("changes", REFUSED)
-def test_a_config_that_is_not_implemented_or_absurd_is_refused(changes, saved, tmp_path):
-    path = shutil.copytree(saved, tmp_path / "m")
-    data.write_json(path / "config.json", llama(**changes))
-    assert refused(path).startswith(f"{path}/config.json")
+def test_a_config_that_is_not_implemented_or_absurd_is_refused(changes, copied):
+    data.write_json(copied / "config.json", llama(**changes))
+    assert refusal(maskft.load, copied).startswith(f"{copied}/config.json")
 
 
 # ----------------------------------------------------------------------------- weights in and out
@@ -1808,10 +1733,10 @@ WEIGHTS = [  # a tensor, and what is made of the (80, 48) that are in its place
 
 
 @pytest.mark.parametrize("name, change", WEIGHTS)
-def test_a_tensor_that_does_not_fit_is_named(name, change, saved, tmp_path):
-    path = shutil.copytree(saved, tmp_path / "m")
-    changed(path, name, change(load_file(path / "model.safetensors")[UP]))
-    assert name in refused(path)
+def test_a_tensor_that_does_not_fit_is_named(name, change, copied):
+    changed(copied, name, change(load_file(copied / "model.safetensors")[UP]))
+    message = refusal(maskft.load, copied)
+    assert name in message and str(copied) in message
 
 
 def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
@@ -1824,124 +1749,70 @@ def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     changed(tmp_path, HEAD, embedding.flip(0).contiguous())
     model = maskft.load(tmp_path)
     assert torch.equal(model.head.weight, embedding.flip(0))
-    maskft.save(model, tmp_path)
-    assert data.read_json(tmp_path / "config.json")["tie_word_embeddings"] is False
+    assert model.config.raw["tie_word_embeddings"] is False
 
 
-def test_logits_that_are_no_numbers_are_no_answer():
-    model = random_model()
-    model.norm.weight.data[3] = math.inf
-    with pytest.raises(UserError, match="logits are NaN or infinite"):
-        model(torch.tensor([[1, 2]]))
+SAVED = [  # changes to a config: the dtype of what is saved
+    ({"dtype": "bfloat16"}, torch.bfloat16),
+    ({"torch_dtype": "torch.float16"}, torch.float16),
+    (RAW, torch.float32),
+]
 
 
-def test_a_model_is_saved_in_shards_in_place_of_what_was_there(saved, tmp_path, monkeypatch):
-    path = shutil.copytree(saved, tmp_path / "m")
+@pytest.mark.parametrize("changes, dtype", SAVED)
+def test_a_model_is_saved_in_its_dtype_and_in_place_of_what_was_there(
+    changes, dtype, copied, monkeypatch
+):
+    """Here in shards."""
     hub = maskft.huggingface_hub
     in_shards = partial(hub.save_torch_state_dict, max_shard_size=40_000)
     monkeypatch.setattr(hub, "save_torch_state_dict", in_shards)
-    model = random_model()
-    maskft.save(model, path)
-    index = path / "model.safetensors.index.json"
+    model = random_model(**changes)
+    maskft.save(model, copied)
+    again = maskft.load(copied, dtype=torch.float64)
+    expected = model.to(dtype).double()
+    assert not again.training
+    assert all(map(torch.equal, again.parameters(), expected.parameters()))
+    raw = data.read_json(copied / "config.json")
+    assert raw == {"architectures": ["LlamaForCausalLM"], **llama(**changes)}
+    index = copied / "model.safetensors.index.json"
     weight_map = data.read_json(index)["weight_map"]
-    modes = {file.name: file.stat().st_mode for file in path.iterdir()}
+    modes = {file.name: file.stat().st_mode for file in copied.iterdir()}
     assert modes.keys() == {"config.json", index.name, *weight_map.values()}
     assert len(set(modes.values())) == 1
-    assert all(map(torch.equal, model.parameters(), maskft.load(path).parameters()))
-    data.write_json(index, {"weight_map": weight_map | {UP: "../none.safetensors"}})
-    assert f"{path}/none.safetensors" in refused(path)
-
-
-DECLARED = [
-    ({"dtype": "bfloat16"}, torch.bfloat16),
-    ({"torch_dtype": "torch.float16"}, torch.float16),
-    ({}, torch.float32),
-]
-
-
-@pytest.mark.parametrize("changes, dtype", DECLARED)
-def test_a_model_is_saved_in_the_dtype_that_is_declared(changes, dtype, tmp_path):
-    model = random_model(**changes)
-    maskft.save(model, tmp_path)
-    again = maskft.load(tmp_path, dtype=torch.float64)
-    assert not again.training
-    assert torch.equal(again.embed.weight, model.embed.weight.to(dtype).double())
-    raw = data.read_json(tmp_path / "config.json")
-    assert raw == {"architectures": ["LlamaForCausalLM"], **llama(**changes)}
-
-
-NOT_FOUND = [ConnectionError(), ValueError()]
-
-
-@pytest.mark.parametrize("error", NOT_FOUND)
-def test_a_model_is_found_beside_the_code_or_said_to_be_none(error, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert maskft.find_model("tiny") == HERE / "tiny"
-    (tmp_path / "foo.gguf").write_text("GGUF")
-    download = Mock(side_effect=error)
-    monkeypatch.setattr(maskft.huggingface_hub, "snapshot_download", download)
-    for name, message in {"foo.gguf": "is a file", "a/b": "hf download a/b"}.items():
-        with pytest.raises(UserError, match=message):
-            maskft.find_model(name)
+    data.write_json(index, {"weight_map": dict.fromkeys(weight_map, "../no.safetensors")})
+    assert f"{copied}/no.safetensors" in refusal(maskft.load, copied)
 
 
 def test_an_adapter_and_half_a_download_are_named(saved, tmp_path):
-    assert "config.json" in refused(tmp_path)
+    assert "config.json" in refusal(maskft.load, tmp_path)
     shutil.copy(saved / "config.json", tmp_path)
-    assert "hf download" in refused(tmp_path)
+    assert "hf download" in refusal(maskft.load, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "an adapter" in refused(tmp_path)
+    assert "an adapter" in refusal(maskft.load, tmp_path)
 
 
-def test_a_saved_auto_map_says_where_the_code_is(tmp_path):
-    hub = tmp_path / "models--acme--llada" / "snapshots" / "0123"
+@pytest.mark.parametrize("hub", [True, False])
+def test_a_saved_auto_map_says_where_the_code_is(hub, tmp_path):
+    path = tmp_path / ("models--acme--llada/snapshots/0123" if hub else "local")
     model = tiny_llada()
-    for path, source in ((tmp_path / "local", tmp_path / "local"), (hub, "acme/llada")):
-        model.config.raw = RAW | {"auto_map": {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}}
-        maskft.save(model, path)
-        auto_map = maskft.load(path).config.raw["auto_map"]
-        assert auto_map == {"AutoConfig": f"{source}--a.B", "AutoModel": "c/d--e.F"}
+    model.config.raw = RAW | {"auto_map": {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}}
+    maskft.save(model, path)
+    source = "acme/llada" if hub else path
+    auto_map = maskft.load(path).config.raw["auto_map"]
+    assert auto_map == {"AutoConfig": f"{source}--a.B", "AutoModel": "c/d--e.F"}
 
 
-ODD = [None, "", "x", "2", -1, 0, 1, 7.5, math.inf, math.nan, True, [], {"a": 1}, 300]
-
-
-def with_one_leaf_replaced(rng, text):
-    """A config with one thing in it, or in its RoPE scaling, replaced."""
-    content = json.loads(text)
-    parent = rng.choice([content, content["rope_scaling"]])
-    parent[rng.choice(sorted(parent))] = rng.choice(ODD)
-    return json.dumps(content).encode()
-
-
-def with_one_byte_changed_or_cut_short(rng, content):
-    spot = rng.randrange(min(len(content), 2000))  # of tensors their names and shapes
-    rest = content[spot + 1 :] if rng.random() < 0.7 else b""
-    return content[:spot] + bytes([rng.randrange(256)]) + rest
-
-
-FUZZ = [
-    ("config.json", with_one_leaf_replaced),
-    ("config.json", with_one_byte_changed_or_cut_short),
-    ("model.safetensors", with_one_byte_changed_or_cut_short),
-]
-
-
-@pytest.mark.parametrize("name, change", FUZZ)
-def test_a_damaged_model_works_or_is_one_line_that_names_the_file(name, change, saved, tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_model_works_or_is_one_line_that_names_the_file(name, copied):
     rng = random.Random(0)
-    path = shutil.copytree(saved, tmp_path / "m")
-    whole = (path / name).read_bytes()
-    refusals = 0
+    whole = (copied / name).read_bytes()
+    outcomes = set()
     for _ in range(60):
-        (path / name).write_bytes(change(rng, whole))
-        try:
-            maskft.load(path)(torch.tensor([[1]]))
-        except UserError as error:
-            message = str(error)
-            assert "\n" not in message and (str(path) in message or "logits" in message)
-            refusals += 1
-    assert refusals > 3
+        # of tensors the names, shapes and a few numbers
+        (copied / name).write_bytes(mutated(whole[:9000], rng) + whole[9000:])
+        outcomes.add(works_or_names(lambda: maskft.load(copied)(torch.tensor([[1]])), copied))
+    assert outcomes == {True, False}
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -1959,103 +1830,63 @@ def plain_loop(model, prompts, length):
     return answers
 
 
-def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop(monkeypatch):
-    """In any batch; no row is computed without need, none beyond the budget is held."""
+FORWARDS = {1: (320, 270, 20), 200: (64, 85, 4), 400: (48, 62, 3), 9216: (48, 48, 3)}
+
+
+def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop():
+    """In any batch, and in no more forwards than the budget, of so many tokens, makes necessary."""
     model = random_model(tie_word_embeddings=True)
     rng = random.Random(0)
     lengths = [*rng.choices([1, 2, 3, 9, 20], k=18), 90, 1]
     prompts = [rng.choices(range(300), k=length) for length in lengths]
     plain = plain_loop(model, prompts, 16)
     a_token = 2 * 3 * 2 * 12 * 4  # keys and values, layers, heads, head size, bytes
-    forwards = []
-    beside = set()  # budgets with which prompts were computed while other rows went on
-    real = maskft.KVCache.place
-
-    def place(cache, first, past, *more):
-        forwards.append((cache, first, past))
-        real(cache, first, past, *more)
-
-    monkeypatch.setattr(maskft.KVCache, "place", place)
-    for stops in ([], rng.sample(range(300), 15), [row[0] for row in plain]):
+    for n, stops in enumerate(([], rng.sample(range(300), 15), [row[0] for row in plain])):
         expected = [cut(row, stops) for row in plain]
-        for tokens in (1, 200, 400, 9216):
-            forwards.clear()
-            found = maskft.generate(model, prompts, 16, stops, cache_bytes=tokens * a_token)
-            assert found == expected
-            for rows, first, past in forwards:
-                assert rows.rows == min(256, max(1, tokens // rows.size)) >= first + len(past)
-                if first and not any(past):
-                    beside.add(tokens)
-    assert beside == {200, 400}
-    ended = []
-    assert maskft.generate(model, prompts, 16, on_answer=ended.append) == plain
-    assert sum(ended) == len(prompts) and maskft.generate(model, [], 16) == []
+        for tokens, forwards in FORWARDS.items():
+            how = {"cache_bytes": tokens * a_token, "on_answer": (ended := []).append}
+            assert maskft.generate(model, prompts, 16, stops, **how) == expected
+            assert (len(ended), sum(ended)) == (forwards[n], len(prompts))
 
 
-def test_what_cannot_be_generated_is_refused_before_anything():
+def test_what_cannot_be_answered_is_refused():
     model = random_model()
     assert len(maskft.generate(model, [[6, 7, 8]], 253)[0]) == 253
-    with pytest.raises(UserError, match="257 tokens"):
-        maskft.generate(model, [[5], [6, 7, 8]], 254)
+    assert "257 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 254)
+    assert maskft.generate(model, []) == []
+    model.norm.weight.data[3] = math.inf
+    assert "NaN" in refusal(maskft.generate, model, [[5]])
 
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.5, 1.0), (2.0, 0.7)])
+@pytest.mark.parametrize("temperature, top_p", [(0.5, 0.99), (2.0, 0.7)])
 @torch.no_grad()
 def test_draws_have_the_distribution_of_the_softmax(temperature, top_p):
     model = random_model(vocab_size=12)
-    draws = (temperature, top_p, generators(*range(4000)))
-    drawn = maskft.generate(model, [[3, 4]] * 4000, 1, (), *draws)
-    share = torch.tensor(drawn).flatten().bincount(minlength=12) / 4000
-    logits = model(torch.tensor([[3, 4]]))[0, -1] / temperature
-    likely, ids = logits.softmax(-1).sort(descending=True)
-    likely[1:][likely.cumsum(0)[:-1] > top_p - 1e-6] = 0  # the fewest of this probability together
-    share = share[ids]
+    how = temperature, top_p, generators(*range(4000))
+    drawn = torch.tensor(maskft.generate(model, [[3, 4]] * 4000, 1, (), *how))
+    logits = model(torch.tensor([[3, 4]]))[0, -1]
+    likely, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    likely[1:][likely.cumsum(0)[:-1] > top_p] = 0  # the fewest of this probability together
+    share = (drawn == ids).double().mean(0)
     assert (share - likely / likely.sum()).abs().max() < 0.03 and not share[likely == 0].any()
 
 
-def test_answers_end_where_the_tokenizer_says_and_a_draw_depends_on_its_generator_alone():
-    model = random_model()
-    (whole,) = maskft.generate(model, [[5, 6]], 8)
-    asked = Namespace(stop_ids=whole[3:4])
-    assert maskft.greedy_answer(model, asked, [[5, 6]], 8) == [cut(whole, asked.stop_ids)]
-    prompts = [[7], [5, 6], [8]]
-    drawn = maskft.random_answer(model, asked, prompts, 8, generators(0, 1, 2))
-    alone = maskft.generate(model, [[8]], 8, asked.stop_ids, 1.0, 0.95, generators(2))
-    assert drawn[2:] == alone
-
-
 # ------------------------------------------------------------------------------------------ LLaDA
-PROMPTS = [[1, 2, 3, 4, 5], [6, 7], list(range(8, 17))]
+PROMPTS = [spelled("abcde"), spelled("fg"), spelled("hijklmnop")]
 
-
-def spelled(text):
-    """Ids of lower-case letters: a = 1."""
-    return [ord(character) - 96 for character in text]
-
-
-LETTERS = Namespace(
+SPELLER = Namespace(
     bos_id=0,
     eot_id=EOT,
     eos_id=EOS,
     mask_id=MASK,
     stop_ids=(EOT, EOS),
     encode=spelled,
-    chat=lambda messages: [0, *spelled(messages[0]["content"]), 30],
+    chat=lambda messages: spelled(f"_{messages[0]['content']}9"),
 )
-
-
-def test_a_saved_llada_keeps_names_and_config(tmp_path):
-    model = tiny_llada()
-    maskft.save(model, tmp_path)
-    assert data.read_json(tmp_path / "config.json") == RAW
-    tensors = load_file(tmp_path / "model.safetensors")
-    gate = tensors["model.transformer.blocks.1.ff_proj.weight"]  # not `up`, or it babbles
-    assert torch.equal(gate, model.blocks[1].gate.weight)
-
 
 NEVER_LLADA = [
     {"rope_scaling": LINEAR},
@@ -2069,18 +1900,18 @@ NEVER_LLADA = [
 def test_a_causal_model_becomes_a_llada():
     raw = llama(vocab_size=40, tie_word_embeddings=True, rms_norm_eps=1e-4, rope_theta=5e4)
     before = maskft.parse_config(raw)
-    after = maskft.as_diffusion(before, LETTERS)
+    after = maskft.as_diffusion(before, SPELLER)
     differs = {name for name, value in vars(before).items() if getattr(after, name) != value}
     assert differs == {"causal", "raw", "rope_scaling"} and after.raw["mask_token_id"] == MASK
-    assert maskft.as_diffusion(after, LETTERS) is after
+    assert maskft.as_diffusion(after, SPELLER) is after
     for changes in NEVER_LLADA:
-        with pytest.raises(UserError, match="no LLaDA|mask_token_id 5"):
-            maskft.as_diffusion(maskft.parse_config(llama(**changes)), LETTERS)
+        config = maskft.parse_config(llama(**changes))
+        assert re.search("no LLaDA|token_id 5", refusal(maskft.as_diffusion, config, SPELLER))
 
 
 MASKED = [  # a record; what of it is never masked, and what may be
-    ({"text": "abcdefgh"}, [0], [*range(1, 9), EOS]),
-    ({"question": "who", "answer": "bob"}, [0, 23, 8, 15, 30], [2, 15, 2, EOT]),
+    ({"text": "abcdefgh"}, "_", "abcdefgh!"),
+    ({"question": "who", "answer": "bob"}, "_who9", "bob|"),
 ]
 
 
@@ -2089,98 +1920,41 @@ def test_the_loss_is_where_the_mask_is(record, prompt, target):
     rng = np.random.default_rng(0)
     ever = 0
     for _ in range(200):
-        example = llada.diffusion_example(record, LETTERS, (0.3, 0.3), rng)
+        example = llada.diffusion_example(record, SPELLER, (0.3, 0.3), rng)
         masked = np.equal(example.ids, MASK)
         assert masked.tolist() == [label != IGNORE for label in example.labels]
-        assert np.where(masked, example.labels, example.ids).tolist() == prompt + target
+        assert np.where(masked, example.labels, example.ids).tolist() == spelled(prompt + target)
         assert example.weight == pytest.approx(masked.any() / (0.3 * len(target)))
         assert example.denominator == 1
         ever |= masked
     assert ever.tolist() == [False] * len(prompt) + [True] * len(target)
 
 
-@torch.no_grad()
-def plain_sample(
-    model,
-    prompt,
-    length,
-    steps,
-    block,
-    temperature=0.0,
-    remasking="low_confidence",
-    cfg_scale=0.0,
-    generator=None,
-):
-    """Unmasking of one prompt, spelled out: whole sequence, all logits, every step, no stop."""
-
-    def uniform(*shape):
-        return torch.rand(shape, dtype=torch.float64, generator=generator)
-
-    answer = len(prompt)  # where it begins
-    x = torch.tensor(prompt + [MASK] * length)
-    rounds = steps // (length // block)
-    for first, step in itertools.product(range(answer, len(x), block), range(rounds)):
-        keep = block // rounds + (step < block % rounds)
-        logits = model(x[None])[0]
-        if cfg_scale:
-            bare = torch.cat([torch.full([answer], MASK), x[answer:]])
-            without = model(bare[None])[0]
-            logits = without + (1 + cfg_scale) * (logits - without)
-        places = [i for i in range(answer, first + block) if x[i] == MASK]
-        if not keep or not places:
-            continue
-        logits = logits[places].double()
-        scores = logits
-        if temperature:
-            scores = logits.exp() / (-uniform(*logits.shape).log()) ** temperature
-        choice = scores.argmax(1, keepdim=True)
-        if remasking == "low_confidence":
-            sure = logits.softmax(1).gather(1, choice)[:, 0]
-        else:
-            sure = uniform(len(places))
-        for n in sure.argsort(descending=True, stable=True)[:keep]:
-            x[places[n]] = choice[n]
-    return x[answer:].tolist()
+# settings of the sampler: the answers, as unmasking has them that is spelled out one prompt at a
+# time, with all logits of the whole sequence in every step
+SAMPLED = [
+    ((16, 12, 4), {}, "7777y7x7779fc11i 7t7m7x7th70f!ffy qkkkrqtkaaqqqaa8"),
+    ((12, 5, 12), {"cfg_scale": 1.5}, "79f7e779f7kk 730f77777004 rkkkqkkkii1h"),
+    ((8, 8, 1), {}, "77799ffi 7xx7xfyx _kkrqttt"),
+    ((8, 32, 4), {"cfg_scale": 1.5}, "7777fe77 72x7cxxa qaarqqra"),
+    ((16, 2, 8), {}, "7777777799997777 77777777ym0fhynn gkkg01f70m3rkwm7"),
+    ((16, 5, 8), {"threshold": 0.0}, "7777777799997777 77777777ym0fhynn gkkg01f70m3rkwm7"),
+    ((16, 16, 8), {"threshold": 0.6}, "77777777hf9f9777 77777777h00fhhnn rkkq01fktqqqqqt7"),
+    ((16, 16, 8), {}, "7777y7x7hfff79i7 ht707f7ha00mhn7i rkkq01fkpp3qaay7"),
+    ((16, 1, 8), {"threshold": 2.0}, "7777y7x7hfff79i7 ht707f7ha00mhn7i rkkq01fkpp3qaay7"),
+    ((16, 8, 8), {"temperature": 0.7, "remasking": "random"}, "77777n77ikwkksik"),
+]
 
 
-SCHEDULES = [(16, 12, 4, 0.0), (12, 5, 12, 1.5), (8, 8, 1, 0.0), (8, 32, 4, 1.5)]
-
-
-@pytest.mark.parametrize("length, steps, block, cfg_scale", SCHEDULES)
-def test_sampler_gives_the_reference_tokens(length, steps, block, cfg_scale):
+@pytest.mark.parametrize("sizes, how, expected", SAMPLED)
+def test_sampler_gives_the_recorded_tokens(sizes, how, expected):
     """To one prompt and to unequal ones in a batch; whichever token stops, it changes nothing."""
     model = tiny_llada()
-    how = {"cfg_scale": cfg_scale}
-    expected = [plain_sample(model, p, length, steps, block, **how) for p in PROMPTS]
-    for stop_ids in ((), {expected[1][0], expected[2][3]}):
-        found = llada.sample(model, PROMPTS, length, steps, block, **how, stop_ids=stop_ids)
+    expected = [spelled(answer) for answer in expected.split()]
+    for stop_ids in ((), {expected[-1][3], expected[0][0]}, range(40)):
+        given = how | {"stop_ids": stop_ids, "generator": torch.Generator().manual_seed(3)}
+        found = llada.sample(model, PROMPTS[: len(expected)], *sizes, **given)
         assert found == [cut(row, stop_ids) for row in expected]
-
-
-def test_seeded_sampling_gives_the_reference_tokens():
-    model = tiny_llada()
-    how = {"temperature": 0.7, "remasking": "random"}
-    (mine, reference) = generators(3, 3)
-    expected = plain_sample(model, PROMPTS[0], 16, 8, 8, **how, generator=reference)
-    assert llada.sample(model, PROMPTS[:1], 16, 8, 8, **how, generator=mine) == [expected]
-
-
-def test_a_draw_depends_on_its_generator_alone():
-    model = tiny_llada()
-    done = []
-    drawn = llada.random_answer(model, LETTERS, PROMPTS, 8, generators(0, 1, 2), done.append)
-    for n, generator in enumerate(generators(0, 1, 2)):
-        expected = plain_sample(model, PROMPTS[n], 8, 8, 4, 1.0, generator=generator)
-        assert drawn[n] == cut(expected, LETTERS.stop_ids)
-    assert done == [1, 1, 1]
-
-
-def test_threshold_keeps_all_that_is_as_sure_and_one_at_least():
-    model = tiny_llada()
-    one_by_one = llada.sample(model, PROMPTS, 16, 16, 4)
-    assert llada.sample(model, PROMPTS, 16, 16, 4, threshold=2.0) == one_by_one
-    at_once = llada.sample(model, PROMPTS, 16, threshold=0.0, block_length=8)
-    assert at_once == [plain_sample(model, p, 16, 2, 8) for p in PROMPTS]
 
 
 BAD_SAMPLING = [("max_new_tokens", 10), ("steps", 100), ("steps", 0), ("block_length", 0)]
@@ -2188,37 +1962,19 @@ BAD_SAMPLING = [("max_new_tokens", 10), ("steps", 100), ("steps", 0), ("block_le
 
 @pytest.mark.parametrize("name, value", [*BAD_SAMPLING, ("remasking", "high")])
 def test_sampling_that_does_not_fit_is_refused(name, value):
-    with pytest.raises(UserError, match=name):
-        llada.sample(tiny_llada(), PROMPTS, **{name: value})
+    assert name in refusal(partial(llada.sample, tiny_llada(), PROMPTS, **{name: value}))
 
 
-def test_answers_are_sampled_in_batches_of_alike_length(monkeypatch):
-    prompts = [[1] * 20, [2] * 9, [3] * 8, [4, 5], [6]]
-    batches = []
-
-    def sample(model, prompts, *given, **more):
-        assert given == (8, 8, 4) and more == {"stop_ids": LETTERS.stop_ids, "threshold": None}
-        batches.append(len(prompts))
-        return prompts
-
-    monkeypatch.setattr(llada, "sample", sample)
-    monkeypatch.setattr(llada, "BATCH_TOKENS", 36)
-    done = []
-    assert llada.answer(None, LETTERS, prompts, 8, on_answer=done.append) == prompts
-    assert batches == done == [1, 2, 2]
-
-
-def test_a_step_keeps_as_many_tokens_as_it_has_to():
-    assert llada.tokens_per_step(4, 1, 4) == [4]
-    assert llada.tokens_per_step(8, 6, 4) == [2, 1, 1]
-    assert llada.tokens_per_step(2, 8, 1) == [1]
-    assert llada.tokens_per_step(8, None, 4, threshold=0.9) == [1, 1, 1, 1]
-
-
-def test_sampling_may_have_nothing_to_say():
+def test_an_answer_does_not_depend_on_its_batch_and_a_draw_on_its_generator_alone(monkeypatch):
     model = tiny_llada()
-    assert llada.sample(model, []) == []
-    assert llada.sample(model, PROMPTS, 8, 8, stop_ids=range(40)) == [[]] * 3
+    expected = llada.sample(model, PROMPTS, 8, 8, stop_ids=SPELLER.stop_ids)
+    done = []
+    for tokens in (9216, 34, 1):  # of the batch; the longest prompt and its answer are 17
+        monkeypatch.setattr(llada, "BATCH_TOKENS", tokens)
+        assert llada.answer(model, SPELLER, PROMPTS, 8, on_answer=done.append) == expected
+    assert done == [3, 2, 1, 1, 1, 1] and llada.answer(model, SPELLER, []) == []
+    drawn = llada.random_answer(model, SPELLER, PROMPTS, 8, generators(0, 1, 2), done.append)
+    assert drawn == [*map(spelled, ("77x7y7", "72077nxh", "rkktqqqa"))]
 
 
 # Most tests fork, and CUDA breaks in a fork. One backward now, so that autograd starts no threads
@@ -2613,7 +2369,9 @@ USAGE = """
 TRAINING_MISTAKES = {
     "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
-    "--model nowhere/at-all": "nowhere/at-all",
+    "--model nowhere/at-all": "hf download nowhere/at-all",
+    "--model no/hub/id": "hf download no/hub/id",
+    "--model facts.jsonl": "facts.jsonl is a file",
     "--model tiny-llada": "use llada.py",
     "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
     "--model tiny --data questions.jsonl": "questions.jsonl",
