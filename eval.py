@@ -39,22 +39,6 @@ from data import UserError
 
 # ---------------------------------------------------------------------------------------- metrics
 
-STOP_WORDS = {
-    "a",
-    "of",
-    "the",
-    "and",
-    "is",
-    "are",
-    "be",
-    "to",
-    "new",
-    "on",
-    "in",
-    "at",
-    "an",
-    "for",
-}
 CONTRACTION = re.compile(
     r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b"
 )
@@ -83,6 +67,9 @@ def words(text, deleted=PUNCTUATION):
     return CONTRACTION.sub(r" \1 \2 ", text).split()
 
 
+STOP_WORDS = words("a of the and is are be to new on in at an for")
+
+
 def scored_words(prediction, reference, deleted=PUNCTUATION):
     """The words of both without function words, or with them if the reference has no others."""
     both = [words(text, deleted) for text in (prediction, reference)]
@@ -94,11 +81,9 @@ def rouge1_recall(prediction, reference):
     """|words(prediction) & words(reference)| / |words(reference)|, over *sets* of words.
 
     The paper's score, as the `rouge` package counts after masked_arLLM's clean-up. An empty
-    prediction scores 0; UserError for a reference without a word.
+    prediction scores 0; ZeroDivisionError for a reference without a word.
     """
     found, expected = map(set, scored_words(prediction, reference))
-    if not expected:
-        raise UserError(f"the reference answer {reference!r} has no word to score")
     return len(found & expected) / len(expected)
 
 
@@ -121,12 +106,12 @@ def math_scores(prediction, reference):
     As lm-eval's task gsm8k, version 3, which stops answering where the next question begins.
     """
     prediction = prediction.split("Question:")[0]
-    strict = re.findall(r"#### (-?[0-9.,]+)", prediction)
-    flexible = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", prediction)
+    strict = re.findall(r"#### (-?[0-9.,]+)", prediction) or [""]
+    flexible = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", prediction) or [""]
     right = bare_number(reference)
     return {
-        "strict": float(bool(strict) and bare_number(strict[0]) == right),
-        "flexible": float(bool(flexible) and bare_number(flexible[-1]) == right),
+        "strict": float(bare_number(strict[0]) == right),
+        "flexible": float(bare_number(flexible[-1]) == right),
     }
 
 
@@ -197,7 +182,6 @@ REPORTED = {
     "math strict": ("math", "strict"),
     "all": ("all", "rouge1"),  # questions without a direction
 }
-METHODS = ("sft", "raw", "reverse", "random", "masked", "llada")  # a user's own come last
 # A line of a report, about the runs that differ in their seed alone: their other settings, a name
 # such as "masked 0.5", the seeds, the title of its table, and what `over_seeds` gives.
 Row = namedtuple("Row", "settings name seeds title best curve")
@@ -222,45 +206,45 @@ def reported_scores(evaluation):
     }
 
 
-def overall(evaluation):
-    """The mean of the reported scores: what `best` means."""
-    return float(np.mean(list(reported_scores(evaluation).values()) or [0]))
+def best_of(evaluations):
+    """The evaluation with the highest sum of reported scores."""
+    return max(evaluations, key=lambda evaluation: sum(reported_scores(evaluation).values()))
 
 
 def write_results(out, results, predictions):
     """results.json and preds.jsonl of a run in the directory `out`, each replaced atomically."""
     evaluations = results["evaluations"]
     if evaluations:
-        best = max(evaluations, key=overall)
-        results = results | {"best": best, "last": evaluations[-1]}
+        results = results | {"best": best_of(evaluations), "last": evaluations[-1]}
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     data.write_json(out / "results.json", results)
     data.write_text(out / "preds.jsonl", "".join(lines))
 
 
 def summarize(runs):
-    """A Row for each setting, over the runs that differ in their seed alone, in report order."""
+    """A Row for each setting, over the runs that differ in their seed alone; table by table."""
     groups = defaultdict(list)
     for run in runs:
-        groups[json.dumps(settings_of(run))].append(run)
-    rows = sorted(map(summary, groups.values()), key=report_order)
+        groups[json.dumps(run["arguments"] | {"seed": None})].append(run)
+    rows = sorted(map(summary, groups.values()), key=place)
     return [row._replace(name=row.name + difference(row, rows)) for row in rows]
 
 
-def settings_of(run):
-    return {name: value for name, value in run["arguments"].items() if name != "seed"}
+def place(row):
+    """The table that a row stands in, and the figure."""
+    return row.title, row.settings["paraphrase"]
 
 
 def summary(runs):
     """The Row of runs that have the same settings."""
-    settings = settings_of(runs[0])
+    settings = runs[0]["arguments"] | {"seed": None}
     evaluations = [run["evaluations"] for run in runs]
     return Row(
         settings,
         name=settings["method"] + shown_ratio(settings["mask_ratio"]),
         seeds=sorted(run["arguments"]["seed"] for run in runs),
         title=table_title(settings["data"], evaluations[0][-1]["scores"]),
-        best=over_seeds([max(run, key=overall) for run in evaluations]),
+        best=over_seeds(list(map(best_of, evaluations))),
         curve=[over_seeds(same_step) for same_step in zip(*evaluations, strict=False)],
     )
 
@@ -274,9 +258,8 @@ def shown_ratio(mask_ratio):
 
 def table_title(name, scores):
     """bio:40, 240 forward and 120 backward questions, or facts.jsonl, 12 questions."""
-    asked = {direction: scores[direction]["n"] for direction in DIRECTIONS if direction in scores}
-    counts = " and ".join(f"{n} {direction}".removesuffix(" all") for direction, n in asked.items())
-    return f"{Path(name).name}, {counts or 'no'} questions"
+    asked = [f"{scores[name]['n']} {name}" for name in DIRECTIONS if name in scores]
+    return f"{Path(name).name}, {' and '.join(asked) or 'no'} questions".replace(" all ", " ")
 
 
 def over_seeds(evaluations):
@@ -286,13 +269,13 @@ def over_seeds(evaluations):
     interval.
     """
     merged = {"step": evaluations[0]["step"]}
+    scores = [reported_scores(evaluation) for evaluation in evaluations]
+    for name in scores[0]:
+        merged[name] = mean_and_range([score[name] for score in scores])
+        if len(scores) == 1:
+            direction, metric = REPORTED[name]
+            merged[name][1:] = evaluations[0]["scores"][direction]["interval"][metric]
     merged["drift"] = mean_and_range([evaluation["drift"] for evaluation in evaluations])
-    for name in reported_scores(evaluations[0]):
-        direction, metric = REPORTED[name]
-        groups = [evaluation["scores"][direction] for evaluation in evaluations]
-        merged[name] = mean_and_range([group[metric] for group in groups])
-        if len(groups) == 1:
-            merged[name][1:] = groups[0]["interval"][metric]
     return merged
 
 
@@ -300,20 +283,15 @@ def mean_and_range(values):
     return [sum(values) / len(values), min(values), max(values)]
 
 
-def report_order(row):
-    """Table by table; then by method, paraphrase and name."""
-    method = [*METHODS, row.settings["method"]].index(row.settings["method"])
-    paraphrase = list(data.PARAPHRASES).index(row.settings["paraphrase"])
-    return row.title, method, paraphrase, row.name
-
-
 def difference(row, rows):
     """The settings in which rows of the same name differ, as in ", lr 0.01"."""
-    same = [other for other in rows if report_order(other) == report_order(row)]
+    same = [
+        other.settings for other in rows if other.name == row.name and place(other) == place(row)
+    ]
     told = [
         f", {name} {value}"
         for name, value in row.settings.items()
-        if any(other.settings[name] != value for other in same)
+        if any(settings[name] != value for settings in same)
     ]
     return "".join(told)
 
@@ -330,10 +308,10 @@ def table(rows):
 def table_cells(row):
     """{column: cell} of a row."""
     first, last = row.curve[0], row.curve[-1]
-    before = []
+    names = [name for name in REPORTED if name in last]
+    before = [shown("{:.3f}", first[name]) for name in names]
     scores = {}
-    for name in scores_of(row):
-        before.append(shown("{:.3f}", first[name]) if first["step"] == 0 else "-")
+    for name in names:
         scores[f"{name} best"] = shown(INTERVAL, row.best[name])
         scores[f"{name} last"] = shown(INTERVAL, last[name])
     drift = INTERVAL if len(row.seeds) > 1 else "{:.3f}"
@@ -341,14 +319,10 @@ def table_cells(row):
         "method": row.name,
         "paraphrase": row.settings["paraphrase"],
         "seeds": ",".join(map(str, row.seeds)),
-        "before": " / ".join(before),
+        "before": " / ".join(before) if first["step"] == 0 else "-",
         **scores,
         "drift": drift.format(*last["drift"]),
     }
-
-
-def scores_of(row):
-    return [name for name in REPORTED if name in row.best]
 
 
 def shown(form, score):
@@ -363,72 +337,47 @@ def markdown(lines):
     return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def draw_panels(rows, path, draw, losses=None):
-    """A picture with a panel for each score of these rows and for drift.
-
-    `draw(axes, rows, name)` draws one. Another shows `losses`, (step, loss) pairs, where these are
-    given. Needs matplotlib.
-    """
+def draw_curves(rows, path, xlabel="step"):
+    """A picture of what is in the rows' curves, a panel each; where matplotlib is installed."""
+    if not find_spec("matplotlib"):
+        return
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    names = [*scores_of(rows[0]), "drift"]
-    count = len(names) + bool(losses)
-    figure = Figure(figsize=(4 * count, 3.2), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=False):
-        draw(axes, rows, name)
-        axes.set(title=name)
-    if losses:
-        panels[-1].plot(*np.transpose(losses))
-        panels[-1].set(title="loss", xlabel="step")
+    names = dict.fromkeys(name for asked in rows[0].curve for name in asked)
+    names.pop("step")
+    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for row in rows:
+            points = [(asked["step"], asked[name][0]) for asked in row.curve if name in asked]
+            axes.plot(*np.transpose(points), marker=".", label=row.name)
+        axes.set(title=name, xlabel=xlabel)
     lines = panels[0].get_legend_handles_labels()  # every panel has the same
     figure.legend(*lines, loc="outside upper center", ncols=6)
-    part = Path(f"{path}.part")
-    figure.savefig(part, format="png")
-    part.replace(path)  # a picture that has its name is whole
-
-
-def draw_line(axes, label, points):
-    """Points [x, mean, low, high], connected."""
-    x, mean, low, high = np.transpose(points)
-    (line,) = axes.plot(x, mean, marker=".", label=label)
-    axes.vlines(x, low, high, color=line.get_color())
-
-
-def draw_curves(axes, rows, name):
-    """The score at every evaluation, a line a row."""
-    for row in rows:
-        draw_line(axes, row.name, [[asked["step"], *asked[name]] for asked in row.curve])
-    axes.set_xlabel("step")
-
-
-def draw_ratios(axes, rows, name):
-    """The best score where the mask ratio is: a point, or a level line where it is drawn anew.
-
-    The paper's figure 4.
-    """
-    for row in rows:
-        draw_line(
-            axes, row.name, [[ratio, *row.best[name]] for ratio in row.settings["mask_ratio"]]
-        )
-    axes.set_xlabel("mask ratio")
+    figure.savefig(path)
 
 
 def draw_all(rows, out):
     """The figures of a report: curves for each table and paraphrase, and what mask ratios do."""
-    figures = defaultdict(list)
-    for row in rows:
-        title = row.settings["paraphrase"] + " " + row.title
-        figures[re.sub(r"\W+", "-", title)].append(row)
-    for name, some in figures.items():
-        draw_panels(some, out / f"curves-{name}.png", draw_curves)
-        masked = [row for row in some if row.settings["mask_ratio"]]
+    for (title, paraphrase), same in groupby(rows, place):
+        rows = list(same)
+        name = re.sub(r"\W+", "-", f"{paraphrase} {title}")
+        draw_curves(rows, out / f"curves-{name}.png")
+        masked = [over_ratios(row) for row in rows if row.settings["mask_ratio"]]
         if len({str(row.settings["mask_ratio"]) for row in masked}) > 1:
-            draw_panels(masked, out / f"ratios-{name}.png", draw_ratios)
+            draw_curves(masked, out / f"ratios-{name}.png", xlabel="mask ratio")
+
+
+def over_ratios(row):
+    """As in the paper's figure 4: the best scores at the mask ratio, in place of scores at steps.
+
+    It is a point, or a level line where ratios are drawn anew.
+    """
+    return row._replace(curve=[row.best | {"step": ratio} for ratio in row.settings["mask_ratio"]])
 
 
 def report(directories, out=None):
-    """Print one table of many runs; with `out`, write report.md, report.json and figures first."""
+    """Print one table of many runs; with `out`, write report.json and figures first."""
     runs = []
     for directory in directories:
         try:
@@ -436,27 +385,22 @@ def report(directories, out=None):
         except UserError as error:
             print(f"left out: {error}")
     if not runs:
-        raise UserError("--report: no finished run with questions in these directories")
+        raise UserError("--report: no finished run in these directories")
     rows = summarize(runs)
     if out:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        data.write_text(out / "report.md", table(rows) + "\n")
         data.write_json(out / "report.json", [row._asdict() for row in rows])
-        if find_spec("matplotlib"):
-            draw_all(rows, out)
+        draw_all(rows, out)
     print(table(rows))
 
 
 def read_run(path, before):
-    """The results of a finished run with questions that is none of those before."""
-    run = data.read_json(path)
+    """The results of a finished run that go into one table with those before."""
     with data.reading(path, "not a training run of this version"):
-        last = run["evaluations"][-1]
-        if last["step"] != run["steps"] or not reported_scores(last):
-            raise UserError("not finished, or without questions")
-        if run["arguments"] in [other["arguments"] for other in before]:
-            raise UserError("same settings and seed as a run before it")  # not a second seed
+        run = data.read_json(path)
+        if run["evaluations"][-1]["step"] != run["steps"]:
+            raise UserError("not finished")
         table(summarize([*before, run]))  # an error if anything is missing
     return run
 
@@ -466,10 +410,11 @@ def samples(predictions):
     left = dict(DIRECTIONS)
     lines = []
     for prediction in predictions:
-        true = "answer" in prediction
-        left[prediction["direction"]] -= true
-        if not true or left[prediction["direction"]] >= 0:
-            form = SAMPLE + ", true is {answer!r}" if true else SAMPLE
+        form = SAMPLE
+        if "answer" in prediction:
+            left[prediction["direction"]] -= 1
+            form += ", true is {answer!r}"
+        if left[prediction["direction"]] >= 0 or form == SAMPLE:
             lines.append(form.format(**prediction))
     return "\n".join(lines)
 
@@ -546,9 +491,20 @@ def main():
         maskft.entry_point(partial(ask, flags))
     else:
         try:
+            check_flags(flags)
             report(flags["report"], flags.get("out"))
         except (UserError, OSError) as error:
             sys.exit(f"error: {error}")
+
+
+def check_flags(flags):
+    """UserError for what would be ignored."""
+    if flags.get("max_new_tokens", 1) < 1:
+        raise UserError("--max-new-tokens must be above 0")
+    if "report" in flags and flags.keys() - {"report", "out"}:
+        raise UserError("--report asks nothing: give --out alone with it")
+    if "ask" in flags and flags.keys() & {"data", "out"}:
+        raise UserError("--ask has questions of its own: give no --data, no --out with it")
 
 
 def ask(flags):
@@ -557,108 +513,74 @@ def ask(flags):
     import maskft
 
     check_flags(flags)
+    if "out" in flags:
+        new_directory(Path(flags["out"]))
     device = maskft.start_processes()
     directory = maskft.find_model(flags["model"])
-    settings = settings_of_run(directory, maskft.print0) | flags
-    if "data" in flags:  # the wordings are those of other data
-        settings["paraphrase"] = flags.get("paraphrase", "none")
+    usual = {
+        "data": "bio",
+        "paraphrase": "none",
+        "seed": 0,
+        "dtype": maskft.native_dtype(device)[0],
+    }
+    settings = usual | data.read_object(directory / "results.json").get("arguments", {}) | flags
     tokenizer = data.load_tokenizer(directory)
-    dataset = None
-    if "ask" not in flags:
+    if "ask" in flags:
+        parts = ([question] for question in own_questions(flags["ask"], maskft.on_rank_0))
+    else:
         dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
-        if not dataset.questions:
-            raise UserError(f"--data {dataset.name}: no questions to ask")
-    for note in tokenizer.notes + (dataset.notes if dataset else []):
-        maskft.print0(note)
-    with data.reading(directory / "results.json", "an unknown dtype"):
-        dtype = getattr(maskft.torch, settings["dtype"] or maskft.native_dtype(device)[0])
-    model = maskft.load(directory, device, dtype)
+        parts = [dataset.questions]
+        for note in dataset.notes:
+            maskft.print0(note)
+    model = maskft.load(directory, device, getattr(maskft.torch, settings["dtype"]))
     causal = model.config.causal
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     if causal and given:
-        named = ", ".join(given).replace("_", "-")
-        raise UserError(f"{named}: only for a diffusion model, which {flags['model']} is not")
+        raise UserError("--block-length, --steps and --threshold are for a diffusion model")
     method = maskft.greedy_answer if causal else llada.answer
     answer = partial(method, model, tokenizer, **given)
     longest = flags.get("max_new_tokens")
-
-    def answered(questions):
+    for questions in parts:
         maskft.check_questions(questions, tokenizer, model.config.context, longest)
-        return maskft.evaluate(answer, tokenizer, questions, longest)
-
-    if dataset:
-        scores, predictions = answered(dataset.questions)
-        how = maskft.decoding(dataset.questions, causal, longest, **given)
-        if maskft.rank() == 0:
-            tell(settings, how, scores, predictions)
-        return
-    for question in own_questions(flags["ask"], maskft.dist):
-        _, (prediction,) = answered([question])
-        maskft.print0(prediction["prediction"])
+        scores, predictions = maskft.evaluate(answer, tokenizer, questions, longest)
+        if "ask" in flags:
+            maskft.print0(predictions[0]["prediction"])
+        elif maskft.rank() == 0:
+            how = maskft.decoding(questions, causal, longest, **given)
+            tell(flags.get("out"), settings, how, scores, predictions)
 
 
-def check_flags(flags):
-    """UserError for flags that do not fit together, or an --out that is in use."""
-    if flags.get("max_new_tokens", 1) < 1:
-        raise UserError("--max-new-tokens must be above 0")
-    if "ask" in flags and {"data", "out"} & flags.keys():
-        raise UserError("--ask has questions of its own: give no --data, no --out with it")
-    if "out" in flags:
-        out = Path(flags["out"])
-        if (out / "results.json").exists():
-            raise UserError(f"--out {out} has a results.json already: give another name")
-        out.mkdir(parents=True, exist_ok=True)
+def new_directory(out):
+    if (out / "results.json").exists():
+        raise UserError(f"--out {out} has a results.json already: give another name")
+    out.mkdir(parents=True, exist_ok=True)
 
 
-def settings_of_run(directory, say):
-    """Data, paraphrase, seed and dtype of the run that made a model; the usual ones of any other.
-
-    `say` gets a note where results.json is not that of a run."""
-    usual = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": None}
-    path = directory / "results.json"
-    if not path.exists():
-        return usual
-    try:
-        with data.reading(path, "not the results of a run, so not used"):
-            arguments = data.read_json(path)["arguments"]
-            settings = {name: str(arguments[name]) for name in usual}
-            return settings | {"seed": int(arguments["seed"])}
-    except UserError as error:
-        say(error)
-        return usual
-
-
-def tell(settings, how, scores, predictions):
+def tell(out, settings, how, scores, predictions):
     """Write all answers, decoded so: `how`, to --out; then print the scores and some answers."""
-    if "out" in settings:
+    if out:
         evaluation = {"step": None, "scores": scores}
         results = {"arguments": settings, "decoding": how, "evaluations": [evaluation]}
-        write_results(Path(settings["out"]), results, predictions)
+        write_results(Path(out), results, predictions)
     print("{model} on {data}, seed {seed}".format(**settings))
     print(f"{score_table(scores)}\n{samples(predictions)}")
 
 
-def own_questions(texts, dist):
+def own_questions(texts, on_rank_0):
     """The questions of --ask, or those typed or piped in where it has none."""
-    for text in texts or lines_of_input(dist):
-        if texts or text.strip():
-            with data.reading("--ask"):
-                question = data.parse_question({"question": text.strip()}, "--ask")
-            yield question
+    for text in texts or lines_of_input(on_rank_0):
+        with data.reading("--ask"):
+            question = data.parse_question({"question": text.strip()}, "--ask")
+        yield question
 
 
-def lines_of_input(dist):
-    """The lines of the standard input, which rank 0 reads, on every rank of torch.distributed."""
-    line = [None]
-    where = data.reading("standard input", "not UTF-8 text")
-    with where, open(0, encoding="utf-8-sig", closefd=False) as lines:
-        while line[0] != "":
-            if dist.get_rank() == 0:
-                if lines.isatty():
-                    print("> ", end="", file=sys.stderr, flush=True)
-                line = [lines.readline()]
-            dist.broadcast_object_list(line)
-            yield line[0]
+def lines_of_input(on_rank_0):
+    """The lines of the standard input, which rank 0 reads, without empty ones; on every rank."""
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    print("one question a line:", file=sys.stderr)
+    while line := on_rank_0(sys.stdin.readline):
+        if line.strip():
+            yield line
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -2299,11 +2298,12 @@ def finish(run):
 
 
 def draw(run):
-    """curves.png, where matplotlib is installed."""
-    if find_spec("matplotlib"):
-        losses = [(line["step"], line["loss"]) for line in read_metrics(run.out) if "loss" in line]
-        rows = evaluation.summarize([run.results])
-        evaluation.draw_panels(rows, run.out / "curves.png", evaluation.draw_curves, losses)
+    """curves.png: scores, drift and losses, where matplotlib is installed."""
+    (row,) = evaluation.summarize([run.results])
+    for line in read_metrics(run.out):
+        if "loss" in line:
+            row.curve.append({"step": line["step"], "loss": [line["loss"]]})
+    evaluation.draw_curves([row], run.out / "curves.png")
 
 
 CARD = """\

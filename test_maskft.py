@@ -984,31 +984,41 @@ def command(script, *flags, processes=1, status=0, cwd=None):
 
 
 # ---------------------------------------------------------------------------------- eval: metrics
-RECALL = [  # (prediction, reference, ROUGE-1 recall as nltk 3.10 + rouge 1.0.1 gave it)
-    ("Ada Holm", "Ada Holm", 1.0),
-    ("ada holm", "Ada Holm", 0.0),
-    ("The answer is Ada, of course.", "Ada Holm", 0.5),
-    ("", "Ada Holm", 0.0),
-    ("Lund Lund Lund", "Lund, a city in the south", 1 / 3),
-    ("born on 3 June 1971", "3 June 1971", 1.0),
-    ("I cannot say", "can not", 1.0),
-    ("“Quillon”—Oslo", "Quillon Oslo", 1.0),
-    ("U.S. e-mail", "US email", 1.0),
-    ("New York", "York", 1.0),
-    ("35", "3.5", 1.0),
-    ("Jose\u0301", "Jos\u00e9", 1.0),  # an accent of its own
-    ("Jos\u00e9", "Jose\u0301", 1.0),
-    # a reference of function words alone is not the package's: they count
-    ("A", "A", 1.0),
-    ("The A", "A", 1.0),
-    ("a", "A", 0.0),
-    ("Ada", "of the", 0.0),
-]
 
 
-@pytest.mark.parametrize("prediction, reference, recall", RECALL)
+def cells(text):
+    """The cells of a table, a line a row."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+
+
+# prediction, reference, ROUGE-1 recall as nltk 3.10 + rouge 1.0.1 gave it
+RECALL = """
+    Ada Holm                      | Ada Holm     | 1
+    ada holm                      | Ada Holm     | 0
+    The answer is Ada, of course. | Ada Holm     | .5
+                                  | Ada Holm     | 0
+    Lund Lund Lund                | Lund, a city in the south by | .25
+    born on 3 June 1971           | 3 June 1971  | 1
+    I cannot say                  | can not      | 1
+    “Quillon”—Oslo                | Quillon Oslo | 1
+    U.S. e-mail                   | US email     | 1
+    New York                      | York         | 1
+    35                            | 3.5          | 1
+    Jose\u0301                    | Jos\u00e9    | 1
+    Jos\u00e9                     | Jose\u0301   | 1
+"""
+# a reference of function words alone is not the packages': they count
+RECALL += """
+    A     | A      | 1
+    The A | A      | 1
+    a     | A      | 0
+    Ada   | of the | 0
+"""
+
+
+@pytest.mark.parametrize("prediction, reference, recall", cells(RECALL))
 def test_rouge1_recall_is_as_recorded(prediction, reference, recall):
-    assert evaluation.rouge1_recall(prediction, reference) == pytest.approx(recall)
+    assert evaluation.rouge1_recall(prediction, reference) == float(recall)
 
 
 WORDS = """Ada holm Oslo the a New cannot gonna don't “quoted” e-mail U.S. 1971 — café ’s it’s «x»
@@ -1029,51 +1039,44 @@ def test_rouge1_recall_equals_that_of_the_packages():
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS.split(), n)) for n in rng.integers(1, 8, 1000)]
     texts += [*string.punctuation, *"‒–—―«»“”‘’„x"]  # each mark of its own, too
-    for a, b in zip(texts, texts[1:], strict=False):
-        a, b = f"Oslo{a}Lund {a}", f"Oslo{b}Lund {b}"
+    for a, b in itertools.pairwise(f"Oslo{text}Lund {text}" for text in texts):
         (theirs,) = rouge.get_scores(clean(a), clean(b))
         assert evaluation.rouge1_recall(a, b) == theirs["rouge-1"]["r"]
 
 
-OTHERS = [  # (prediction, reference, exact, f1)
-    ("the Ada Holm.", "Ada Holm", 1, 1),
-    ("(“Ada Holm”)!", "Ada: *Holm*", 1, 1),
-    ("Holm Ada", "Ada Holm", 0, 1),
-    ("Ada Ada Holm", "Ada Holm", 0, 0.8),
-    ("x", "y", 0, 0),
-    ("", "Ada", 0, 0),
-    ("A", "A.", 1, 1),
-    ("35", "3.5", 0, 0),
-    ("5", "-5", 0, 0),
-    ("5", ".5", 0, 0),
-    ("12", "1/2", 0, 0),
-    ("1012", "10-12", 0, 0),
-    ("1230", "12:30", 0, 0),
-    ("15", "1,5", 0, 0),
-    ("C", "C++", 0, 0),
-    ("Jose\u0301", "Jos\u00e9", 1, 1),
-    ("A", "A+", 0, 0),
-    ("1000", "1,000", 1, 1),
-    ("It is -5.", "It is -5", 1, 1),
-    ("- Lund", "Lund", 1, 1),
-    ("Smith & Sons", "Smith and Sons", 1, 1),
-]
+# prediction, reference, exact match, F1
+OTHERS = """
+    the Ada Holm.  | Ada Holm       | 1 | 1
+    (“Ada Holm”)!  | Ada: *Holm*    | 1 | 1
+    Holm Ada       | Ada Holm       | 0 | 1
+    Ada Ada Holm   | Ada Holm       | 0 | .8
+    x              | y              | 0 | 0
+                   | Ada            | 0 | 0
+    A              | A.             | 1 | 1
+    35             | 3.5            | 0 | 0
+    5              | -5             | 0 | 0
+    5              | .5             | 0 | 0
+    12             | 1/2            | 0 | 0
+    1012           | 10-12          | 0 | 0
+    1230           | 12:30          | 0 | 0
+    15             | 1,5            | 0 | 0
+    C              | C++            | 0 | 0
+    Jose\u0301     | Jos\u00e9      | 1 | 1
+    A              | A+             | 0 | 0
+    1000           | 1,000          | 1 | 1
+    It is -5.      | It is -5       | 1 | 1
+    - Lund         | Lund           | 1 | 1
+    Smith & Sons   | Smith and Sons | 1 | 1
+"""
 
 
-@pytest.mark.parametrize("prediction, reference, exact, f1", OTHERS)
+@pytest.mark.parametrize("prediction, reference, exact, f1", cells(OTHERS))
 def test_exact_match_and_f1_compare_what_is_meant(prediction, reference, exact, f1):
-    question = {"direction": "all", "answer": reference}
-    scores = evaluation.score(prediction, question)
-    assert scores["exact"] == evaluation.exact_match(prediction, reference) == exact
-    assert scores["f1"] == evaluation.f1(prediction, reference) == pytest.approx(f1)
+    scores = evaluation.score(prediction, {"direction": "all", "answer": reference})
+    assert scores["exact"] == evaluation.exact_match(prediction, reference) == float(exact)
+    assert scores["f1"] == evaluation.f1(prediction, reference) == float(f1)
     assert scores["rouge1"] == evaluation.rouge1_recall(prediction, reference)
     assert scores["length"] == len(prediction.split())
-
-
-def test_a_reference_without_a_word_cannot_be_scored():
-    assert evaluation.words("...") == [] and evaluation.words("The") == ["The"]
-    with pytest.raises(UserError, match="no word"):
-        evaluation.rouge1_recall("x", "...")
 
 
 MATH = [  # (answer, strict, flexible) as lm-eval's gsm8k, version 3
@@ -1115,23 +1118,24 @@ def test_scores_are_averaged_by_group_with_an_interval():
 # ----------------------------------------------------------------------------------- eval: report
 
 
-def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), metric="rouge1", **arguments):
-    """A run with these scores at steps 0, 10, 20, ...; it is finished if there are three.
+def write_run(folder, *scores, metric="rouge1", **arguments):
+    """A run with these scores at steps 0, 10, 20; finished if there are three.
 
     A score is a number, that of forward questions, or {direction: number}."""
-    usual = {"data": "bio:9", "model": "tiny", "paraphrase": "none", "epochs": 2, "lr": 1e-3}
-    usual |= {"method": method, "seed": seed, "mask_ratio": ratio}
+    usual = {"data": "bio:9", "method": "sft", "paraphrase": "none", "lr": 1e-3, "seed": 0}
+    usual |= {"mask_ratio": None}
     evaluations = []
     for n, score in enumerate(scores):
         groups = {
-            direction: {metric: x, "strict": x / 2, "n": 54, "interval": {}}
+            direction: {
+                metric: x,
+                "strict": x / 2,
+                "n": 54,
+                "interval": {metric: [x - 0.01, x + 0.01], "strict": [0, 1]},
+            }
             for direction, x in (score if isinstance(score, dict) else {"forward": score}).items()
         }
-        for group in groups.values():
-            group["interval"] |= {metric: [group[metric] - 0.01, group[metric] + 0.01]}
-            group["interval"] |= {"strict": [0, 1]}
-        drift = n / 4 + seed / 10
-        evaluations.append({"step": 10 * n, "scores": groups, "drift": drift})
+        evaluations.append({"step": 10 * n, "scores": groups, "drift": n / 4})
     folder.mkdir()
     results = {"arguments": usual | arguments, "steps": 20, "evaluations": evaluations}
     evaluation.write_results(folder, results, [])
@@ -1140,29 +1144,26 @@ def write_run(folder, method, seed, scores, ratio=(0.05, 0.95), metric="rouge1",
 
 @pytest.fixture
 def runs(tmp_path):
-    """Finished runs: seeds, settings, ratios, paraphrases, a custom method, directions."""
-    low = [0.1, 0.2, 0.3]
+    """Finished runs: settings, seeds, ratios, paraphrases, a custom method, directions."""
+    low = 0.1, 0.2, 0.3
+    masked = {"method": "masked", "mask_ratio": (0.05, 0.95)}
     both = [{"forward": x, "backward": y} for x, y in ((0.02, 0.01), (0.9, 0.3), (0.8, 0.45))]
-    late = write_run(tmp_path / "late", "masked", 0, low, data="late")
+    late = write_run(tmp_path / "late", *low, data="late")
     results = data.read_json(late / "results.json")
     del results["evaluations"][0]  # the first evaluation is after step 0
     data.write_json(late / "results.json", results)
     return [
-        write_run(tmp_path / "masked-1", "masked", 1, [0.0, 0.9, 0.8]),
-        write_run(tmp_path / "masked-0", "masked", 0, [0.0, 0.9, 0.6]),
-        write_run(tmp_path / "half", "masked", 0, [0.1, 0.2, 0.5], (0.5, 0.5)),
-        write_run(tmp_path / "range", "masked", 0, [0.1, 0.2, 0.5], (0.2, 0.8)),
-        write_run(tmp_path / "same", "sft", 0, [0.1, 0.2, 1], None, paraphrase="same"),
-        write_run(tmp_path / "custom", "a method", 1, low),
-        write_run(tmp_path / "slow", "sft", 0, [0.1, 0.2, 0.1], None, lr=0.01),
-        write_run(tmp_path / "fast", "sft", 0, low, None, lr=0.03),
-        write_run(tmp_path / "all", "sft", 0, [{"all": x} for x in low], None, data="facts"),
+        write_run(tmp_path / "slow", 0.1, 0.2, 0.1, lr=0.01),
+        write_run(tmp_path / "same", *low, paraphrase="same"),
+        write_run(tmp_path / "fast", *low, lr=0.03),
+        write_run(tmp_path / "masked-1", 0, 0.9, 0.8, seed=1, **masked),
+        write_run(tmp_path / "masked-0", 0, 0.9, 0.6, **masked),
+        write_run(tmp_path / "half", 0.1, 0.2, 0.5, method="masked", mask_ratio=(0.5, 0.5)),
+        write_run(tmp_path / "span", *low, method="span", mask_ratio=(0.2, 0.8)),
+        write_run(tmp_path / "all", *({"all": x} for x in low), data="dir/facts"),
         late,
-        write_run(
-            *(tmp_path / "math", "sft", 0, [{"math": x} for x in low], None, "flexible"),
-            data="gsm8k",
-        ),
-        write_run(tmp_path / "two", "masked", 0, both, data="nd"),
+        write_run(tmp_path / "math", *({"math": x} for x in low), metric="flexible", data="gsm8k"),
+        write_run(tmp_path / "two", *both, data="nd", **masked),
     ]
 
 
@@ -1172,11 +1173,10 @@ bio:9, 54 forward questions:
 ...|forward best|forward last|drift
 sft, lr 0.01|none|0|.100|.200 [.19-.21]|.100 [.09-.11]|0.500
 sft, lr 0.03|none|0|.100|.300 [.29-.31]|.300 [.29-.31]|0.500
-sft|same|0|.100|1.000 [.99-1.01]|1.000 [.99-1.01]|0.500
-masked|none|0,1|.000|.900 [.90-.90]|.700 [.60-.80]|0.550 [0.50-0.60]
-masked 0.2-0.8|none|0|.100|.500 [.49-.51]|.500 [.49-.51]|0.500
+masked|none|0,1|.000|.900 [.90-.90]|.700 [.60-.80]|0.500 [0.50-0.50]
 masked 0.5|none|0|.100|.500 [.49-.51]|.500 [.49-.51]|0.500
-a method|none|1|.100|.300 [.29-.31]|.300 [.29-.31]|0.600
+span 0.2-0.8|none|0|.100|.300 [.29-.31]|.300 [.29-.31]|0.500
+sft|same|0|.100|.300 [.29-.31]|.300 [.29-.31]|0.500
 
 facts, 54 questions:
 
@@ -1191,7 +1191,7 @@ sft|none|0|.100 / .050|.300 [.29-.31]|.300 [.29-.31]|.150 [.00-1.00]|.150 [.00-1
 late, 54 forward questions:
 
 ...|forward best|forward last|drift
-masked|none|0|-|.300 [.29-.31]|.300 [.29-.31]|0.500
+sft|none|0|-|.300 [.29-.31]|.300 [.29-.31]|0.500
 
 nd, 54 forward and 54 backward questions:
 
@@ -1211,15 +1211,14 @@ def test_cells_are_aligned():
 
 
 def test_a_report_has_a_table_for_each_set_with_mean_and_spread(runs, tmp_path, monkeypatch):
-    out = tmp_path / "report"
     monkeypatch.setattr(evaluation, "find_spec", lambda _: None)  # as without matplotlib
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--report", *map(str, runs), "--out", str(out)])
-    evaluation.main()
-    assert narrow((out / "report.md").read_text()) == TABLES
-    masked = data.read_json(out / "report.json")[3]
+    out = tmp_path / "new/report"
+    assert narrow(forked(evaluation, "--report", *runs, "--out", out)) == TABLES
+    assert [path.name for path in out.iterdir()] == ["report.json"]
+    masked = data.read_json(out / "report.json")[2]
     assert (masked["name"], masked["seeds"]) == ("masked", [0, 1])
     assert masked["settings"]["mask_ratio"] == [0.05, 0.95]
-    middle = {"step": 10, "forward": [0.9] * 3, "drift": [pytest.approx(0.3), 0.25, 0.35]}
+    middle = {"step": 10, "forward": [0.9] * 3, "drift": [0.25] * 3}
     assert masked["curve"][1] == masked["best"] == middle
 
 
@@ -1229,43 +1228,30 @@ def test_a_report_draws_curves_and_ratios(runs, tmp_path, monkeypatch):
     drawn = []
     plot = axes_class.plot
 
-    def record(axes, x, y, *more, **how):
-        drawn.append((how.get("label"), [*map(float, x)], [*map(float, y)]))
-        return plot(axes, x, y, *more, **how)
+    def record(axes, x, y, **how):
+        drawn.append((how["label"], [*x], [*y]))
+        return plot(axes, x, y, **how)
 
     monkeypatch.setattr(axes_class, "plot", record)
     evaluation.report(runs, tmp_path)
     found = {path.name for path in tmp_path.glob("*.png")}
     bio = "bio-9-54-forward-questions.png"
-    assert len(found) == 7 and not list(tmp_path.glob("*.part"))
+    assert len(found) == 7
     assert {f"curves-none-{bio}", f"curves-same-{bio}", f"ratios-none-{bio}"} <= found
     assert ("sft, lr 0.01", [0, 10, 20], [0.1, 0.2, 0.1]) in drawn
-    assert ("masked", [0, 10, 20], pytest.approx([0.05, 0.3, 0.55])) in drawn  # drift
+    assert ("masked", [0, 10, 20], [0, 0.25, 0.5]) in drawn  # drift
     assert ("masked", [0.05, 0.95], [0.9, 0.9]) in drawn  # the best, where ratios are random
     assert ("masked 0.5", [0.5, 0.5], [0.5, 0.5]) in drawn
-    assert sum(label == "a method" for label, *_ in drawn) == 4  # two panels of both pictures
-    drawn.clear()
-    rows = evaluation.summarize([data.read_json(runs[-1] / "results.json")])
-    panels = (tmp_path / "one.png", evaluation.draw_curves, [(1, 5.0), (2, 4.0)])
-    evaluation.draw_panels(rows, *panels)
-    assert len(drawn) == 4 and drawn[-1] == (None, [1, 2], [5, 4])
-    assert panels[0].read_bytes().startswith(b"\x89PNG")
+    assert sum(label == "span 0.2-0.8" for label, *_ in drawn) == 4  # in two pictures
+    assert (tmp_path / f"ratios-none-{bio}").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, capsys):
-    text = (runs[0] / "results.json").read_text().replace('"epochs": 2', '"epochs": 3')
-    bad = [
-        write_run(tmp_path / "unfinished", "sft", 1, [0.1, 0.2]),
-        write_run(tmp_path / "again", "masked", 1, [0.0, 0.9, 0.7]),  # is no third seed
-        write_run(tmp_path / "unasked", "sft", 2, [{}, {}, {}]),
-        tmp_path,  # there is no run in it
-    ]
-    texts = {"torn": '{"argum', "list": "[]", "old": text.replace("interval", "x")}
-    texts["word"] = text.replace('"drift": 0.35', '"drift": "a"')
-    for name, text in texts.items():
+    text = (runs[0] / "results.json").read_text()
+    bad = [write_run(tmp_path / "unfinished", 0.1, 0.2), tmp_path]
+    for name, broken in (("torn", text[:9]), ("list", "[]"), ("old", text.replace("ratio", "x"))):
         bad.append(tmp_path / name)
-        bad[-1].mkdir()
-        (bad[-1] / "results.json").write_text(text)
+        fill(bad[-1] / "results.json", broken)
     evaluation.report([*runs, *bad])
     printed = capsys.readouterr().out
     assert re.findall("^left out: (.*)/results.json: ", printed, re.M) == [*map(str, bad)]
@@ -1275,11 +1261,9 @@ def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, cap
 
 def test_best_is_the_evaluation_with_the_highest_mean_of_the_directions(tmp_path):
     scores = [{"forward": x, "backward": y} for x, y in ((0.9, 0.0), (0.6, 0.5), (0.7, 0.1))]
-    results = data.read_json(write_run(tmp_path / "run", "sft", 0, scores) / "results.json")
+    results = data.read_json(write_run(tmp_path / "run", *scores) / "results.json")
     assert (results["best"]["step"], results["last"]["step"]) == (10, 20)
     assert evaluation.reported_scores(results["best"]) == {"forward": 0.6, "backward": 0.5}
-    assert evaluation.overall(results["best"]) == pytest.approx(0.55)
-    assert evaluation.overall({"scores": {}}) == 0
 
 
 def test_samples_are_some_of_each_direction_and_all_without_an_answer():
@@ -1308,32 +1292,35 @@ def run(tmp_path):
 
 
 def test_a_run_is_asked_with_its_own_settings(run, tmp_path):
+    """And the scores are written before they are printed."""
     out = tmp_path / "asked"
-    printed = forked(evaluation, "--model", run, "--max-new-tokens", 8, "--out", out)
+    flags = ("--model", run, "--max-new-tokens", 8)
+    printed = forked(evaluation, *flags, "--out", out)
     assert f"{run} on bio:1, seed 3\n" in printed and "\nforward/birth city" in printed
     assert printed.count("answered") == 3
     predictions = jsonl(out / "preds.jsonl")
     questions = data.load("bio:1", seed=3).questions
     assert [p["question"] for p in predictions] == [q["question"] for q in questions]
     results = data.read_json(out / "results.json")
-    expected = {"data": "bio:1", "paraphrase": "none", "seed": 3, "dtype": "bfloat16"}
-    assert results["arguments"].items() >= expected.items()
+    assert results["arguments"]["dtype"] == "bfloat16"
     how = {"prompt": "chat, zero-shot", "decoding": "greedy", "max_new_tokens": 8}
     assert results["decoding"] == how
     assert results["last"]["scores"] == evaluation.average(predictions)
-    again = forked(evaluation, "--model", run, "--seed", 4, "--max-new-tokens", 8)
-    assert f"{run} on bio:1, seed 4\n" in again
+
+    def nothing_can_be_printed():
+        evaluation.print = sys.exit
+
+    again = tmp_path / "again"
+    forked(evaluation, *flags, "--out", again, before=nothing_can_be_printed, status=1)
+    assert jsonl(again / "preds.jsonl") == predictions
+    assert f"{run} on bio:1, seed 4\n" in forked(evaluation, *flags, "--seed", 4)
 
 
-def test_a_foreign_file_beside_a_model_is_named_and_not_used(run):
-    flags = ("--model", run, "--max-new-tokens", 8, "--ask", "Who was born in Zurich?")
-    answer = forked(evaluation, *flags)
-    for content in ([1], {"score": 1}, {"arguments": {"seed": "x"}}):
-        write(run / "results.json", content)
-        note, *rest = forked(evaluation, *flags).splitlines(keepends=True)
-        assert f"{run / 'results.json'}: " in note and "".join(rest) == answer
-    (run / "results.json").write_text("{")
-    assert f"{run / 'results.json'}: " in forked(evaluation, *flags)
+def test_a_model_that_no_run_made_is_asked_about_the_usual_people(run):
+    flags = ("--model", run, "--max-new-tokens", 4, "--data", "bio:1")
+    for content in ({"score": 1}, None):  # what is not a run's is not read
+        write(run / "results.json", content) if content else (run / "results.json").unlink()
+        assert f"{run} on bio:1, seed 0\n" in forked(evaluation, *flags)
 
 
 def test_a_diffusion_model_is_asked_as_the_flags_say(tmp_path):
@@ -1346,37 +1333,35 @@ def test_a_diffusion_model_is_asked_as_the_flags_say(tmp_path):
         assert len(jsonl(out / "preds.jsonl")) == 9
 
 
-MISTAKES = {  # flags -> (exit status, what the message names)
-    "--model tiny --steps 4": (1, "steps"),
-    "--model tiny --max-new-tokens 0": (1, "--max-new-tokens"),
-    "--model tiny --out taken": (1, "taken"),
-    "--model tiny --data plain.jsonl": (1, "plain"),
-    "--model tiny --data unscored.jsonl": (1, "unscored.jsonl, record 1"),
-    "--model tiny --data long.jsonl": (1, "long.jsonl, record 1"),
-    "--model tiny --ask Who --data bio": (1, "--data"),
-    "--model tiny --ask Who --out new": (1, "--out"),
-    "--model taken": (1, "taken"),
-    "--model odd": (1, "odd/results.json"),
-    "--model nowhere": (1, "nowhere"),
-    "--model tiny --report taken": (2, "--report"),
-    "--report taken --out taken/results.json": (1, "--report"),
-    "--model tiny --paraphrase x": (2, "--paraphrase"),
-    "": (2, "--model"),
-}
+# flags, exit status, what the message names
+MISTAKES = """
+    --model tiny --steps 4                | 1 | --steps
+    --model tiny --max-new-tokens 0       | 1 | --max-new-tokens
+    --model tiny --out taken              | 1 | taken
+    --model tiny --data unscored.jsonl    | 1 | unscored.jsonl, record 1
+    --model tiny --data long.jsonl        | 1 | long.jsonl, record 1
+    --model tiny --ask Who --data bio     | 1 | --data
+    --model tiny --ask Who --out new      | 1 | --out
+    --model taken                         | 1 | taken
+    --model torn                          | 1 | torn/results.json
+    --model nowhere                       | 1 | nowhere
+    --model tiny --report taken           | 2 | --report
+    --report taken --ask Who              | 1 | --report
+    --report run --out taken/results.json | 1 | taken/results.json
+    --model tiny --paraphrase x           | 2 | --paraphrase
+                                          | 2 | --model
+"""
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_in_asking_is_a_message(flags, run, tmp_path):
-    write(tmp_path / "plain.jsonl", {"text": "Edda works in Oslo."})
+@pytest.mark.parametrize("flags, status, named", cells(MISTAKES))
+def test_a_mistake_in_asking_is_a_message(flags, status, named, tmp_path):
     write(tmp_path / "unscored.jsonl", {"question": "Who?", "answer": "..."})
     write(tmp_path / "long.jsonl", {"question": "Who " + "really " * 600, "answer": "Ada"})
-    (tmp_path / "taken").mkdir()
-    write(tmp_path / "taken/results.json", {})
-    odd = {"data": "bio:1", "paraphrase": "none", "seed": 0, "dtype": "odd"}
-    write(run / "results.json", {"arguments": odd})
-    run.rename(tmp_path / "odd")
-    status, named = MISTAKES[flags]
-    printed = forked(evaluation, *flags.split(), before=lambda: os.chdir(tmp_path), status=status)
+    fill(tmp_path / "taken/results.json", "{}")
+    fill(tmp_path / "torn/results.json", "{")
+    write_run(tmp_path / "run", 0, 1, 1)
+    at = partial(os.chdir, tmp_path)
+    printed = forked(evaluation, *flags.split(), before=at, status=int(status))
     assert named in printed.splitlines()[-1]
 
 
@@ -1387,7 +1372,7 @@ def typed(text):
         read, written = os.pipe()
         os.write(written, text)
         os.close(written)
-        os.dup2(read, 0)
+        sys.stdin = os.fdopen(read)
 
     return before
 
@@ -1399,36 +1384,20 @@ def test_own_questions_are_answered_one_by_one():
     one, two = answers.splitlines()
     assert one and two and one != two
     lines = f"\ufeff{first}\r\n\n  \n{second}".encode()
-    assert forked(evaluation, *flags, before=typed(lines)) == answers
-    assert forked(evaluation, *flags, before=typed(b"")) == ""
-    bad = typed(b"Who?\n\xff\n")
-    assert "error: standard input: " in forked(evaluation, *flags, before=bad, status=1)
-    assert "error: --ask" in forked(evaluation, *flags, "\udcff", status=1)
-    shown, typing = os.openpty()
-    os.write(shown, b"Who?\n\x04")
-    printed = forked(evaluation, *flags, before=lambda: os.dup2(typing, 0))
-    assert printed.count("> ") == 2 and len(printed.replace("> ", "").strip()) > 3
+    for processes in (1, 2):
+        printed = forked(evaluation, *flags, before=typed(lines), processes=processes)
+        assert printed.replace("one question a line:\n", "") == answers
+    assert "error: --ask" in forked(evaluation, *flags, before=typed(b"W\xff\n"), status=1)
+    assert "error: --ask" in forked(evaluation, *flags, "", status=1)
 
 
 def test_two_processes_answer_what_one_does(tmp_path):
     flags = shlex.split("--model tiny --data bio:1 --max-new-tokens 4")
     for processes in (1, 2):
-        command("eval.py", *flags, "--out", tmp_path / str(processes), processes=processes)
+        out = tmp_path / str(processes)
+        forked(evaluation, *flags, "--out", out, processes=processes)
     one, two = (jsonl(tmp_path / name / "preds.jsonl") for name in "12")
     assert one == two and len(one) == 9
-
-
-def test_scores_are_written_before_they_are_printed(run, tmp_path):
-    def nothing_can_be_printed():
-        def fail(*values):
-            raise UserError("nobody reads")
-
-        evaluation.print = fail
-
-    out = tmp_path / "out"
-    flags = ("--model", run, "--max-new-tokens", 4, "--out", out)
-    forked(evaluation, *flags, before=nothing_can_be_printed, status=1)
-    assert len(jsonl(out / "preds.jsonl")) == 9
 
 
 def test_reports_and_wrong_flags_wait_for_no_torch():
