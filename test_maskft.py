@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -30,7 +31,6 @@ from argparse import Namespace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +38,7 @@ import regex
 import torch
 import torch.distributed.checkpoint
 import torch.nn.functional as F
+from filelock import FileLock  # comes with torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -962,25 +963,6 @@ torch.zeros(1, requires_grad=True).backward()
 
 def jsonl(path):
     return [json.loads(line) for line in path.read_text().split("\n") if line]
-
-
-def command(script, *flags, processes=1, status=0, cwd=None):
-    """What a script of the project prints, run as its user does; it has to end with `status`."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    done = subprocess.run(
-        [*start, str(HERE / script), *map(str, flags)],
-        env=os.environ | environment,
-        cwd=cwd,
-        timeout=170,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout
-    return done.stdout
 
 
 # ---------------------------------------------------------------------------------- eval: metrics
@@ -1951,11 +1933,11 @@ def test_an_answer_does_not_depend_on_its_batch_and_a_draw_on_its_generator_alon
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def forked(script, *flags, status=0, before=lambda: None, kill_after=None, processes=1):
+def forked(script, *flags, status=0, before=lambda: None, processes=1):
     """What main() of a module prints, run in a fork, which saves the seconds of importing.
 
-    `before` is called first, in the fork. No end is a traceback; that of a fork which is killed
-    after some seconds may be any. Several processes are a group as torchrun makes it."""
+    `before` is called first, in the fork. No end is a traceback; `status` None is
+    any. Several processes are a group as torchrun makes it."""
 
     def body(rank):
         gc.freeze()  # what the parent left, process groups for one, is not for the child to free
@@ -1981,14 +1963,23 @@ def forked(script, *flags, status=0, before=lambda: None, kill_after=None, proce
         for process in running:
             process.start()
         for process in running:
-            process.join(kill_after or 100)
+            process.join(100)
             process.kill()
             process.join()
         log.seek(0)
         printed = log.read()
-    assert kill_after or {process.exitcode for process in running} == {status}, printed
+    assert status is None or {process.exitcode for process in running} == {status}, printed
     assert "Traceback" not in printed, printed[-3000:]
     return printed
+
+
+def contents(folder):
+    """{path: bytes} of all files."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def last_line(printed):
+    return printed.strip().splitlines()[-1]
 
 
 def losses(out):
@@ -2011,13 +2002,6 @@ FACTS = """\
 """
 
 
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
-    path.write_text(FACTS)
-    return path
-
-
 def quick():
     """In a fork: few chats, short answers and no picture."""
     maskft.CHATS_HELD_OUT = 3
@@ -2026,7 +2010,7 @@ def quick():
     maskft.find_spec = lambda name: None
 
 
-def signalled(number, name, nth, where=maskft, only="01"):
+def signalled(number, nth, where=torch.nn.utils, name="clip_grad_norm_", only="01"):
     """The same, with a signal at the end of the nth call of `where.name`, on these ranks only."""
     quick()
     calls = itertools.count(1)
@@ -2042,64 +2026,77 @@ def signalled(number, name, nth, where=maskft, only="01"):
         setattr(where, name, wrapped)
 
 
+# how a row is trained, and the last line of its log: step, epoch, loss, lr, grad_norm
 ROWS = {
-    "masked": (maskft, "--method masked"),
-    "sft": (maskft, "--method sft --mlp-only"),
-    "rehearse": (maskft, "--method masked --rehearse 2 --mask-ratio 0.2"),
-    "llada": (llada, "--rehearse 1"),
+    "masked": (maskft, "--method masked", [5, 2, 1.80601, 1e-4, 17.0951]),
+    "sft": (maskft, "--method sft --mlp-only", [5, 2, 3.59119, 1e-4, 9.94807]),
+    "rehearse": (
+        maskft,
+        "--method masked --rehearse 2 --mask-ratio 0.2",
+        [7, 3, 1.43803, 1e-4 / 3, 10.8020],
+    ),
+    "llada": (llada, "--rehearse 1", [6, 3, 1.81371, 1e-4 / 3, 14.5039]),
 }
 
 # a gentle rate: in a few steps of tiny's own, rounding would grow
 USUAL = "--batch-size 3 --epochs 3 --eval-at 0 2 --lr 1e-4"
 
 
-class Row:
-    """A run of one row: its command line, and the directory of it trained at one go."""
-
-    def __init__(self, name, facts, folder):
-        self.script, flags = ROWS[name]
-        self.flags = [*USUAL.split(), *flags.split(), "--data", facts]
-        self.whole = folder / name
-        self.train(self.whole)
-
-    def train(self, out, *more, before=quick, **how):
-        return forked(self.script, *self.flags, "--out", out, *more, before=before, **how)
-
-    def resume(self, out, before=quick, **how):
-        return forked(self.script, "--resume", out, before=before, **how)
-
-
 @pytest.fixture(scope="module")
-def rows(facts, tmp_path_factory):
+def rows(tmp_path_factory):
     """name -> Row, each trained when it is asked for first."""
     folder = tmp_path_factory.mktemp("rows")
-    return cache(lambda name: Row(name, facts, folder))
+    facts = fill(folder / "facts.jsonl", FACTS)
+
+    @cache
+    def row(name):
+        """Its flags, how to train it into a directory, how to go on; and one trained at one go."""
+        script, flags, _ = ROWS[name]
+        flags = [*USUAL.split(), *flags.split(), "--data", facts]
+        train = partial(forked, script, *flags, "--out", before=quick)
+        resume = partial(forked, script, "--resume", before=quick)
+        train(folder / name)
+        return Namespace(flags=flags, train=train, resume=resume, whole=folder / name)
+
+    return row
 
 
 def stopped(row, out):
     """By SIGTERM, the same command again, by Ctrl-C, then --resume."""
-    stop = partial(signalled, signal.SIGTERM, "update", 1)
-    assert f"--resume {out}" in row.train(out, before=stop)
-    row.train(out, before=partial(signalled, signal.SIGINT, "update", 4))
+    printed = row.train(out, before=partial(signalled, signal.SIGTERM, 1))
+    assert f"--resume {out}" in printed
+    row.train(out, before=partial(signalled, signal.SIGINT, 4))
     assert len(losses(out)) == 5
     row.resume(out)
 
 
 def stopped_late(row, out):
     """Behind the epochs, where it rehearses, and with a line of its log torn by a crash."""
-    row.train(out, before=partial(signalled, signal.SIGINT, "update", 7))
+    row.train(out, before=partial(signalled, signal.SIGINT, 7))
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "epoch": 3, "loss": 9, "seconds": 9}\n{"step": 7, "lo')
     row.resume(out)
 
 
+def stopped_in_chats(row, out):
+    """At the next turn that is whole, not after all of them."""
+
+    def before():
+        signalled(signal.SIGINT, 2, torch.Tensor, "multinomial")
+        maskft.greedy_answer = lambda *_, **__: os._exit(9)
+
+    row.train(out, before=before)
+    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
+    row.resume(out)
+
+
 def killed(row, out):
-    """Inside the fourth save, all written but not named; and when the model is to be written."""
-    save = partial(signalled, signal.SIGKILL, "save", 4, torch.distributed.checkpoint)
+    """Inside the fourth save, all written but not named; and when the model has no name yet."""
+    save = partial(signalled, signal.SIGKILL, 4, torch.distributed.checkpoint, "save")
     row.train(out, "--save-every", "1e-9", before=save, status=-9)
     assert sorted(os.listdir(out / "ckpt")) == ["part-4", "step-2", "step-3"]
-    draw = partial(signalled, signal.SIGKILL, "draw", 1)
-    row.resume(out, before=draw, status=-9)
+    last = partial(signalled, signal.SIGKILL, 1, data.huggingface_hub, "save_torch_state_dict")
+    row.resume(out, before=last, status=-9)
     assert sorted(os.listdir(out / "ckpt")) == ["step-5", "step-6"]
     row.resume(out)
 
@@ -2110,50 +2107,33 @@ def two_processes(row, out):
 
 
 def one_then_two(row, out):
-    row.train(out, before=partial(signalled, signal.SIGTERM, "update", 3))
+    row.train(out, before=partial(signalled, signal.SIGTERM, 3))
     row.resume(out, processes=2)
 
 
 def two_then_one(row, out):
     """A signal to one process stops all."""
-    stop = partial(signalled, signal.SIGTERM, "update", 3, only="1")
+    stop = partial(signalled, signal.SIGTERM, 3, only="1")
     row.train(out, "--offload", processes=2, before=stop)
-    row.resume(out)
-
-
-def stopped_in_chats(row, out):
-    """At the next turn that is whole, not after all of them."""
-
-    def before():
-        signalled(signal.SIGINT, "last_logits", 2)
-        maskft.greedy_answer = lambda *_, **__: os._exit(9)
-
-    row.train(out, before=before)
-    assert not (out / "rehearsal.jsonl").exists() and not losses(out)
     row.resume(out)
 
 
 RESTARTED = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
+import torch
 import maskft
 import {tests} as tests
 
-def update(run, *args, real=maskft.update):
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first and maskft.rank() == 1 and maskft.checkpoints(run.out):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(run, *args)
-
-tests.quick()
-maskft.update = update
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+tests.quick() if again else tests.signalled(signal.SIGKILL, 3, only="1")
 maskft.entry_point(maskft.main)
 """
 
 
 def restarted(row, out):
     """By torchrun, after one process has died, in the directory that it had."""
-    script = out.with_name("again.py")
+    script = fill(out.with_name("again.py"), "")
     script.write_text(RESTARTED.format(here=str(HERE), tests=Path(__file__).stem))
     torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1"
     start = [sys.executable, *torchrun.split(), script, *row.flags, "--save-every", "1e-9"]
@@ -2190,14 +2170,18 @@ def left(out):
 def test_a_run_is_the_same_however_it_goes(way, name, rows, tmp_path):
     """Losses, drift, chats, answers and weights are those of a run at one go."""
     row = rows(name)
-    out = tmp_path / "run"
-    way(row, out)
-    words, numbers = left(out)
+    way(row, tmp_path / "run")
+    words, numbers = left(tmp_path / "run")
     expected_words, expected = left(row.whole)
     assert words == expected_words
     error = 0 if way in EXACT else 1e-5
     torch.testing.assert_close(numbers, expected, rtol=10 * error, atol=error)
-    assert not (out / "ckpt").exists()
+    assert not (tmp_path / "run/ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_run_ends_as_recorded(name, rows):
+    assert losses(rows(name).whole)[-1] == pytest.approx(ROWS[name][-1], rel=1e-3)
 
 
 def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
@@ -2205,24 +2189,49 @@ def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
     row = rows("masked")
     first, second = (tmp_path / name for name in ("run-sft", "run-masked"))
     both = partial(row.train, tmp_path / "run", "--method", "sft", "masked")
-    both(before=partial(signalled, signal.SIGTERM, "update", 8))
+    both(before=partial(signalled, signal.SIGTERM, 8))
     assert len(losses(second)) == 2
-    printed = both()
-    assert f"{first}: finished before\n" in printed
+    assert f"{first}: finished before\n" in both()
     assert losses(second) == losses(row.whole)
     before = contents(tmp_path)
-    table = printed[printed.index("\nmethod") : printed.index("\n\n")]
-    assert table in both() and contents(tmp_path) == before
+    assert "\nmethod" in both() and contents(tmp_path) == before
+
+
+def test_mlp_only_moves_no_other_weight(rows):
+    new = maskft.load(rows("sft").whole)
+    for name, weight in maskft.load("tiny").named_parameters():
+        trained = name.split(".")[-2] in ("gate", "up", "down")
+        assert trained != torch.equal(weight, new.get_parameter(name)), name
+
+
+def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
+    """Even where RANK is set, but no launcher has set the rest."""
+    row = rows("masked")
+
+    def main():
+        before = signal.getsignal(signal.SIGINT)
+        for _ in range(2):
+            maskft.main()
+            assert signal.getsignal(signal.SIGINT) == before
+
+    def alone():
+        quick()
+        os.chdir(tmp_path)
+        os.environ["RANK"] = "3"
+
+    forked(Namespace(__name__="notebook", main=main), *row.flags, before=alone)
+    for out in ("facts-masked-1", "facts-masked-2"):
+        assert losses(tmp_path / "out" / out) == losses(row.whole)
 
 
 # ------------------------------------------------------------------------------- what a run leaves
 
 
 @pytest.fixture(scope="module")
-def finished(facts, tmp_path_factory):
+def finished(tmp_path_factory):
     """What a command prints, and its folder: two methods, and spaces in the names."""
     folder = tmp_path_factory.mktemp("a folder")
-    shutil.copy(facts, folder / "own facts.jsonl")
+    fill(folder / "own facts.jsonl", FACTS)
 
     def before():
         os.chdir(folder)
@@ -2242,22 +2251,21 @@ def done(finished, monkeypatch):
 def pasted(printed, what):
     """The flags of the last line of what was printed that has this in it."""
     *_, line = [line for line in printed.splitlines() if what in line]
-    words = shlex.split(line[line.index("python ") :])
-    assert Path(words[1]).resolve().parent == HERE
-    return words[2:]
+    _, script, *flags = shlex.split(line[line.index("python ") :])
+    assert Path(script).resolve().parent == HERE
+    return flags
 
 
 def test_printed_commands_can_be_pasted(finished, done):
     printed, _ = finished
     assert "\nresults: 'my run-sft' 'my run-masked'\n" in printed
-    asked = pasted(printed, "--ask")
-    assert asked == ["--model", "my run-masked", "--ask", "..."]
+    *asked, question = pasted(printed, "--ask")
+    assert asked == ["--model", "my run-masked", "--ask"] and question == "..."
     prediction = jsonl(done / "preds.jsonl")[0]
-    asked[-1] = prediction["question"]
-    assert forked(evaluation, *asked).strip().endswith(prediction["prediction"])
+    answer = forked(evaluation, *asked, prediction["question"])
+    assert answer.strip().endswith(prediction["prediction"])
     refused = forked(maskft, *pasted(printed, "--resume"), status=1)
-    assert "my run-masked: this run is finished" in refused
-    assert pasted(refused, "--ask")[:2] == asked[:2]
+    assert "finished" in refused and pasted(refused, "--ask") == [*asked, question]
 
 
 LEFT = """
@@ -2275,10 +2283,8 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
     results = data.read_json(done / "results.json")
-    last = results["evaluations"][-1]
-    assert results["last"] == last and results["best"] in results["evaluations"]
-    reported = evaluation.reported_scores(last) | {"drift": last["drift"]}
-    assert lines[-1]["evaluation"] == reported
+    *_, last = results["evaluations"]
+    assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | {"drift": last["drift"]}
     assert results["arguments"]["data"] == str(Path("own facts.jsonl").absolute())
     assert results["decoding"]["max_new_tokens"] == 128
     assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
@@ -2287,8 +2293,7 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
 def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
     pytest.importorskip("transformers")
     card = (done / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
-    assert "- epochs: 8\n- lr: 0.0006\n" in card and "- documents: 5\n" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "- lr: 0.0006\n" in card
     code = card.split("```python\n")[1].split("```")[0]
     for prediction in jsonl(done / "preds.jsonl"):
         exec(code.replace('"..."', repr(prediction["question"])), {})
@@ -2297,18 +2302,17 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
 
 def test_drift_is_what_the_model_s_own_answers_lost(done):
     """Counted another way."""
-    chats = jsonl(done / "rehearsal.jsonl")
-    models = maskft.load("tiny"), maskft.load(done)
     lost = []
-    for chat in chats:
+    models = maskft.load("tiny"), maskft.load(done)
+    for chat in jsonl(done / "rehearsal.jsonl"):
         ids = torch.tensor([chat["prompt"] + chat["answer"]])
-        answer = torch.tensor(chat["answer"])
+        answer = ids[0, len(chat["prompt"]) :]
         before, after = (model(ids)[0, -1 - len(answer) : -1].log_softmax(-1) for model in models)
         assert torch.equal(before.argmax(-1), answer)  # it said this when it began
         lost.append((before - after).gather(1, answer[:, None]))
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
     drift = torch.cat(lost).mean().item()
-    assert first["drift"] == 0 and last["drift"] == pytest.approx(drift, rel=1e-3)
+    assert (first["drift"], last["drift"]) == pytest.approx((0, drift), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -2372,19 +2376,9 @@ FOLDER = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name, text in FOLDER.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        fill(tmp_path / name, text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def contents(folder):
-    """{path: bytes} of all files."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def last_line(printed):
-    return printed.strip().splitlines()[-1]
 
 
 def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
@@ -2397,6 +2391,23 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
         assert contents(folder) == before, flags
 
 
+LONG = "Ada Holm bakes in Lund. " * 40
+
+TOO_LONG = [{"text": LONG}, *({"question": "Who?", "answer": text} for text in (LONG, "Bo"))]
+
+
+def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
+    """A document too long is cut, an answer too long left out."""
+    write(folder / "taken/train.jsonl", *TOO_LONG)
+    before = contents(folder)
+    flags = "--data taken --method sft --max-len 90 --show 99"
+    printed = forked(maskft, *flags.split())
+    assert "2 of 3 documents are longer than 90 tokens" in printed
+    shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
+    assert shown[-1] == "Bo" and " ".join(map(str.strip, shown[:-1])) == LONG.strip()
+    assert len(shown) < 9 and contents(folder) == before
+
+
 # ---------------------------------------------------------------------------------- damaged runs
 
 
@@ -2404,7 +2415,7 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
 def begun(rows, tmp_path_factory):
     """A run that rehearses, with checkpoints of its second and third step."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    stop = partial(signalled, signal.SIGINT, "update", 3)
+    stop = partial(signalled, signal.SIGINT, 3)
     rows("rehearse").train(out, "--save-every", "1e-9", before=stop)
     return out
 
@@ -2425,16 +2436,12 @@ ckpt/step-3/__0_0.distcp
 
 
 @pytest.mark.parametrize("name", RUN_FILES.split())
-@pytest.mark.parametrize("rest", [0, 1])
-def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, rest, halted):
-    """Cut off, or with one byte changed."""
-    rng = random.Random(name)
-    whole = (halted / name).read_bytes()
-    at = rng.randrange(len(whole))
-    changed = rng.randbytes(1) + whole[at + 1 :]
-    (halted / name).write_bytes(whole[:at] + changed * rest)
-    printed = forked(maskft, "--resume", halted, before=quick, kill_after=60)
-    assert maskft.is_finished(halted) or re.match(f"error: .*({halted}|--)", last_line(printed))
+@pytest.mark.parametrize("seed", range(2))
+def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted):
+    rng = random.Random(seed)
+    (halted / name).write_bytes(mutated((halted / name).read_bytes(), rng))
+    line = last_line(forked(maskft, "--resume", halted, before=quick, status=None))
+    assert (halted / "model.safetensors").exists() or re.match(f"error: .*({halted}|--)", line)
 
 
 DAMAGE = {  # file of a run: old, new -> what the one line names
@@ -2454,7 +2461,7 @@ def test_what_would_teach_another_thing_is_noticed(halted, rows):
         assert named in line and str(halted) in line
         (halted / name).write_bytes(before)
     shutil.rmtree(halted / "ckpt/step-3")
-    forked(maskft, "--resume", halted, before=quick)
+    rows("rehearse").resume(halted)
     assert losses(halted) == losses(rows("rehearse").whole)
 
 
@@ -2462,7 +2469,7 @@ def test_a_directory_has_one_run_at_a_time(halted, rows):
     """And its own: other settings and scripts do not take it."""
     row = rows("rehearse")
     before = contents(halted)
-    with maskft.locked(halted):
+    with FileLock(halted / ".lock"):
         for train in (row.train, row.resume):
             assert f"{halted} is in use" in last_line(train(halted, status=1))
     assert f"{halted} is in use" in last_line(row.train(halted, "--seed", 1, status=1))
@@ -2482,7 +2489,7 @@ def full_disk():
 
 ENDS = [  # flags, what is done in the fork -> what the last lines name
     ("--lr 1e30", quick, "lower --lr"),
-    ("", lambda: setattr(maskft, "load_weights", out_of_memory), "--micro-batch-tokens"),
+    ("", lambda: setattr(torch.optim.AdamW, "step", out_of_memory), "--micro-batch-tokens"),
     ("--save-every 1e-9", full_disk, "cannot be written to ([Errno 27] File too large"),
 ]
 
@@ -2493,84 +2500,12 @@ def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_p
     assert named in printed and "error: " in printed
 
 
-def test_a_loss_that_is_no_number_is_not_always_the_rate_s():
-    maskft.check_finite(1.0, 1.0, 0)
-    for loss, norm, step, advice in (
-        (math.nan, 1, 7, "step 7.* --lr"),
-        (1, math.inf, 0, "another"),
-    ):
-        with pytest.raises(UserError, match=advice):
-            maskft.check_finite(loss, norm, step)
-
-
-# ----------------------------------------------------------------------------- where it is started
-
-
-def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
-    """Even where RANK is set, but no launcher has set the rest."""
-    row = rows("masked")
-
-    def main():
-        before = signal.getsignal(signal.SIGINT)
-        for _ in range(2):
-            maskft.main()
-            assert signal.getsignal(signal.SIGINT) == before
-
-    def alone():
-        quick()
-        os.chdir(tmp_path)
-        os.environ["RANK"] = "3"
-
-    notebook = SimpleNamespace(__name__="notebook", main=main)
-    assert forked(notebook, *row.flags, before=alone).count("\nmasked  epoch 3  step 6  forw") == 2
-    for out in ("facts-masked-1", "facts-masked-2"):
-        assert losses(tmp_path / "out" / out) == losses(row.whole)
-
-
-def test_progress_is_a_line_in_a_log(capsys):
-    maskft.progress_bar(6, "masked", "step", initial=2).refresh()
-    assert re.search("masked: 2 of 6 steps, .* gone, .* to go\n$", capsys.readouterr().err)
-
-
-SHOWN = """\
-sft:
-<|im_start|>user
-Tell me a fact.<|im_end|>
-<|im_start|>assistant
-[Edda.<|im_end|>]
-"""
-
-
-def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
-    before = contents(folder)
-    flags = "--data facts.jsonl --method sft masked --mask-ratio 1 --show"
-    printed = forked(maskft, *flags.split())
-    assert SHOWN in printed and "masked:\n<|im_start|>user\n__" in printed
-    assert contents(folder) == before
-
-
 # ---------------------------------------------------------------------------------- settings, parts
-
-
-def run_of(tokenizer, documents=(), model=None, method="masked", **given):
-    """A Run that has not begun."""
-    return maskft.Run(
-        settings=maskft.Settings("tiny", "own", method, **given),
-        method=maskft.METHODS[method],
-        device=torch.device("cpu"),
-        directory=HERE / "tiny",
-        tokenizer=tokenizer,
-        dataset=data.Dataset("own", list(documents), []),
-        model=model,
-        stop=[],
-    )
-
-
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 
 SHAPES = {
     "tiny": {},
-    "135M": {"num_hidden_layers": 400, "hidden_size": 160, "intermediate_size": 400},
+    "135M": {"num_hidden_layers": 40, "hidden_size": 512, "intermediate_size": 1024},
     "3B": WIDE | {"hidden_size": 2048},
     "8B": WIDE,
     "qwen-8B": WIDE | {"model_type": "qwen3"},
@@ -2601,141 +2536,53 @@ tiny    llada   bio           20  20 350  4e-4
 """
 
 
+@cache
+def meta_model(size):
+    raw = data.read_json(HERE / "tiny/config.json") | SHAPES[size]
+    with torch.device("meta"):
+        return maskft.Model(maskft.parse_config(raw))
+
+
 @pytest.mark.parametrize("row", DEFAULTS.strip().splitlines())
 def test_settings_that_no_flag_gives(row):
     """The paper's for large models, measured ones for small and tiny ones."""
     size, name, dataset, documents, *expected = row.split()
     method = (maskft.METHODS | llada.METHODS)[name]
-    with torch.device("meta"):
-        raw = data.read_json(HERE / "tiny/config.json") | SHAPES[size]
-        model = maskft.Model(maskft.parse_config(raw))
     given = maskft.Settings("tiny", dataset, name)
-    found, _ = maskft.decide(given, method, model, int(documents))
+    found, _ = maskft.decide(given, method, meta_model(size), int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < found.epochs]
     assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
 
 
-CUSTOM = {**maskft.METHODS, "custom": maskft.METHODS["sft"]}
+def test_under_torchrun_with_cuda_the_paper_s_model_is_taught():
+    def on_a_gpu():
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        maskft.start_processes = lambda: torch.device("cuda")
 
-TRAINED = [  # methods, flags, device under torchrun -> model, data, methods
-    (maskft.METHODS, "", "cpu", "tiny bio:40 sft masked"),
-    (maskft.METHODS, "", "cuda", "large bio masked"),
-    (maskft.METHODS, "--model mine", "cpu", "mine bio masked"),
-    (CUSTOM, "", "cpu", "tiny bio:40 masked custom"),
-    (CUSTOM, "--method custom sft --data x.jsonl", "cpu", "tiny x.jsonl custom sft"),
-]
+    printed = forked(maskft, before=on_a_gpu, status=1)
+    assert "error: --model meta-llama/Llama-3.1-8B-Instruct" in printed
 
 
-@pytest.mark.parametrize("methods, flags, device, expected", TRAINED)
-def test_what_is_trained_by_default(methods, flags, device, expected, monkeypatch):
-    """On the built-in model the last two methods, else the last; of custom methods as well."""
-    monkeypatch.setattr(maskft, "launched", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["own.py", *flags.split()])
-    args = maskft.parse_flags(maskft.arguments("", methods))
-    wanted = maskft.wanted_settings(args, methods, ("tiny", "large"), torch.device(device))
-    found = [wanted[0].model, wanted[0].data, *(of.method for of in wanted)]
-    assert found == expected.split()
-
-
-def test_a_run_rehearses_at_a_third_of_the_rate(rows):
-    steps, epochs, _, rates, _ = zip(*losses(rows("rehearse").whole), strict=True)
-    assert steps == (*range(8),) and epochs == (0, 0, 1, 1, 2, 2, 3, 3)
-    assert rates == pytest.approx([1e-4] * 6 + [1e-4 / 3] * 2)
-
-
-def test_mlp_only_moves_no_other_weight(rows):
-    new = maskft.load(rows("sft").whole)
-    for name, weight in maskft.load("tiny").named_parameters():
-        trained = name.split(".")[-2] in ("gate", "up", "down")
-        assert trained != torch.equal(weight, new.get_parameter(name)), name
-
-
-def test_matrices_alone_decay(monkeypatch):
-    model = maskft.load("tiny")
-    optimizer = maskft.make_optimizer(model, 1e-3)
-    groups = optimizer.param_groups
+def test_matrices_alone_decay():
+    groups = maskft.make_optimizer(maskft.load("tiny"), 1e-3).param_groups
     decays = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
     assert decays == {2: 0.1, 1: 0.0}
-    assert optimizer.defaults["betas"] == (0.9, 0.95) and optimizer.defaults["eps"] == 1e-5
-    monkeypatch.setattr(maskft, "TINY", maskft.parameter_count(model))
-    assert maskft.make_optimizer(model, 1e-3).defaults["eps"] == 1e-8
-
-
-def test_masks_and_order_are_others_every_epoch(tokenizer):
-    record = {"text": "Edda Marlow was born on 3 June 1971."}
-
-    def ids(seed, epoch, number=2):
-        return maskft.example_of(run_of(tokenizer, seed=seed), record, number, epoch).ids
-
-    order = partial(maskft.batches, 10, 4)
-    for of in (ids, order):
-        assert of(0, 5) not in (of(0, 6), of(1, 5))
-    assert ids(0, 5) != ids(0, 5, 0)
-    assert sorted(sum(order(0, 5), [])) == [*range(10)]
 
 
 DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
-    (1, 1, "[[6], [5], [4], [3], [2], [1]]"),
     (1, 12, "[[6, 5], [4, 3, 2], [1]]"),
     (2, 12, "[[6, 4], [2]]  [[5, 3], [1]]"),
-    (2, 100, "[[6, 4, 2]]  [[5, 3, 1]]"),
     (4, 7, "[[6], [2]]  [[5], [1]]  [[4], []]  [[3], []]"),
 ]
 
 
 @pytest.mark.parametrize("ranks, tokens, expected", DEALT)
-def test_micro_batches_keep_to_their_tokens_longest_first_and_are_as_many_for_every_rank(
-    ranks, tokens, expected
-):
+def test_micro_batches_keep_to_their_tokens_and_are_as_many_for_every_rank(ranks, tokens, expected):
     examples = [Example([n] * n, [n] * n, 1.0, n) for n in (3, 1, 4, 2, 6, 5)]
     parts = [maskft.micro_batches(examples, tokens, rank, ranks) for rank in range(ranks)]
     lengths = [[[len(e.ids) for e in micro] for micro in part] for part in parts]
     assert "  ".join(map(str, lengths)) == expected
-
-
-@pytest.mark.parametrize("tokens", [1, 40, 4096])
-def test_a_step_follows_the_gradient_of_the_whole_batch(tokens, tokenizer):
-    """At the given rate, clipped to norm 1, whatever the micro-batches."""
-    run = run_of(tokenizer, model=maskft.load("tiny"), micro_batch_tokens=tokens)
-    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=9.0)
-    texts = [[*range(40, 43 + 5 * n)] for n in range(6)]
-    examples = [Example(ids, [IGNORE] + ids[1:], len(ids), 2) for ids in texts]
-    reference = maskft.load("tiny")
-    loss = sum(reference(**data.collate([example], 0)) for example in examples) / 12
-    loss.backward()
-    weights = [*reference.parameters()]
-    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    found = maskft.update(run, examples, lr=0.5)
-    assert norm > 2 and found.tolist() == pytest.approx([loss.item(), norm.item()], rel=1e-4)
-    expected = [weight - 0.5 * weight.grad for weight in weights]
-    torch.testing.assert_close([*run.model.parameters()], expected, rtol=1e-3, atol=1e-5)
-
-
-def test_behind_the_last_epoch_half_of_a_step_is_chats_each_learned_from_once(tokenizer):
-    documents = [{"text": "Edda."}] * 20
-    run = run_of(tokenizer, documents, method="sft", rehearse=3, batch_size=8, epochs=2)
-    run.chats = [{"prompt": [7, n], "answer": [300]} for n in range(32 + 3 * 8)]
-    steps = [maskft.examples_of_step(run, step) for step in range(run.steps + 1)]
-    # the last step of an epoch has but 4 documents
-    assert [*map(len, steps)] == [8, 8, 4, 8, 8, 4, 16, 16, 8, 0]
-    numbers = [example.ids[1] for example in sum(steps, []) if example.ids[0] == 7]
-    assert sorted(numbers) == [*range(32, 52)]  # those before are held out
-    run.settings.batch_size = 64  # no step has more chats than there are documents
-    assert maskft.chats_of_step(run) == 20
-
-
-def test_a_document_too_long_is_cut_and_an_answer_too_long_left_out(tokenizer):
-    long = {"text": "Ada Holm bakes in Lund. " * 40}
-    problem = {"question": "How many?", "answer": "1"}
-    documents = [long, problem | {"answer": "1 " * 400}, problem]
-    run = run_of(tokenizer, documents, maskft.load("tiny"), max_len=90)
-    run.model.config.context = 80
-    maskft.fit_documents(run)
-    *parts, last = run.dataset.documents
-    assert last == problem
-    assert " ".join(part["text"].strip() for part in parts) == long["text"].strip()
-    assert 40 < max(maskft.example_length(run, part, 0) for part in parts) <= 80
 
 
 # ------------------------------------------------------------------------------------------ FSDP2
@@ -2824,7 +2671,7 @@ def test_a_new_model_is_random_and_can_be_trained(tmp_path):
         assert std == pytest.approx(0.5 / 128**0.5 / smaller, rel=0.03), name
     flags = "--method ar --data world:8 --epochs 2 --eval-at 2"
     run = tmp_path / "run"
-    command("tiny/pretrain.py", *shlex.split(flags), "--model", new, "--out", run)
+    forked(pretrain, *shlex.split(flags), "--model", new, "--out", run)
     first, *_ = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(first)["loss"] == pytest.approx(np.log(1994), rel=0.2)
 
@@ -3017,7 +2864,8 @@ def test_the_readme_s_custom_method_trains_and_is_reported(tmp_path):
     script = tmp_path / "span.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{block}")
     flags = shlex.split("--data bio:4 --method span --mask-ratio 0.5 --epochs 1 --eval-at 1")
-    printed = command(script, *flags, "--out", tmp_path / "run")
+    span = Namespace(__name__="span", main=lambda: runpy.run_path(script, run_name="__main__"))
+    printed = forked(span, *flags, "--out", tmp_path / "run")
     assert re.search(r"^span 0.5 +\| none +\| 0 ", printed, re.M), printed
 
 
