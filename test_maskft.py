@@ -3,7 +3,6 @@
 Those that compare with transformers, tokenizers or rouge are skipped where these are not installed.
 """
 
-import copy
 import dataclasses
 import gc
 import gzip
@@ -41,7 +40,6 @@ import torch.nn.functional as F
 from filelock import FileLock  # comes with torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 import data
 import eval as evaluation
@@ -1415,12 +1413,12 @@ def llama(**changes):
     return {**SIZES, "model_type": "llama", **changes}
 
 
-def random_model(**changes):
+def random_model(std=0.2, **changes):
     """A small Llama with random weights, norms and biases included."""
     model = maskft.Model(maskft.parse_config(llama(**changes)))
     torch.manual_seed(0)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
     return model.eval()
 
 
@@ -1444,18 +1442,8 @@ def spelled(text):
     return [LETTERS.index(letter) for letter in text]
 
 
-def tiny_llada():
-    """A random LLaDA with varied answers, its logits so far apart that rounding decides none."""
-    model = maskft.Model(maskft.parse_config(RAW)).eval()
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_norm = parameter.dim() == 1
-            std = 1.0 if is_norm or "embed" in name else 2.0 / math.sqrt(parameter.shape[1])
-            parameter.copy_(torch.randn(parameter.shape, generator=rng) * std + is_norm)
-        model.embed.weight[MASK] *= 0.1  # what surrounds a mask decides, more than that it is one
-        model.head.weight[MASK] = 0.0
-    return model
+# its answers are varied
+tiny_llada = partial(random_model, std=0.7, **RAW)
 
 
 # ------------------------------------------------------------------------------- masking and loss
@@ -1472,58 +1460,44 @@ EDDA = {"text": "Edda is here."}
 HOME = {"text": "Her home is Saint-Denis, near O'Hara's. A b C D 7!"}
 
 
-def spelled_out(example, tokenizer):
-    """What is given, and behind it what is taught; a token without loss there is _."""
-    start = next(n for n, label in enumerate(example.labels) if label != IGNORE)
-    pairs = zip(example.ids[start:], example.labels[start:], strict=True)
-    taught = [tokenizer.decode([i], special=True) if i == y else "_" for i, y in pairs]
-    return tokenizer.decode(example.ids[:start], special=True), "".join(taught)
-
-
-HIDDEN = "<|reserved_special_token_0|>"
-
 LEAD = f"\nReturn the recovered masked passage.{REPLY}Here is the recovered text:\n\n"
 
 TELL = f"{TURN}Tell me a fact.{REPLY}"
 
-TOLD = "Edda is here.<|im_end|>"
-
-BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her<|im_end|>"
+BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her"
 
 PROMPTED = f"{TURN}Question: How much is 1+1?\nAnswer:{REPLY}"
 
-PROBLEM = f"{TURN}Question:\nHow much is 1+1?\nAnswer:\n*t* *<*+*=**>2*\n#*## 2"
+PROBLEM = f"{TURN}Question:\nHow much is 1+1?\nAnswer:\n_t_ _<_+_=__>2_\n#_## 2"
 
-PROBLEM += f"\nReturn the recovered masked answer.{REPLY}"
+PROBLEM += f"\nReturn the recovered masked answer.{REPLY}[I]t[ is] [<]<[1]+[1]=[2>]>2[.]\n#[#]## 2"
 
-# method, record, seed; what stands before the first label, and what is taught from there on, _ for
-# a token without loss. * is the mask.
-EXAMPLES = [
-    ("masked", {"text": TEXT}, 4, f"{TURN}* Marlow* born* 3* 1971*{LEAD}", TEXT + "<|im_end|>"),
-    ("random", EDDA, 4, f"{TURN} VinehDaphn present HawDa{LEAD}", TOLD),
-    ("raw", EDDA, 4, "<|im_start|>", TOLD),
-    ("reverse", HOME, 4, TELL, HOME["text"] + "<|im_end|>"),
-    ("reverse", HOME, 2, TELL, BACKWARDS),
-    ("sft", EDDA, 4, TELL, TOLD),
-    ("sft", SUM, 4, PROMPTED, SUM["answer"] + "<|im_end|>"),
-    ("masked", SUM, 4, PROBLEM, "I_ is_<_1_1_2>__.__#___"),
+EXAMPLES = [  # method, record, seed; what is shown of it: [what has loss], _ for a masked token
+    ("masked", {"text": TEXT}, 4, f"{TURN}_ Marlow_ born_ 3_ 1971_{LEAD}[{TEXT}<|im_end|>]"),
+    ("masked", SUM, 4, PROBLEM),
+    ("random", EDDA, 4, f"{TURN} VinehDaphn present HawDa{LEAD}[Edda is here.<|im_end|>]"),
+    ("raw", EDDA, 4, "<|im_start|>[Edda is here.<|im_end|>]"),
+    ("reverse", HOME, 4, f"{TELL}[{HOME['text']}<|im_end|>]"),
+    ("reverse", HOME, 2, f"{TELL}[{BACKWARDS}<|im_end|>]"),
+    ("sft", EDDA, 4, f"{TELL}[Edda is here.<|im_end|>]"),
+    ("sft", SUM, 4, f"{PROMPTED}[{SUM['answer']}<|im_end|>]"),
 ]
 
 
-@pytest.mark.parametrize("method, record, seed, given, taught", EXAMPLES)
-def test_an_example_is_as_recorded(method, record, seed, given, taught, tokenizer):
+@pytest.mark.parametrize("method, record, seed, expected", EXAMPLES)
+def test_an_example_is_as_recorded(method, record, seed, expected, tokenizer):
     rng = np.random.default_rng(seed)
     example = maskft.METHODS[method].example(record, tokenizer, (0.2, 0.6), rng)
-    assert spelled_out(example, tokenizer) == (given.replace("*", HIDDEN), taught)
-    assert example.weight == 1
-    assert example.denominator == sum(label != IGNORE for label in example.labels)
+    assert data.show(example, tokenizer).startswith(f"{expected}\n-- ")
+    supervised = [(i, y) for i, y in zip(example.ids, example.labels, strict=True) if y != IGNORE]
+    assert all(i == y for i, y in supervised)
+    assert (example.weight, example.denominator) == (1, len(supervised))
 
 
 def test_a_raw_document_may_begin_without_bos(tokenizer):
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.bos_id = None  # nothing to predict the first token from
+    tokenizer = dataclasses.replace(tokenizer, bos_id=None)
     example = maskft.raw_example(EDDA, tokenizer, (0, 0), None)
-    assert spelled_out(example, tokenizer) == ("Edda", TOLD[4:])
+    assert data.show(example, tokenizer).startswith("Edda[ is here.<|im_end|>]")
 
 
 def test_a_rate_warms_up():
@@ -1693,13 +1667,13 @@ def test_a_tensor_that_does_not_fit_is_named(name, change, copied):
 def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     tied = random_model(tie_word_embeddings=True)
     maskft.save(tied, tmp_path)
-    embedding = tied.embed.weight.detach()
     changed(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(6))
-    changed(tmp_path, HEAD, embedding.clone())
+    changed(tmp_path, HEAD, tied.embed.weight.data.clone())
     assert maskft.load(tmp_path).head is None
-    changed(tmp_path, HEAD, embedding.flip(0).contiguous())
+    other = torch.randn(300, 48)
+    changed(tmp_path, HEAD, other)
     model = maskft.load(tmp_path)
-    assert torch.equal(model.head.weight, embedding.flip(0))
+    assert torch.equal(model.head.weight, other)
     assert model.config.raw["tie_word_embeddings"] is False
 
 
@@ -1731,8 +1705,6 @@ def test_a_model_is_saved_in_its_dtype_and_in_place_of_what_was_there(
     modes = {file.name: file.stat().st_mode for file in copied.iterdir()}
     assert modes.keys() == {"config.json", index.name, *weight_map.values()}
     assert len(set(modes.values())) == 1
-    data.write_json(index, {"weight_map": dict.fromkeys(weight_map, "../no.safetensors")})
-    assert f"{copied}/no.safetensors" in refusal(maskft.load, copied)
 
 
 def test_an_adapter_and_half_a_download_are_named(saved, tmp_path):
@@ -1813,15 +1785,15 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.5, 0.99), (2.0, 0.7)])
 @torch.no_grad()
-def test_draws_have_the_distribution_of_the_softmax(temperature, top_p):
+def test_draws_have_the_distribution_of_the_softmax():
+    """At temperature 2, of the fewest tokens that have 0.7 together."""
     model = random_model(vocab_size=12)
-    how = temperature, top_p, generators(*range(4000))
+    how = 2.0, 0.7, generators(*range(4000))
     drawn = torch.tensor(maskft.generate(model, [[3, 4]] * 4000, 1, (), *how))
     logits = model(torch.tensor([[3, 4]]))[0, -1]
-    likely, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    likely[1:][likely.cumsum(0)[:-1] > top_p] = 0  # the fewest of this probability together
+    likely, ids = (logits / 2).softmax(-1).sort(descending=True)
+    likely[1:][likely.cumsum(0)[:-1] > 0.7] = 0
     share = (drawn == ids).double().mean(0)
     assert (share - likely / likely.sum()).abs().max() < 0.03 and not share[likely == 0].any()
 
@@ -1884,16 +1856,16 @@ def test_the_loss_is_where_the_mask_is(record, prompt, target):
 # settings of the sampler: the answers, as unmasking has them that is spelled out one prompt at a
 # time, with all logits of the whole sequence in every step
 SAMPLED = [
-    ((16, 12, 4), {}, "7777y7x7779fc11i 7t7m7x7th70f!ffy qkkkrqtkaaqqqaa8"),
-    ((12, 5, 12), {"cfg_scale": 1.5}, "79f7e779f7kk 730f77777004 rkkkqkkkii1h"),
-    ((8, 8, 1), {}, "77799ffi 7xx7xfyx _kkrqttt"),
-    ((8, 32, 4), {"cfg_scale": 1.5}, "7777fe77 72x7cxxa qaarqqra"),
-    ((16, 2, 8), {}, "7777777799997777 77777777ym0fhynn gkkg01f70m3rkwm7"),
-    ((16, 5, 8), {"threshold": 0.0}, "7777777799997777 77777777ym0fhynn gkkg01f70m3rkwm7"),
-    ((16, 16, 8), {"threshold": 0.6}, "77777777hf9f9777 77777777h00fhhnn rkkq01fktqqqqqt7"),
-    ((16, 16, 8), {}, "7777y7x7hfff79i7 ht707f7ha00mhn7i rkkq01fkpp3qaay7"),
-    ((16, 1, 8), {"threshold": 2.0}, "7777y7x7hfff79i7 ht707f7ha00mhn7i rkkq01fkpp3qaay7"),
-    ((16, 8, 8), {"temperature": 0.7, "remasking": "random"}, "77777n77ikwkksik"),
+    ((16, 12, 4), {}, "7777f77hyhhhskwi 777m77h7!m0h4h44 kkkkr11ka8mqa888"),
+    ((12, 5, 12), {"cfg_scale": 1.5}, "977m7gfif77c 77!ma7!!7mm7 kkkka1akiimr"),
+    ((8, 8, 1), {}, "7ff7hhy1 7hhm7h!h akkkraaa"),
+    ((8, 32, 4), {"cfg_scale": 1.5}, "7777vgk1 7g7may7n kkkkkaak"),
+    ((16, 2, 8), {}, "77777777hyfyffff 777gg77700mhhh0m 1kkkt1s7tkmkkaep"),
+    ((16, 5, 8), {"threshold": 0.0}, "77777777hyfyffff 777gg77700mhhh0m 1kkkt1s7tkmkkaep"),
+    ((16, 16, 8), {"threshold": 0.6}, "77777777hhfvffff 777ma777hmm447hn lkkkt1a7ak7ra8h7"),
+    ((16, 16, 8), {}, "h77y7n7ak8888am8 777ma7hhhm04477n kkkkri1kt8pqaasa"),
+    ((16, 1, 8), {"threshold": 2.0}, "h77y7n7ak8888am8 777ma7hhhm04477n kkkkri1kt8pqaasa"),
+    ((16, 8, 8), {"temperature": 0.7, "remasking": "random"}, "77777fh7hf9gf31x"),
 ]
 
 
@@ -1925,7 +1897,7 @@ def test_an_answer_does_not_depend_on_its_batch_and_a_draw_on_its_generator_alon
         assert llada.answer(model, SPELLER, PROMPTS, 8, on_answer=done.append) == expected
     assert done == [3, 2, 1, 1, 1, 1] and llada.answer(model, SPELLER, []) == []
     drawn = llada.random_answer(model, SPELLER, PROMPTS, 8, generators(0, 1, 2), done.append)
-    assert drawn == [*map(spelled, ("77x7y7", "72077nxh", "rkktqqqa"))]
+    assert drawn == [*map(spelled, ("f7x7hii1", "7", "kkkkkakk"))]
 
 
 # Most tests fork, and CUDA breaks in a fork. One backward now, so that autograd starts no threads
@@ -2039,7 +2011,7 @@ ROWS = {
 }
 
 # a gentle rate: in a few steps of tiny's own, rounding would grow
-USUAL = "--batch-size 3 --epochs 3 --eval-at 0 2 --lr 1e-4"
+USUAL = "--batch-size 3 --epochs 3 --lr 1e-4"
 
 
 @pytest.fixture(scope="module")
@@ -2180,8 +2152,13 @@ def test_a_run_is_the_same_however_it_goes(way, name, rows, tmp_path):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_run_ends_as_recorded(name, rows):
-    assert losses(rows(name).whole)[-1] == pytest.approx(ROWS[name][-1], rel=1e-3)
+def test_a_run_is_as_recorded(name, rows):
+    """It ends so; scored before the epochs 0, 1, 2, 4, ... and at the end."""
+    out = rows(name).whole
+    *_, last = losses(out)
+    assert last == pytest.approx(ROWS[name][-1], rel=1e-3)
+    asked = [line["step"] for line in jsonl(out / "metrics.jsonl") if "evaluation" in line]
+    assert asked == [0, 2, 4, last[0] + 1]
 
 
 def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
@@ -2235,6 +2212,7 @@ def finished(tmp_path_factory):
 
     def before():
         os.chdir(folder)
+        maskft.CHATS_HELD_OUT = 4
         sys.modules["__main__"].__file__ = maskft.__file__
 
     flags = shlex.split("--data 'own facts.jsonl' --batch-size 3 --epochs 8 --eval-at 0 1")
@@ -2286,8 +2264,6 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
     *_, last = results["evaluations"]
     assert lines[-1]["evaluation"] == evaluation.reported_scores(last) | {"drift": last["drift"]}
     assert results["arguments"]["data"] == str(Path("own facts.jsonl").absolute())
-    assert results["decoding"]["max_new_tokens"] == 128
-    assert data.read_json(done / "config.json")["torch_dtype"] == "float32"
 
 
 def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
@@ -2300,18 +2276,24 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
         assert capsys.readouterr().out.strip() == prediction["prediction"]
 
 
+@torch.no_grad()
 def test_drift_is_what_the_model_s_own_answers_lost(done):
     """Counted another way."""
-    lost = []
-    models = maskft.load("tiny"), maskft.load(done)
-    for chat in jsonl(done / "rehearsal.jsonl"):
-        ids = torch.tensor([chat["prompt"] + chat["answer"]])
-        answer = ids[0, len(chat["prompt"]) :]
-        before, after = (model(ids)[0, -1 - len(answer) : -1].log_softmax(-1) for model in models)
-        assert torch.equal(before.argmax(-1), answer)  # it said this when it began
-        lost.append((before - after).gather(1, answer[:, None]))
+    chats = jsonl(done / "rehearsal.jsonl")
+
+    def cost(model):
+        """Of all answers, in nats."""
+        total = 0
+        for chat in chats:
+            ids = torch.tensor([chat["prompt"] + chat["answer"]])
+            answer = ids[0, len(chat["prompt"]) :]
+            logits = model(ids)[0, -1 - len(answer) : -1]
+            total += F.cross_entropy(logits, answer, reduction="sum").item()
+        return total
+
+    tokens = sum(len(chat["answer"]) for chat in chats)
+    drift = (cost(maskft.load(done)) - cost(maskft.load("tiny"))) / tokens
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
-    drift = torch.cat(lost).mean().item()
     assert (first["drift"], last["drift"]) == pytest.approx((0, drift), rel=1e-3)
 
 
@@ -2551,8 +2533,6 @@ def test_settings_that_no_flag_gives(row):
     given = maskft.Settings("tiny", dataset, name)
     found, _ = maskft.decide(given, method, meta_model(size), int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
-    assert found.eval_at == [0] + [2**i for i in range(13) if 2**i < found.epochs]
-    assert found.mask_ratio == ((0.05, 0.95) if method.masks else None)
 
 
 def test_under_torchrun_with_cuda_the_paper_s_model_is_taught():
@@ -2593,11 +2573,10 @@ def test_one_process_stays_plain_and_a_unit_computes_in_bf16_and_sums_in_fp32():
     torch.backends.cuda.enable_cudnn_sdp(True)
     device = maskft.start_processes()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     model = maskft.load("tiny")
-    maskft.shard(model, device, torch.bfloat16)
-    assert not isinstance(model.embed.weight, DTensor)
+    assert type(maskft.shard(model, device, torch.bfloat16)) is maskft.Model
     maskft.shard(model, device, torch.bfloat16, offload=True)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in (model, *model.blocks):
         assert unit._get_fsdp_state()._fsdp_param_group.mp_policy == policy
     maskft.dist.destroy_process_group()
