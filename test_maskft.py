@@ -30,6 +30,7 @@ from argparse import Namespace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -2589,17 +2590,18 @@ def short_hash(content):
     return sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize(
-    "name, paraphrases, expected",  # recorded once
-    [
-        ("bio:20", ("none", "same", "permute"), "02e51bc161d94308"),
-        ("nd-made:5", ("none", "same"), "31c322b39ae6620f"),
-        ("math-made:20", ("none",), "5b773ce1733898e6"),
-        ("world:60", ("none",), "864667420bfbbc34"),
-    ],
-)
+GENERATED = """
+    bio:20       | none same permute | 02e51bc161d94308
+    nd-made:5    | none same         | 31c322b39ae6620f
+    math-made:20 | none              | 5b773ce1733898e6
+    world:60     | none              | 864667420bfbbc34
+"""
+
+
+@pytest.mark.parametrize("name, paraphrases, expected", cells(GENERATED))
 def test_generated_sets_are_the_same_everywhere(name, paraphrases, expected):
-    sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases]
+    """As recorded once."""
+    sets = [data.load(name, paraphrase, seed=3) for paraphrase in paraphrases.split()]
     assert short_hash([(dataset.documents, dataset.questions) for dataset in sets]) == expected
     another_seed = data.load(name, seed=4)
     assert (sets[0].documents == another_seed.documents) == (name == "world:60")
@@ -2612,7 +2614,6 @@ def test_a_biography_tells_what_is_asked_and_a_question_has_one_answer():
         text = documents[number // 9]["text"]
         told = question["answer"].split(" ", 1)[-1]  # without its preposition
         assert told in text
-        assert text.startswith(question["answer"]) == (question["direction"] == "backward")
 
 
 def test_nobody_of_pre_training_is_taught_later():
@@ -2637,22 +2638,19 @@ def test_practice_is_what_made_the_built_in_models(method, expected, tokenizer):
         for n, person in enumerate(data.load("world:60").documents)
     ]
     assert short_hash([dataclasses.astuple(example) for example in examples]) == expected
-    rates = [method.schedule(1e-3, step, 100) for step in range(100)]
-    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (98 - n) / 98 for n in range(98))])
+    rates = [method.schedule(1e-3, step, 100) for step in (0, 1, 2, 51, 99)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 / 2, 1e-3 / 98])
 
 
 def test_a_new_model_is_random_and_can_be_trained(tmp_path):
-    new = tmp_path / "new"
-    pretrain.write_new_model(new)
-    stds = {name: p.std().item() for name, p in maskft.load(new).named_parameters() if p.dim() > 1}
-    for name, std in stds.items():
-        smaller = 8**0.5 if name.endswith(("o.weight", "down.weight")) else 1
-        assert std == pytest.approx(0.5 / 128**0.5 / smaller, rel=0.03), name
-    flags = "--method ar --data world:8 --epochs 2 --eval-at 2"
-    run = tmp_path / "run"
-    forked(pretrain, *shlex.split(flags), "--model", new, "--out", run)
-    first, *_ = (run / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(first)["loss"] == pytest.approx(np.log(1994), rel=0.2)
+    new, run = tmp_path / "new", tmp_path / "run"
+    forked(pretrain, "--new", new)
+    model = maskft.load(new)
+    stds = [model.blocks[1].get_parameter(name).std().item() for name in ("q.weight", "o.weight")]
+    assert stds == pytest.approx([0.5 / 128**0.5, 0.5 / 1024**0.5], rel=0.03)
+    flags = "--method ar --data world:8 --epochs 1 --eval-at 1"
+    forked(pretrain, *flags.split(), "--model", new, "--out", run)
+    assert jsonl(run / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(1994), rel=0.2)
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -2683,49 +2681,34 @@ def test_a_plan_is_what_the_allocator_gives_out(gpus, rows):
     assert planned["peak"] == pytest.approx(measured, rel=0.02)
 
 
-def test_planned_norms_keep_their_input_and_a_number_a_row():
-    """As CUDA's fused kernel does."""
-    norm = maskft.RMSNorm(16)
-    x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
-    kept = []
-    with plan.fused_norms(), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
-        norm(x)
-    assert [tensor.nbytes for tensor in kept] == [2 * 3 * 5 * 16, 4 * 16, 4 * 3 * 5]
-
-
 def test_a_plan_follows_from_the_sizes():
-    """FLOPs and traffic by the GPUs and the micro-batches."""
+    """Memory of a norm as CUDA's fused kernel takes it, FLOPs and traffic by the GPUs."""
+    kept = []
+    x = torch.randn(3, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+    with plan.fused_norms(), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
+        maskft.RMSNorm(16)(x)
+    assert [tensor.nbytes for tensor in kept] == [2 * 3 * 5 * 16, 4 * 16, 4 * 3 * 5]
     config = maskft.read_config(HERE / "tiny")
     one, two = (plan.plan(config, gpus, 16, 1024, max_len=128) for gpus in (1, 2))
-    blocks = sum(parameter.numel() for parameter in maskft.Model(config).blocks.parameters())
+    blocks = maskft.parameter_count(maskft.Model(config).blocks)
     rest = 1994 * 128 + 128
     assert one["flops"] == pytest.approx(2 * two["flops"])
     # weights in bf16, those of the blocks twice, and gradients in fp32; half of all is at hand
     assert (one["traffic"], two["traffic"]) == (0, (8 * blocks + 6 * rest) / 2)
-    each, together = (plan.plan(config, 1, 5, tokens, 300)["flops"] for tokens in (1, 1500))
-    assert each == pytest.approx(together, rel=0.01)
     row = plan.row({"peak": 2**31, "flops": 9e14, "traffic": 33e10}, 4)
     assert row == ["4", "2.0", "900.0", "330.0", "2 to 3"]
 
 
 def test_a_program_of_bench_prints_its_table(tmp_path, monkeypatch, capsys):
-    compared = bench.table({"a": {"seconds": 4.0}, "b": {"seconds": 2.0}})
-    assert re.search(r"^b +\| 2 \(0\.50 x\)", compared, re.M)
     out = tmp_path / "report.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "loop", "tiny", "bio:2", "--out", str(out)])
-    real, said = bench.command_seconds, iter([3.0, 8.0])  # of 2 steps, of 12
-
-    def command_seconds(*words):
-        real(*words)
-        return next(said)
-
+    monkeypatch.setattr(sys, "argv", ["bench.py", "loop", "--out", str(out)])
+    command_seconds = Mock(side_effect=[3.0, 8.0])  # of 2 steps, of 12
     monkeypatch.setattr(bench, "command_seconds", command_seconds)
     bench.main()
-    assert "tiny, bio:2, masked" in capsys.readouterr().out
-    (figures,) = data.read_json(out)["figures"].values()
-    assert figures["CPU seconds"] == 0.5 and figures["seconds passed"] > 0
-    with pytest.raises(UserError):
-        real("no/such.py")
+    assert re.search(r"^toy, bio, masked +\| 0.5$", capsys.readouterr().out, re.M)
+    assert data.read_json(out)["figures"] == {"toy, bio, masked": {"seconds": 0.5}}
+    script, *flags = map(str, command_seconds.call_args.args)
+    assert parsers()[script].parse_args(flags).epochs == 12
 
 
 def test_bench_compares_with_transformers(monkeypatch, capsys):
@@ -2742,29 +2725,22 @@ def test_bench_compares_with_transformers(monkeypatch, capsys):
 def test_kept_asks_before_and_after_and_between(tmp_path, monkeypatch):
     """Of other weights something is lost, halfway to them less."""
     asked = [{"question": "Ada works in which city?", "answer": "in"}, {"question": "Who?"}]
-    asked += [{"question": "Who works?", "answer": "Ada"}, {"question": "Who?!", "answer": "Bo"}]
+    asked += [{"question": "Who works?", "answer": "Ada"}]
     monkeypatch.setattr(kept, "ORDINARY", write(tmp_path / "ordinary.jsonl", *asked))
-    other = maskft.load("tiny")
+    run = tmp_path / "run"
     torch.manual_seed(0)
+    other = maskft.load("tiny")
     other.embed.weight.data += 0.3 * torch.randn(other.embed.weight.shape)
-    run = tmp_path / "other"
-    saved = tmp_path / "saved"
-    for path in (run, saved):
-        path.mkdir()
-        maskft.save(other, path)
-    taught = {"data": "bio:1", "paraphrase": "none", "seed": 0}
-    data.write_json(run / "results.json", {"arguments": taught})
-    given = Namespace(base="tiny", runs=[run], share=[1.0, 0.5], facts=True, save=saved)
-    before, after, half = kept.measure(given)
-    assert (
-        before["questions"] == pytest.approx(1 / 3) and before["nll"] < half["nll"] < after["nll"]
-    )
+    fill(run / "results.json", '{"arguments": {"data": "bio:1", "paraphrase": "none", "seed": 0}}')
+    maskft.save(other, run)
+    given = Namespace(base="tiny", runs=[run], share=[1.0, 0.5, 0.0], facts=True)
+    before, after, half, back = kept.measure(given)
+    assert before["questions"] == 1 / 2
+    assert before["nll"] == back["nll"] < half["nll"] < after["nll"]
     assert half["facts"].keys() == {"forward", "backward"}
-    weights = [maskft.load(model).embed.weight for model in ("tiny", saved, run)]
-    torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2)
     with pytest.raises(UserError, match="diffusion model"):
         kept.load_causal("tiny-llada", "cpu")
-    maskft.save(maskft.load(bench.write_toy(tmp_path / "toy")), run)
+    maskft.save(random_model(), run)
     with pytest.raises(UserError, match="did not begin"):
         kept.measure(given)
 
@@ -2794,14 +2770,9 @@ def commands():
 
 def parsers():
     """{script: the parser of its flags}."""
-    found = {}
-    for script, module in (("maskft.py", maskft), ("llada.py", llada)):
-        found[script] = maskft.arguments("", module.METHODS)
-    found["tiny/pretrain.py"] = maskft.arguments("", pretrain.METHODS)
-    found["tiny/pretrain.py"].add_argument("--new")
-    for module in (evaluation, bench, plan, kept):
-        script = str(Path(module.__file__).relative_to(HERE))
-        found[script] = module.arguments()
+    found = {f"{m.__name__}.py": maskft.arguments("", m.METHODS) for m in (maskft, llada)}
+    for module in (evaluation, bench, plan, kept, pretrain):
+        found[str(Path(module.__file__).relative_to(HERE))] = module.arguments()
     return found
 
 

@@ -4,13 +4,10 @@
     python results/bench.py loop DIR nd sft   # a step of a real model on real documents
     python results/bench.py training DIR      # a masked step beside transformers
     python results/bench.py answers DIR       # greedy answers beside transformers
-    python results/bench.py start DIR         # --help, a model, its tokenizer
-    python results/bench.py demo              # the quick start
 
 Seconds are those that processors computed, in one thread, so that other work on the machine counts
-little; on a GPU those that passed. What is compared takes turns, each twice, and the faster time
-counts. To compare two versions of the code, run both on the same machine, one behind the other.
-All but `training` use a GPU where there is one.
+little. What is compared takes turns, each twice, and the faster time counts. To compare two
+versions of the code, run both on the same machine, one behind the other.
 """
 
 import argparse
@@ -22,7 +19,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -42,15 +39,10 @@ HERE = Path(__file__).parents[1]
 
 
 def seconds(work):
-    """Seconds that this process computed; on a GPU those that passed until it was done."""
-    clock = time.process_time
-    if torch.cuda.is_available():
-        clock = time.perf_counter
-    began = clock()
+    """Seconds that this process computed."""
+    began = time.process_time()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - began
+    return time.process_time() - began
 
 
 def in_turns(programs):
@@ -123,14 +115,9 @@ def loop(model=None, name="bio", method="masked"):
         flags += ["--method", method, "--batch-size", 10]
         taken = []
         for epochs in (2, 12):
-            out = scratch / f"{epochs}"
-            often = ["--epochs", epochs, "--eval-at", epochs, "--out", out]
+            often = ["--epochs", epochs, "--eval-at", epochs, "--out", scratch / f"{epochs}"]
             taken.append(command_seconds("maskft.py", *flags, *often))
-        logged = (out / "metrics.jsonl").read_text().splitlines()
-    ends = [line["seconds"] for line in map(json.loads, logged) if "loss" in line]
-    passed = min(end - before for before, end in pairwise(ends))
-    figures = {"CPU seconds": (taken[1] - taken[0]) / 10, "seconds passed": passed}
-    return {f"{model or 'toy'}, {name}, {method}": figures}
+    return {f"{model or 'toy'}, {name}, {method}": {"seconds": (taken[1] - taken[0]) / 10}}
 
 
 def write_toy(path):
@@ -284,17 +271,16 @@ def answers(model, longest=128):
     from transformers import AutoModelForCausalLM
 
     directory = maskft.find_model(model)
-    device = maskft.start_processes()
     tokenizer = data.load_tokenizer(directory)
-    ours = maskft.load(directory, device)
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
+    ours = maskft.load(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompts = uneven_prompts(tokenizer)
     said = {}
 
     def ask_theirs():
-        batches = [prompts[n : n + AT_A_TIME] for n in range(0, len(prompts), AT_A_TIME)]
         said["transformers"] = []
-        for batch in batches:
+        for n in range(0, len(prompts), AT_A_TIME):
+            batch = prompts[n : n + AT_A_TIME]
             said["transformers"] += their_batch(theirs, tokenizer, batch, longest)
 
     def ask_ours():
@@ -303,9 +289,7 @@ def answers(model, longest=128):
     taken = in_turns({"transformers": ask_theirs, "maskft": ask_ours})
     same = sum(one == other for one, other in zip(*said.values(), strict=True))
     print(f"{len(prompts)} answers, {same} identical")
-    return {
-        name: {"seconds": each, "answers/s": len(prompts) / each} for name, each in taken.items()
-    }
+    return {name: {"seconds": each} for name, each in taken.items()}
 
 
 def uneven_prompts(tokenizer):
@@ -324,8 +308,8 @@ def their_batch(model, tokenizer, prompts, longest):
     ids = data.pad(reverse, tokenizer.pad_id).flip(1)
     real = data.pad([[1] * len(prompt) for prompt in prompts], 0).flip(1)
     whole = model.generate(
-        ids.to(model.device),
-        attention_mask=real.to(model.device),
+        ids,
+        attention_mask=real,
         max_new_tokens=longest,
         do_sample=False,
         eos_token_id=list(tokenizer.stop_ids),
@@ -335,48 +319,27 @@ def their_batch(model, tokenizer, prompts, longest):
     return [maskft.until_stop(row, tokenizer.stop_ids) for row in new]
 
 
-# ---------------------------------------------------------------------------------- whole commands
-
-
-def start(model):
-    """CPU seconds until there is help, a model, a tokenizer, with all imports."""
-    directory = maskft.find_model(model)
-    commands = {
-        "--help": ["maskft.py", "--help"],
-        "model": ["-c", f"import maskft; maskft.load({str(directory)!r})"],
-        "tokenizer": ["-c", f"import data; data.load_tokenizer({str(directory)!r})"],
-    }
-    return {name: {"CPU seconds": command_seconds(*words)} for name, words in commands.items()}
-
-
-def demo():
-    """CPU seconds of the quick start."""
-    with tempfile.TemporaryDirectory() as scratch:
-        taken = command_seconds("maskft.py", "--out", Path(scratch) / "demo")
-    return {"demo": {"CPU seconds": taken}}
-
-
 # --------------------------------------------------------------------------------------------- main
 
-PROGRAMS = {measure.__name__: measure for measure in (loop, training, answers, start, demo)}
+PROGRAMS = {measure.__name__: measure for measure in (loop, training, answers)}
 
 
 def table(figures):
-    """A line each, every figure with its ratio to that of the first line."""
+    """A line each."""
     first, *_ = figures.values()
     lines = [["", *first]]
     for name, row in figures.items():
-        cells = [f"{value:.3g} ({value / first[key]:.2f} x)" for key, value in row.items()]
-        lines.append([name, *cells])
+        lines.append([name, *(f"{value:.3g}" for value in row.values())])
     return evaluation.markdown(lines)
 
 
 def arguments():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("given", nargs="*", help="a model; of loop data and method, too")
-    parser.add_argument("--out", metavar="FILE", help="report.json to write")
+    parser.add_argument("--out", help="report.json to write")
     return parser
 
 
@@ -386,9 +349,9 @@ def main():
     figures = PROGRAMS[args.program](*args.given)
     print(table(figures))
     if args.out:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        environment = maskft.environment(torch.device("cpu"))
         report = {"measured": [args.program, *args.given], "figures": figures}
-        data.write_json(args.out, report | {"environment": maskft.environment(device)})
+        data.write_json(args.out, report | {"environment": environment})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ in ordinary.jsonl: 100 questions that everybody can answer, of which SmolLM2-135
 right, and 50 requests without an answer. To these the first model answers, and of every model it is
 measured how likely it finds those answers; all in float32. --share moves the weights of the runs
 back to a share of the way that training took them: what was taught mostly stays, and what that
-spoiled comes back (WiSE-FT, arXiv 2109.01903). --facts asks what they were taught, too. The share
-that pleases is kept by
-
-    python results/kept.py BASE out/nd-masked-1 --share 0.6 --save out/nd-kept
+spoiled comes back (WiSE-FT, arXiv 2109.01903). --facts asks what they were taught, too.
 """
 
 import argparse
@@ -58,8 +55,9 @@ def go_back(model, base, share):
 
 def facts_of(run):
     """The questions that a run was trained for."""
-    with data.reading(run / "results.json"):
-        given = data.read_json(run / "results.json")["arguments"]
+    path = run / "results.json"
+    with data.reading(path):
+        given = data.read_json(path)["arguments"]
         return data.load(given["data"], given["paraphrase"], given["seed"]).questions
 
 
@@ -91,36 +89,31 @@ def measure(args, device="cpu"):
 
     maskft.print0("model, share of the way, ordinary questions, NLL, facts:")
     lines = [figures(old, args.base, 0.0, [])]
-    for run in map(Path, args.runs):
+    for run in args.runs:
         facts = facts_of(run) if args.facts else []
         for share in args.share:
             model = load_causal(run, device)
             with data.reading(run, "did not begin with the first model"):
                 go_back(model, old, share)
             lines.append(figures(model, run, share, facts))
-    if args.save:
-        maskft.save(model, args.save)
-        data.copy_tokenizer(tokenizer, base, Path(args.save))
     return lines
 
 
 def arguments():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("base", help="the model as it was: directory, built-in name or hub id")
-    add("runs", nargs="+", help="directories of runs that began with it")
+    add("runs", type=Path, nargs="+", help="directories of runs that began with it")
     add("--share", type=float, nargs="+", default=[1.0], help="of the way (default: 1)")
     add("--facts", action="store_true", help="ask what the runs were taught, too")
-    add("--save", metavar="DIR", help="keep the model that is measured last")
-    add("--out", metavar="FILE", help="report.json to write")
+    add("--out", help="report.json to write")
     return parser
 
 
 def main():
     args = arguments().parse_args()
-    if args.save:
-        Path(args.save).mkdir(parents=True)  # a new one, or nothing is measured
     device = maskft.start_processes()
     lines = measure(args, device)
     if args.out:

@@ -33,7 +33,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as evaluation
 import maskft
-from data import UserError
 from results.bench import flop_counter
 
 GIB = 2**30
@@ -207,14 +206,13 @@ def read_shape(name):
     """The Config of a built-in shape or a model directory."""
     if name in SHAPES:
         return maskft.parse_config(SHAPES[name])
-    if "/" in name and not Path(name).is_dir():
-        raise UserError(f"{name} is no directory, and not one of {', '.join(SHAPES)}")
     return maskft.read_config(maskft.find_model(name))
 
 
 def arguments():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("model", help=f"directory, or one of {', '.join(SHAPES)}")
     above_0 = maskft.above(0)

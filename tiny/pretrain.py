@@ -146,10 +146,14 @@ METHODS = {
 }
 
 
-def main():
+def arguments():
     parser = maskft.arguments(__doc__, METHODS)
     parser.add_argument("--new", metavar="DIR", help="write a new model there, and train nothing")
-    args = maskft.parse_flags(parser)
+    return parser
+
+
+def main():
+    args = maskft.parse_flags(arguments())
     if args.new:
         write_new_model(args.new)
     else:
