@@ -294,10 +294,11 @@ class Config:
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
     path = Path(directory) / "config.json"
-    if (path.parent / "adapter_config.json").exists():
-        raise UserError(f"{directory}: an adapter: merge it into its base model, and give that")
-    if (path.parent / "metrics.jsonl").exists() and not path.exists():
-        raise UserError(f"{directory}: a run that is not finished: --resume it")
+    if not path.exists():
+        raise UserError(
+            f"{directory} has no config.json. Is it a run that is not finished? Then --resume it. "
+            "Or an adapter? Then merge it into its base model"
+        )
     with data.reading(path):
         raw = data.read_json(path)
         config = parse_config(raw | code_elsewhere(raw, path.parent))
@@ -755,19 +756,15 @@ def find_model(name):
         if path.is_dir():
             return path
         if path.is_file():
-            raise UserError(
-                f"--model {name} is a file: give the directory that has its config.json"
-            )
-    if str(name).startswith((".", "/", "~")):
-        raise UserError(f"--model {name}: no such directory")
+            raise UserError(f"--model {name} is a file: give the directory with its config.json")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
     except (OSError, ValueError) as error:  # of the hub's all are one or the other
-        why = str(error).partition("\n")[0]
         raise UserError(
-            f"--model {name} is no directory, and cannot be downloaded ({why:.200}). Of a gated or "
-            f"private one: `hf auth login`. Where there is no network: `hf download {name} "
-            "--local-dir DIR` elsewhere, then --model DIR; or --model tiny, which is built in"
+            f"--model {name} is no directory, and cannot be downloaded "
+            f"({str(error).splitlines()[0]}). Of a gated or private one: `hf auth login`. Where "
+            f"there is no network: `hf download {name} --local-dir DIR` elsewhere, then --model "
+            "DIR; or --model tiny, which is built in"
         ) from None
 
 
@@ -778,24 +775,13 @@ def find_tensors(directory):
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
-    if not single.exists() and not index.exists():
-        raise UserError(
-            f"{directory}: neither {single.name} nor {index.name} (pickled weights are never "
-            f"read). Is the download complete? `hf download` goes on with it"
-        )
-    if single.exists():
-        with data.reading(single), safetensors.safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    with data.reading(index):
-        weight_map = data.read_json(index)["weight_map"]
-        return {name: directory / Path(file).name for name, file in weight_map.items()}
-
-
-def read_rows(path, name, start=0, stop=None):
-    """Rows of a tensor. The file is opened anew each time: what was read stays mapped until it is
-    closed."""
-    with data.reading(path), safetensors.safe_open(path, "pt") as file:
-        return file.get_slice(name)[start:stop]
+    if index.exists() and not single.exists():
+        with data.reading(index):
+            weight_map = data.read_json(index)["weight_map"]
+            return {name: directory / Path(file).name for name, file in weight_map.items()}
+    missing = "no weights: `hf download` completes a download, pickled weights are never read"
+    with data.reading(single, missing), safetensors.safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
 
 
 def with_own_head(config, directory):
@@ -808,10 +794,12 @@ def with_own_head(config, directory):
     head, embedding = (f"{names[part]}.weight" for part in ("head", "embed"))
     if not config.tied or head not in files:
         return config
-    first, second = (read_rows(files[name], name).float() for name in (head, embedding))
-    if torch.equal(first, second):
+    with data.reading(files[head]):
+        rows = [
+            safetensors.safe_open(files[name], "pt").get_tensor(name) for name in (head, embedding)
+        ]
+    if torch.equal(*rows):
         return config
-    print0(f"{directory}: has a {head} of its own: not tied, whatever config.json says")
     untied = {"tie_word_embeddings": False, "weight_tying": False}
     return dataclasses.replace(config, tied=False, raw=config.raw | untied)
 
@@ -833,8 +821,8 @@ UNREAD = ("lm_head.weight", "transformer.ff_out.weight", "rotary_emb.inv_freq")
 def load_weights(model, directory, device):
     """Make room for a model built on `meta` and fill every parameter by name.
 
-    Each rank reads only the rows it holds. UserError names a tensor that is missing, extra or of
-    another shape, before there is any room.
+    Each rank reads only the rows it holds. UserError names a tensor that is missing, too many, of
+    another shape, quantized, or no numbers.
     """
     files = find_tensors(directory)
     family = data.read_json(directory / "config.json")["model_type"]
@@ -845,25 +833,30 @@ def load_weights(model, directory, device):
             f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
             "such): are they of one model, not quantized, and complete?"
         )
-    for path in set(files.values()):
-        with data.reading(path), safetensors.safe_open(path, "pt") as file:
-            for theirs in [name for name in names if files[name] == path]:
-                view = file.get_slice(theirs)
-                shape = view.get_shape()
-                if shape != list(model.get_parameter(names[theirs]).shape):
-                    raise UserError(f"{theirs} has shape {shape}, unlike config.json")
-                if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise UserError(f"{theirs} is quantized, to {view.get_dtype()}")
     model.to_empty(device=device)
     for theirs, ours in names.items():
-        local, start = local_rows(model.get_parameter(ours))
-        if local.shape[0]:
-            local.copy_(read_rows(files[theirs], theirs, start, start + local.shape[0]))
-        if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
-            raise UserError(
-                f"{files[theirs]}: {theirs} holds NaN, infinite or absurdly large numbers (as "
-                f"{local.dtype}): download it again, or use another checkpoint"
-            )
+        with data.reading(files[theirs]):
+            read_tensor(files[theirs], theirs, model.get_parameter(ours))
+
+
+def read_tensor(path, name, parameter):
+    """Fill what this rank holds of a parameter.
+
+    The file is opened for each tensor anew: what was read stays mapped until it is closed.
+    """
+    local, start = local_rows(parameter)
+    with safetensors.safe_open(path, "pt") as file:
+        rows = file.get_slice(name)
+        if rows.get_shape() != list(parameter.shape):
+            raise UserError(f"{name} has shape {rows.get_shape()}, unlike config.json")
+        if rows.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{name} is quantized, to {rows.get_dtype()}")
+        local.copy_(rows[start : start + local.shape[0]])
+    if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
+        raise UserError(
+            f"{name} holds NaN, infinite or absurdly large numbers (as {local.dtype}): download "
+            "it again, or use another checkpoint"
+        )
 
 
 def local_rows(parameter):
@@ -892,7 +885,7 @@ def save(model, path):
     path = Path(path)
     raw = model.config.raw
     said = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said, torch.float32)
+    dtype = getattr(torch, said, torch.float32)  # "auto" is none
     tensors = {}
     for ours, theirs in checkpoint_names(model, raw["model_type"]).items():
         tensor = whole(model.get_parameter(ours).detach())
@@ -1254,11 +1247,9 @@ def save_checkpoint(run, step):
     """Write out/.../ckpt/step-N, which has its name once it is whole; keep the last two."""
     import torch.distributed.checkpoint as dcp
 
-    folder = run.out / "ckpt"
-    part = folder / f"part-{step}"
+    part = run.out / "ckpt" / "part"
     if rank() == 0:
-        for cut_short in folder.glob("part-*"):
-            shutil.rmtree(cut_short)
+        shutil.rmtree(part, ignore_errors=True)  # cut short before
         part.mkdir(parents=True)
     dist.barrier()
     try:
@@ -1269,7 +1260,7 @@ def save_checkpoint(run, step):
         raise
     dist.barrier()
     if rank() == 0:
-        part.replace(folder / f"step-{step}")
+        part.replace(part.with_name(f"step-{step}"))
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -1285,8 +1276,7 @@ def load_checkpoint(run):
         return 0
     newest = saved[-1]
     state = state_of(run)
-    advice = f"is damaged. Delete {shlex.quote(str(newest))} to go on from before it"
-    with data.reading(newest, advice), dcp_errors():
+    with data.reading(newest, "damaged: delete it to go on from before it"), dcp_errors():
         # in place; unpickles .metadata: only runs of your own
         dcp.load(state, checkpoint_id=newest)
     set_state_dict(
@@ -1359,10 +1349,10 @@ def claim(run, out, locks):
     """The directory of a run, locked until `locks` end, and the run's results so far.
 
     out      its path; None = the next free out/DATA-METHOD-N
-    results  {} of a new run. A directory with a run of the same settings is gone on with, so the
-             same command, given again by a person or a scheduler, goes on
+    results  A directory with a run of the same settings and data is gone on with, so the same
+             command, given again by a person or a scheduler, goes on
     """
-    out = out or free_directory(run)
+    out = Path(out) if out else free_directory(run)
     out.mkdir(parents=True, exist_ok=True)
     locks.enter_context(locked(out))
     results = results_of(run, out)
@@ -1371,7 +1361,7 @@ def claim(run, out, locks):
             f"{out} is in use, and not by a run with these settings and --data as it is now: bring "
             "back what was changed, or give another --out"
         )
-    return out, results
+    return out, results or run.results
 
 
 def free_directory(run):
@@ -1391,18 +1381,9 @@ def free_directory(run):
 
 def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
-    results = data.read_object(out / "results.json")
-    same = [results.get(name) == value for name, value in identity(run).items()]
-    return results if all(same) else {}
-
-
-def identity(run):
-    """What results.json says of a run's settings and data."""
-    arguments = json.loads(json.dumps(dataclasses.asdict(run.settings)))
-    return {
-        "arguments": arguments,
-        "dataset": data.digest(run.dataset.documents + run.dataset.questions),
-    }
+    found = data.read_object(out / "results.json")
+    same = [found.get(name) == run.results[name] for name in ("arguments", "dataset")]
+    return found if all(same) else {}
 
 
 def is_finished(out):
@@ -1464,6 +1445,12 @@ def above(low, kind=int):
     return read
 
 
+def located(name):
+    """A model or data set by name as it is, by path with its absolute path, to resume anywhere."""
+    by_path = Path(name).exists() and name not in (*BUILT_IN, *SETS)
+    return str(Path(name).absolute()) if by_path else name
+
+
 @dataclass
 class Settings:
     """What makes a run what it is: its flags, kept in results.json, from where --resume has them.
@@ -1471,8 +1458,10 @@ class Settings:
     None where no flag was given, until `decide`.
     """
 
-    model: str = flag("directory or hub id (default: built-in; under torchrun with CUDA 8B)")
-    data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)")
+    model: str = flag(
+        "directory or hub id (default: built-in; under torchrun with CUDA 8B)", type=located
+    )
+    data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)", type=located)
     method: str = flag(
         "one, or several to compare (default: the last; of tiny the last two)", nargs="+"
     )
@@ -1597,13 +1586,15 @@ def decide(given, method, model, documents):
         lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
     batch_size = given.batch_size or batch_size
     epochs = given.epochs or min(most_epochs, math.ceil(steps / math.ceil(documents / batch_size)))
-    doubling = [0, *(2**i for i in range(20) if 2**i < epochs)]
+    eval_at = given.eval_at or [0, *(2**i for i in range(20) if 2**i < epochs)]
+    if max(eval_at) > epochs:
+        raise UserError(f"--eval-at {max(eval_at)}: there are {epochs} epochs")
     decided = dataclasses.replace(
         given,
         batch_size=batch_size,
         lr=given.lr or lr,
         epochs=epochs,
-        eval_at=doubling if given.eval_at is None else given.eval_at,
+        eval_at=eval_at,
         mask_ratio=given.mask_ratio if method.masks else None,
     )
     return decided, f"defaults: {why}"
@@ -1852,25 +1843,21 @@ def evaluate_and_record(run, step, epoch):
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = round(time.monotonic() - run.clock, 3)
-    reported = evaluation.reported_scores(asked) | {"drift": drift}
-    log(run, {"step": step, "epoch": epoch, "evaluation": reported})
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
+    reported = evaluation.reported_scores(asked) | {"drift": drift}
     shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items())
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 
 def begin_log(run):
     """Start the clock of metrics.jsonl. A resumed run first drops from it what it will do again."""
-    run.clock = time.monotonic()
-    if rank():
-        return
     path = run.out / "metrics.jsonl"
     with data.reading(path, "damaged; move it away and --resume again, without its lines"):
         kept = [line for line in read_metrics(run.out) if line["step"] < run.start]
-        if kept:
-            run.clock -= kept[-1]["seconds"]
-    data.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        run.clock = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
+    if rank() == 0:
+        data.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def log(run, line):
@@ -2044,13 +2031,15 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
                 show_examples(run, args.show)
             return
         for run in runs:
-            out = out_of(args, run.settings.method, several=len(runs) > 1)
+            out = args.out or args.resume
+            if args.out and len(runs) > 1:
+                out = f"{args.out}-{run.settings.method}"
             run.out, run.results = on_rank_0(partial(claim, run, out, locks))
-        for number, run in enumerate(runs):
+        for run in runs:
             if on_rank_0(partial(is_finished, run.out)):
                 print0(f"{run.out}: finished before")
                 continue
-            with explained(run, later=runs[number + 1 :]):
+            with explained(run):
                 build(run)
                 train(run)
                 finish(run)
@@ -2063,34 +2052,12 @@ def wanted_settings(args, methods, models, device):
     """A Settings for each method to train: as the flags say, or those of the run to resume."""
     if args.resume:
         return [settings_of(Path(args.resume), methods)]
-    large = launched() and device.type == "cuda"
-    if args.model is None:
-        args.model = models[large]
-        why = "under torchrun with CUDA" if large else "built in, nothing to download"
-        print0(f"model {args.model} (the default: {why})")
+    args.model = args.model or models[launched() and device.type == "cuda"]
     demo = args.model in BUILT_IN
     args.data = args.data or ("bio:40" if demo else "bio")
     names = args.method or list(methods)[-2 if demo else -1 :]
     given = {setting.name: getattr(args, setting.name) for setting in dataclasses.fields(Settings)}
-    return [from_anywhere(Settings(**given | {"method": name})) for name in names]
-
-
-def from_anywhere(settings):
-    """The same settings with absolute paths for a model and data of the user's."""
-    absolute = {
-        name: str(Path(value).absolute())
-        for name, value in (("model", settings.model), ("data", settings.data))
-        if Path(value).exists() and value not in (*BUILT_IN, *SETS)
-    }
-    return dataclasses.replace(settings, **absolute)
-
-
-def out_of(args, method, several):
-    """Where --out or --resume says that the run of a method is; None: nothing says so."""
-    if args.out and several:
-        return Path(f"{args.out}-{method}")
-    named = args.out or args.resume
-    return Path(named) if named else None
+    return [Settings(**given | {"method": name}) for name in names]
 
 
 def prepare(given, method, device, stop):
@@ -2112,11 +2079,10 @@ def prepare(given, method, device, stop):
         print0(note)
     if not dataset.documents:
         raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
-    dtype, why = given_dtype(given.dtype, device) if given.dtype else native_dtype(device)
+    dtype, why = native_dtype(device, given.dtype)
     print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
-    config.raw = {name: value for name, value in config.raw.items() if name != "dtype"}
-    config.raw["torch_dtype"] = dtype
+    config.raw |= {"dtype": dtype, "torch_dtype": dtype}
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
@@ -2128,77 +2094,65 @@ def prepare(given, method, device, stop):
     fit_documents(run)
     check_questions(dataset.questions, tokenizer, config.context)
     run.settings, why = decide(given, method, model, len(dataset.documents))
-    print_plan(run, why)
+    run.results = {
+        "arguments": dataclasses.asdict(run.settings),
+        "dataset": data.digest(dataset.documents + dataset.questions),
+        "environment": environment(device),
+        "decoding": decoding(dataset.questions, config.causal),
+        "steps": run.steps,
+        "evaluations": [],
+    }
+    print0(
+        f"{given.method}: {len(dataset.documents)} documents, {len(dataset.questions)} questions, "
+        f"{run.steps} steps of {run.settings.batch_size} in {run.settings.epochs} epochs, "
+        f"lr {run.settings.lr:g} ({why})"
+    )
     return run
 
 
-def native_dtype(device):
-    """(bfloat16 where the GPU computes in it, else float32; the reason)."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bfloat16", "native here"
-    return "float32", "bfloat16 is not native here"
-
-
-def given_dtype(dtype, device):
-    """(dtype, the reason); a CPU may be slow in what is asked for."""
-    native = torch.cpu.get_capabilities()
-    if dtype == "bfloat16" and device.type == "cpu" and not native.get("avx512_bf16"):
-        return dtype, "as set; this CPU has none of it, float32 is several times faster"
-    return dtype, "as set"
-
-
-def print_plan(run, why):
-    """Say what will be trained, and refuse an --eval-at that never comes."""
-    settings = run.settings
-    if max(settings.eval_at) > settings.epochs:
-        raise UserError(f"--eval-at {max(settings.eval_at)}: there are {settings.epochs} epochs")
-    print0(
-        f"{settings.method}: {len(run.dataset.documents)} documents, "
-        f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
-        f"{settings.epochs} epochs, lr {settings.lr:g} ({why})"
-    )
+def native_dtype(device, wanted=None):
+    """(the dtype to compute in, the reason for it): as wanted, or bfloat16 on GPUs that have it."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu.get_capabilities().get("avx512_bf16")
+    if wanted == "bfloat16" and not native:
+        return wanted, "as set; not native here, float32 is several times faster"
+    if wanted:
+        return wanted, "as set"
+    return ("bfloat16", "native here") if on_gpu and native else ("float32", "the default here")
 
 
 def fit_documents(run):
-    """Cut documents that are too long into passages, leave out answers that are; say how many."""
+    """Cut texts that are too long into passages, leave out answers that are; say how many."""
     limit = min(run.settings.max_len, run.model.config.context)
     documents = run.dataset.documents
-    kept = []
-    too_long = 0
-    for document in documents:
-        parts = parts_of(run, document, len(kept), limit)
-        too_long += parts != [document]
-        kept += parts
-    if too_long:
+    parts = [parts_of(run, document, limit) for document in documents]
+    kept = [part for those in parts for part in those]
+    if kept != documents:
+        too_long = sum(len(those) != 1 for those in parts)
         print0(
-            f"{run.settings.method}: {too_long} of {len(documents)} documents are longer than "
-            f"{limit} tokens, now {len(kept)}: texts are cut into passages, answers left out"
+            f"{too_long} of {len(documents)} documents are longer than {limit} tokens (--max-len): "
+            f"texts are cut into passages, answers left out, which makes {len(kept)}"
         )
     if not kept:
         raise UserError(f"--data {run.settings.data}: no example is left; give a larger --max-len")
     run.dataset.documents = kept
 
 
-def parts_of(run, document, number, limit):
-    """The document itself, or passages of it that are short enough; of a long answer nothing."""
+def parts_of(run, document, limit):
+    """The document itself, or passages of it that make examples of at most `limit` tokens."""
 
-    def fits(text):
-        return example_length(run, document | {"text": text}, number) <= limit
+    def fits(**other):
+        return len(example_of(run, document | other, 0, epoch=0).ids) <= limit
 
-    if example_length(run, document, number) <= limit:
+    if fits():
         return [document]
     if "text" not in document:
         return []
-    passages = data.passages(document["text"], fits)
-    if not passages:
-        where = document.get("where", f"document {number + 1}")
-        raise UserError(f"{where}: no part of it makes an example of {limit} tokens (--max-len)")
+    passages = data.passages(document["text"], lambda text: fits(text=text))
     return [document | {"text": passage} for passage in passages]
-
-
-def example_length(run, document, number):
-    """In tokens, in the first epoch; of other epochs it differs by little, if at all."""
-    return len(example_of(run, document, number, epoch=0).ids)
 
 
 def show_examples(run, number):
@@ -2217,21 +2171,11 @@ def build(run):
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr)
-    if run.results:
-        run.start = load_checkpoint(run)
-        with data.reading(run.out / "results.json", "not the results of a run of this version"):
-            done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
-        run.results["evaluations"] = done
-        return
-    questions = run.dataset.questions
-    run.results = {
-        **identity(run),
-        "environment": environment(run.device),
-        "decoding": decoding(questions, run.model.config.causal),
-        "steps": run.steps,
-        "evaluations": [],
-    }
-    if rank() == 0:
+    run.start = load_checkpoint(run)
+    with data.reading(run.out / "results.json", "not the results of a run of this version"):
+        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
+    run.results["evaluations"] = done
+    if rank() == 0 and not run.start:
         data.copy_tokenizer(run.tokenizer, run.directory, run.out)
         evaluation.write_results(run.out, run.results, [])
 
@@ -2260,15 +2204,13 @@ def commit():
 
 
 @contextmanager
-def explained(run, later):
-    """What ends a run early, with what to do about it and the runs after it."""
+def explained(run):
+    """What ends a run early, with what to do about it."""
     advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
     except Stopped:
         print0(f"stopped; {advice}")
-        if later:
-            print0("not begun:", *(run.settings.method for run in later))
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -2301,8 +2243,7 @@ def draw(run):
     """curves.png: scores, drift and losses, where matplotlib is installed."""
     (row,) = evaluation.summarize([run.results])
     for line in read_metrics(run.out):
-        if "loss" in line:
-            row.curve.append({"step": line["step"], "loss": [line["loss"]]})
+        row.curve.append({"step": line["step"], "loss": [line["loss"]]})
     evaluation.draw_curves([row], run.out / "curves.png")
 
 
