@@ -300,9 +300,10 @@ METHODS = {
         answer=answer,
         draw=random_answer,
         chat=chat_example,
-        lr=1e-5,
-        tiny_lr=4e-4,
-        tiny_steps=350,
+        tiny=maskft.TINY(4e-4, steps=350),
+        small=maskft.SMALL(3e-4, epochs=80),
+        large=maskft.PAPER(1e-5),
+        llama_8b=maskft.PAPER(1e-5),
     )
 }
 

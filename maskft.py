@@ -200,6 +200,32 @@ def warm_up(lr, step, steps):
     return min(lr, lr * (step + 1) / max(1, round(0.02 * steps)))
 
 
+def fall(lr, step, steps):
+    """The same, but falling to zero over the last fifth, as 1 - sqrt (arXiv 2405.18392)."""
+    fallen = max(0, step - 0.8 * steps) / (0.2 * steps)
+    return warm_up(lr, step, steps) * (1 - math.sqrt(fallen))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How models of one size are taught by a method, as far as no flag says otherwise."""
+
+    why: str
+    batch_size: int
+    lr: float
+    steps: int | None = None  # None: those of the paper, by the data
+    epochs: float = math.inf  # at most
+    eps: float = 1e-8  # AdamW's
+    mlp_only: bool = False
+    schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
+
+
+# for models of less than 10 M parameters, of less than 1 B, and for all others
+TINY = partial(Recipe, "measured on the built-in models", 20, eps=1e-5)
+SMALL = partial(Recipe, "chosen on SmolLM2-135M", 10)
+PAPER = partial(Recipe, "the paper's, A.4", 64)
+
+
 @dataclass(frozen=True)
 class Method:
     """All that tells one way of teaching from another. What is not given suits a custom method."""
@@ -213,13 +239,10 @@ class Method:
     draw: Callable | None = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
-    schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
-    lr: float = 5e-6  # of models from 1 B parameters on [paper A.4]
-    lr_8b: float | None = None  # the same for Llamas of 8 B, where it differs
-    small_lr: float = 3e-4  # below 1 B parameters
-    small_epochs: int = 80  # and how often they see each document
-    tiny_lr: float = 6e-4  # of the built-in models
-    tiny_steps: int = 300  # their length of training
+    tiny: Recipe = TINY(6e-4, steps=300)
+    small: Recipe = SMALL(6e-4, epochs=80, eps=1e-5, mlp_only=True, schedule=fall)
+    large: Recipe = PAPER(5e-6)
+    llama_8b: Recipe = PAPER(5e-6)
 
     def __post_init__(self):
         if not self.causal and None in (self.answer, self.draw, self.chat):
@@ -228,14 +251,14 @@ class Method:
             )
 
 
-PLAIN = {"masks": False, "small_lr": 1e-4, "small_epochs": 40, "tiny_lr": 5e-4}
+PLAIN = {"masks": False, "small": SMALL(1e-4, epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
-    "raw": Method(raw_example, **PLAIN, tiny_steps=100),
-    "random": Method(random_example, masks=False, lr_8b=3e-6),
-    "reverse": Method(reverse_example, **PLAIN, tiny_steps=200),
-    "sft": Method(sft_example, **PLAIN, tiny_steps=100),
-    "masked": Method(masked_example, lr_8b=3e-6),
+    "raw": Method(raw_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
+    "random": Method(random_example, masks=False, llama_8b=PAPER(3e-6)),
+    "reverse": Method(reverse_example, **PLAIN, tiny=TINY(5e-4, steps=200)),
+    "sft": Method(sft_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
+    "masked": Method(masked_example, llama_8b=PAPER(3e-6)),
 }
 
 # how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
@@ -1473,7 +1496,10 @@ class Settings:
         nargs="+",
         metavar="R",
     )
-    mlp_only: bool = flag("train the MLPs alone, which forgets less", False, action="store_true")
+    mlp_only: bool = flag(
+        "train the MLPs alone, which forgets less (default: masked, below 1 B parameters)",
+        action=argparse.BooleanOptionalAction,
+    )
     rehearse: int = flag(
         "add N steps; half of their examples are chats that the model wrote (default: 0)",
         0,
@@ -1553,51 +1579,45 @@ STEPS = {
     "gsm8k": 810,
     "math-made": 810,
 }
-TINY = 10_000_000  # parameters; the built-in models have fewer
-SMALL = 1_000_000_000
 
 
 def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def decide(given, method, model, documents):
-    """The Settings with a value for all that no flag gave, and where those values come from.
+def recipe_of(method, model):
+    """The one for a model of this size."""
+    parameters = parameter_count(model)
+    if parameters < 10_000_000:
+        return method.tiny
+    if parameters < 1_000_000_000:
+        return method.small
+    llama_8b = model.config.raw["model_type"] == "llama" and model.config.width >= 4096
+    return method.llama_8b if llama_8b else method.large
 
+
+def decide(given, recipe, masks, documents):
+    """The Settings with a value for all that no flag gave.
+
+    masks      whether the method masks anything
     documents  how many there are to learn
     """
-    steps = STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
-    most_epochs = math.inf
-    parameters = parameter_count(model)
-    if parameters < TINY:
-        why = "measured on the built-in models"
-        batch_size = 20
-        lr = method.tiny_lr
-        steps = method.tiny_steps
-    elif parameters < SMALL:
-        why = "chosen for masked and sft on SmolLM2-135M"
-        batch_size = 10
-        lr = method.small_lr
-        most_epochs = method.small_epochs
-    else:
-        why = "the paper's, A.4"
-        batch_size = 64
-        llama_8b = model.config.raw.get("model_type") == "llama" and model.config.width >= 4096
-        lr = method.lr_8b if llama_8b and method.lr_8b else method.lr
-    batch_size = given.batch_size or batch_size
-    epochs = given.epochs or min(most_epochs, math.ceil(steps / math.ceil(documents / batch_size)))
+    steps = recipe.steps or STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
+    batch_size = given.batch_size or recipe.batch_size
+    most = math.ceil(steps / math.ceil(documents / batch_size))
+    epochs = given.epochs or min(recipe.epochs, most)
     eval_at = given.eval_at or [0, *(2**i for i in range(20) if 2**i < epochs)]
     if max(eval_at) > epochs:
         raise UserError(f"--eval-at {max(eval_at)}: there are {epochs} epochs")
-    decided = dataclasses.replace(
+    return dataclasses.replace(
         given,
         batch_size=batch_size,
-        lr=given.lr or lr,
+        lr=given.lr or recipe.lr,
         epochs=epochs,
         eval_at=eval_at,
-        mask_ratio=given.mask_ratio if method.masks else None,
+        mlp_only=recipe.mlp_only if given.mlp_only is None else given.mlp_only,
+        mask_ratio=given.mask_ratio if masks else None,
     )
-    return decided, f"defaults: {why}"
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1609,6 +1629,7 @@ class Run:
 
     settings: Settings
     method: Method
+    recipe: Recipe
     device: torch.device
     directory: Path  # of the model that it starts from
     tokenizer: data.Tokenizer
@@ -1692,10 +1713,10 @@ def freeze_all_but_mlps(model):
             linear.requires_grad_(True)
 
 
-def make_optimizer(model, lr):
+def make_optimizer(model, lr, eps):
     """AdamW as in paper A.4: decay on matrices only, none on norms and biases.
 
-    A tiny model gets a larger eps. Tokens that no document has (the "in" of an answer "in Oslo")
+    Small models get a larger eps. Tokens that no document has (the "in" of an answer "in Oslo")
     get a small, steady gradient towards never being said; Adam with eps 1e-8 turns any steady
     gradient into full steps, and the model forgets how to answer. Large models have far more tokens
     and steps, and keep the usual eps.
@@ -1706,7 +1727,6 @@ def make_optimizer(model, lr):
     groups = [{"params": matrices, "weight_decay": 0.1}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    eps = 1e-5 if parameter_count(model) < TINY else 1e-8
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
@@ -1759,9 +1779,9 @@ def train(run):
 
 
 def lr_of_step(run, step):
-    """As the method's schedule has it; a lower one in the steps that rehearse."""
+    """As the recipe's schedule has it; a lower one in the steps that rehearse."""
     if step < run.epoch_steps:
-        return run.method.schedule(run.settings.lr, step, run.epoch_steps)
+        return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
     return run.settings.lr * REHEARSE_LR
 
 
@@ -1970,20 +1990,13 @@ def chats_of(run, numbers, on_answer):
     users = draw(headers, CHAT_USER_TOKENS, generators, on_answer)
     prompts = [tokenizer.chat([{"role": "user", "content": user}]) for user in users]
     answers = answer(prompts, max_new_tokens=CHAT_ANSWER_TOKENS, on_answer=on_answer)
-    return [
-        {
-            "user": tokenizer.decode(user),
-            "assistant": tokenizer.decode(ids),
-            "prompt": prompt,
-            "answer": with_end_of_turn(ids, CHAT_ANSWER_TOKENS, tokenizer),
-        }
-        for user, prompt, ids in zip(users, prompts, answers, strict=True)
-    ]
-
-
-def with_end_of_turn(answer, most, tokenizer):
-    """An answer of at most `most` ids as it is learned: what ended by itself, ends its turn."""
-    return answer + [tokenizer.eot_id] if len(answer) < most else answer
+    chats = []
+    for user, prompt, ids in zip(users, prompts, answers, strict=True):
+        chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
+        if len(ids) < CHAT_ANSWER_TOKENS:
+            ids.append(tokenizer.eot_id)  # what ended by itself, ends its turn
+        chats.append(chat | {"prompt": prompt, "answer": ids})
+    return chats
 
 
 def build_chat(run, number):
@@ -2045,7 +2058,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
                 finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
-    print0(where_it_is(runs))
+    print_where(runs)
 
 
 def wanted_settings(args, methods, models, device):
@@ -2087,13 +2100,14 @@ def prepare(given, method, device, stop):
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
-    if given.mlp_only:
-        freeze_all_but_mlps(model)
     given = dataclasses.replace(given, dtype=dtype)
-    run = Run(given, method, device, directory, tokenizer, dataset, model, stop)
+    recipe = recipe_of(method, model)
+    run = Run(given, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     check_questions(dataset.questions, tokenizer, config.context)
-    run.settings, why = decide(given, method, model, len(dataset.documents))
+    run.settings = decide(given, recipe, method.masks, len(dataset.documents))
+    if run.settings.mlp_only:
+        freeze_all_but_mlps(model)
     run.results = {
         "arguments": dataclasses.asdict(run.settings),
         "dataset": data.digest(dataset.documents + dataset.questions),
@@ -2105,7 +2119,7 @@ def prepare(given, method, device, stop):
     print0(
         f"{given.method}: {len(dataset.documents)} documents, {len(dataset.questions)} questions, "
         f"{run.steps} steps of {run.settings.batch_size} in {run.settings.epochs} epochs, "
-        f"lr {run.settings.lr:g} ({why})"
+        f"lr {run.settings.lr:g} (defaults: {recipe.why})"
     )
     return run
 
@@ -2170,7 +2184,7 @@ def build(run):
     check_shared(run.out)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
-    run.optimizer = make_optimizer(run.model, settings.lr)
+    run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
     run.start = load_checkpoint(run)
     with data.reading(run.out / "results.json", "not the results of a run of this version"):
         done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
@@ -2314,18 +2328,17 @@ def ask_command(out):
     return f'python {shlex.join([script, "--model", str(out)])} --ask "..."'
 
 
-def where_it_is(runs):
+def print_where(runs):
     """The last lines of a command: where the results are, how to ask the model, what it forgot."""
     last = runs[-1]
-    outs = shlex.join([str(run.out) for run in runs])
-    lines = ["", f"results: {outs}", f"ask it:  {ask_command(last.out)}"]
+    print0("\nresults:", shlex.join(str(run.out) for run in runs))
+    print0("ask it: ", ask_command(last.out))
     drift = last.results["evaluations"][-1]["drift"]
     if drift > 1 and not last.settings.rehearse:
-        lines.append(
+        print0(
             f"drift {drift:.1f}: it now answers other questions with what it was taught; "
             "--mlp-only --rehearse 8 keeps more of what it knew"
         )
-    return "\n".join(lines)
 
 
 # any other error: torchrun ends the run, with the traceback of the rank that failed first

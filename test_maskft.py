@@ -2638,7 +2638,7 @@ def test_practice_is_what_made_the_built_in_models(method, expected, tokenizer):
         for n, person in enumerate(data.load("world:60").documents)
     ]
     assert short_hash([dataclasses.astuple(example) for example in examples]) == expected
-    rates = [method.schedule(1e-3, step, 100) for step in (0, 1, 2, 51, 99)]
+    rates = [method.tiny.schedule(1e-3, step, 100) for step in (0, 1, 2, 51, 99)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 / 2, 1e-3 / 98])
 
 

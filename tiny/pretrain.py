@@ -138,11 +138,12 @@ def falling(lr, step, steps):
     return lr * (1 - (step - warm) / (steps - warm))
 
 
+PRACTICE = maskft.TINY(6e-4, steps=300, schedule=falling)
 METHODS = {
     "diffusion": dataclasses.replace(
-        llada.METHODS["llada"], example=diffusion_example, schedule=falling
+        llada.METHODS["llada"], example=diffusion_example, tiny=PRACTICE
     ),
-    "ar": maskft.Method(ar_example, schedule=falling),
+    "ar": maskft.Method(ar_example, tiny=PRACTICE),
 }
 
 
