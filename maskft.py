@@ -319,8 +319,8 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     if not path.exists():
         raise UserError(
-            f"{directory} has no config.json. Is it a run that is not finished? Then --resume it. "
-            "Or an adapter? Then merge it into its base model"
+            f"{directory} has no config.json. A run that is not finished? --resume it. Or an "
+            "adapter? Merge it into its base model"
         )
     with data.reading(path):
         raw = data.read_json(path)
@@ -802,7 +802,10 @@ def find_tensors(directory):
         with data.reading(index):
             weight_map = data.read_json(index)["weight_map"]
             return {name: directory / Path(file).name for name, file in weight_map.items()}
-    missing = "no weights: `hf download` completes a download, pickled weights are never read"
+    missing = (
+        "no weights. A download that is not complete? `hf download` goes on with it. Or an "
+        "adapter? Merge it into its base model. Pickled weights are never read"
+    )
     with data.reading(single, missing), safetensors.safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -856,7 +859,8 @@ def load_weights(model, directory, device):
             f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
             "such): are they of one model, not quantized, and complete?"
         )
-    model.to_empty(device=device)
+    with data.reading(directory, "more memory than there is: --offload, or a smaller --model"):
+        model.to_empty(device=device)
     for theirs, ours in names.items():
         with data.reading(files[theirs]):
             read_tensor(files[theirs], theirs, model.get_parameter(ours))
@@ -1299,7 +1303,7 @@ def load_checkpoint(run):
         return 0
     newest = saved[-1]
     state = state_of(run)
-    with data.reading(newest, "damaged: delete it to go on from before it"), dcp_errors():
+    with data.reading(newest, "damaged; delete it to go on from the one before"), dcp_errors():
         # in place; unpickles .metadata: only runs of your own
         dcp.load(state, checkpoint_id=newest)
     set_state_dict(
@@ -1713,7 +1717,7 @@ def freeze_all_but_mlps(model):
             linear.requires_grad_(True)
 
 
-def make_optimizer(model, lr, eps):
+def make_optimizer(model, lr, eps=1e-8):
     """AdamW as in paper A.4: decay on matrices only, none on norms and biases.
 
     Small models get a larger eps. Tokens that no document has (the "in" of an answer "in Oslo")

@@ -70,7 +70,7 @@ def measure(args, device="cpu"):
     questions = [question for question in asked if "answer" in question]
     prompts = [maskft.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
     said = maskft.greedy_answer(old, tokenizer, prompts, REQUEST_TOKENS)
-    said = [maskft.with_end_of_turn(ids, REQUEST_TOKENS, tokenizer) for ids in said]
+    said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
 
     def figures(model, name, share, facts):
         answer = partial(maskft.greedy_answer, model, tokenizer)
