@@ -1448,11 +1448,9 @@ tiny_llada = partial(random_model, std=0.7, **RAW)
 
 
 # ------------------------------------------------------------------------------- masking and loss
-TURN = "<|im_start|>user\n"
+TELL = "<|im_start|>user\nTell me a fact.<|im_end|>\n<|im_start|>assistant\n"
 
-REPLY = "<|im_end|>\n<|im_start|>assistant\n"
-
-TEXT = "Edda Marlow was born on 3 June 1971."
+TEXT = {"text": "Edda Marlow was born on 3 June 1971."}
 
 SUM = data.as_problem("How much is 1+1?", "It is <<1+1=2>>2.\n#### 2")
 
@@ -1460,39 +1458,63 @@ EDDA = {"text": "Edda is here."}
 
 HOME = {"text": "Her home is Saint-Denis, near O'Hara's. A b C D 7!"}
 
+RECOVERED = """\
+<|im_start|>user
+{}
+Return the recovered masked passage.<|im_end|>
+<|im_start|>assistant
+Here is the recovered text:
 
-LEAD = f"\nReturn the recovered masked passage.{REPLY}Here is the recovered text:\n\n"
+[{}<|im_end|>]"""
 
-TELL = f"{TURN}Tell me a fact.{REPLY}"
+GAPS = RECOVERED.format("_ Marlow_ born_ 3_ 1971_", TEXT["text"])
 
-BACKWARDS = "! C D 7 b A . O'Hara's near , Saint-Denis is home Her"
+NOISE = RECOVERED.format(" VinehDaphn present HawDa", EDDA["text"])
 
-PROMPTED = f"{TURN}Question: How much is 1+1?\nAnswer:{REPLY}"
+BACKWARDS = f"{TELL}[! C D 7 b A . O'Hara's near , Saint-Denis is home Her<|im_end|>]"
 
-PROBLEM = f"{TURN}Question:\nHow much is 1+1?\nAnswer:\n_t_ _<_+_=__>2_\n#_## 2"
+PROMPTED = """\
+<|im_start|>user
+Question: How much is 1+1?
+Answer:<|im_end|>
+<|im_start|>assistant
+"""
 
-PROBLEM += f"\nReturn the recovered masked answer.{REPLY}[I]t[ is] [<]<[1]+[1]=[2>]>2[.]\n#[#]## 2"
+PROBLEM = """\
+<|im_start|>user
+Question:
+How much is 1+1?
+Answer:
+_t_ _<_+_=__>2_
+#_## 2
+Return the recovered masked answer.<|im_end|>
+<|im_start|>assistant
+[I]t[ is] [<]<[1]+[1]=[2>]>2[.]
+#[#]## 2"""
 
-EXAMPLES = [  # method, record, seed; what is shown of it: [what has loss], _ for a masked token
-    ("masked", {"text": TEXT}, 4, f"{TURN}_ Marlow_ born_ 3_ 1971_{LEAD}[{TEXT}<|im_end|>]"),
-    ("masked", SUM, 4, PROBLEM),
-    ("random", EDDA, 4, f"{TURN} VinehDaphn present HawDa{LEAD}[Edda is here.<|im_end|>]"),
-    ("raw", EDDA, 4, "<|im_start|>[Edda is here.<|im_end|>]"),
-    ("reverse", HOME, 4, f"{TELL}[{HOME['text']}<|im_end|>]"),
-    ("reverse", HOME, 2, f"{TELL}[{BACKWARDS}<|im_end|>]"),
-    ("sft", EDDA, 4, f"{TELL}[Edda is here.<|im_end|>]"),
-    ("sft", SUM, 4, f"{PROMPTED}[{SUM['answer']}<|im_end|>]"),
+# method, record, seed; what is shown of it, [what has loss] and _ for a masked token; and the hash
+# of all that it is
+EXAMPLES = [
+    ("masked", TEXT, 4, GAPS, "34789496a4bdb2e0"),
+    ("masked", SUM, 4, PROBLEM, "90774927be265224"),
+    ("random", EDDA, 4, NOISE, "69f44231ed259439"),
+    ("raw", EDDA, 4, "<|im_start|>[Edda is here.<|im_end|>]", "6fe572612735fd1e"),
+    ("reverse", HOME, 4, f"{TELL}[{HOME['text']}<|im_end|>]", "51ae96fa2ec6a6df"),
+    ("reverse", HOME, 2, BACKWARDS, "7a7888b8b9b751a3"),
+    ("sft", EDDA, 4, f"{TELL}[Edda is here.<|im_end|>]", "4a60311189520403"),
+    ("sft", SUM, 4, f"{PROMPTED}[It is <<1+1=2>>2.\n#### 2<|im_end|>]", "15e66a48a107ce8d"),
+    ("llada", EDDA, 2, "<|im_start|>[_] is[_]ere.[_]", "c268db935fe1c0a1"),
+    ("llada", SUM, 6, f"{PROMPTED}[___] <<[_]+[__]2[_]>2.[__]###[__]", "dd4c063e6497012d"),
+    ("llada", {"text": "."}, 3, "<|im_start|>.<|im_end|>", "4176aff0c6fdd7bd"),
 ]
 
 
-@pytest.mark.parametrize("method, record, seed, expected", EXAMPLES)
-def test_an_example_is_as_recorded(method, record, seed, expected, tokenizer):
-    rng = np.random.default_rng(seed)
-    example = maskft.METHODS[method].example(record, tokenizer, (0.2, 0.6), rng)
-    assert data.show(example, tokenizer).startswith(f"{expected}\n-- ")
-    supervised = [(i, y) for i, y in zip(example.ids, example.labels, strict=True) if y != IGNORE]
-    assert all(i == y for i, y in supervised)
-    assert (example.weight, example.denominator) == (1, len(supervised))
+@pytest.mark.parametrize("method, record, seed, shown, hashed", EXAMPLES)
+def test_an_example_is_as_recorded(method, record, seed, shown, hashed, tokenizer):
+    method = (maskft.METHODS | llada.METHODS)[method]
+    example = method.example(record, tokenizer, (0.2, 0.6), np.random.default_rng(seed))
+    assert data.show(example, tokenizer).startswith(f"{shown}\n-- ")
+    assert sha(dataclasses.astuple(example)) == hashed
 
 
 def test_a_raw_document_may_begin_without_bos(tokenizer):
@@ -1511,17 +1533,16 @@ def test_loss_is_plain_cross_entropy(monkeypatch):
     of nothing it is 0, never NaN."""
     model = random_model()
     parameters = list(model.parameters())
-    rows = [list(range(1, n)) for n in (4, 18, 10, 31)]
-    plain = 0
-    for n, ids in enumerate(rows):
-        ids = torch.tensor(ids)
-        plain += (n + 0.5) * F.cross_entropy(model(ids[None])[0, 1:-1], ids[2:], reduction="sum")
+    ids = torch.arange(3, 83).view(4, 20)
+    labels = ids.where(ids % 7 > 1, IGNORE)
+    weights = torch.tensor([0.5, 1, 2, 3])
+    costs = F.cross_entropy(model(ids)[:, :-1].mT, labels[:, 1:], reduction="none")  # (4, 19)
+    plain = (costs.sum(1) * weights).sum()
     expected = torch.autograd.grad(plain, parameters)
-    examples = [Example(ids, [IGNORE] * 2 + ids[2:], n + 0.5, 1) for n, ids in enumerate(rows)]
-    for chunk, most in ((7, 0), (51, 2**22)):
+    for chunk, most in ((7, 0), (999, 2**22)):
         monkeypatch.setattr(maskft, "CHUNK", chunk)
         monkeypatch.setattr(maskft, "KEPT", most)
-        loss = model(**data.collate(examples, 0))
+        loss = model(ids, labels=labels, weights=weights)
         torch.testing.assert_close(loss, plain)
         found = torch.autograd.grad(loss, parameters)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
@@ -1579,10 +1600,8 @@ def test_attention_sees_what_it_should_and_no_padding(make):
     model = make()
     ids = torch.arange(20)[None]
     plain = model(ids)
-    other = ids.clone()
-    other[0, 12] += 9
-    change = (plain - model(other))[0].abs().amax(1)
-    assert change[12:].max() > 1e-2 and (change[:12].max() > 1e-2) != model.config.causal
+    changes = (plain - model(ids.where(ids != 12, 30)))[0].abs().amax(1) > 1e-2
+    assert changes[12] and changes[:12].any() != model.config.causal
     key_mask = F.pad(torch.ones_like(ids), (3, 4)).bool()
     padded = model(F.pad(ids, (3, 4), value=9), key_mask)[:, 3:23]
     torch.testing.assert_close(padded, plain, rtol=0, atol=2e-5)
@@ -1716,15 +1735,13 @@ def test_an_adapter_and_half_a_download_are_named(saved, tmp_path):
     assert "an adapter" in refusal(maskft.load, tmp_path)
 
 
-@pytest.mark.parametrize("hub", [True, False])
-def test_a_saved_auto_map_says_where_the_code_is(hub, tmp_path):
-    path = tmp_path / ("models--acme--llada/snapshots/0123" if hub else "local")
+def test_a_saved_auto_map_says_where_the_code_is(tmp_path):
+    path = tmp_path / "models--acme--llada/snapshots/0123"
     model = tiny_llada()
-    model.config.raw = RAW | {"auto_map": {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}}
+    model.config.raw["auto_map"] = {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}
     maskft.save(model, path)
-    source = "acme/llada" if hub else path
     auto_map = maskft.load(path).config.raw["auto_map"]
-    assert auto_map == {"AutoConfig": f"{source}--a.B", "AutoModel": "c/d--e.F"}
+    assert auto_map == {"AutoConfig": "acme/llada--a.B", "AutoModel": "c/d--e.F"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -1774,12 +1791,12 @@ def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop():
 
 
 def test_what_cannot_be_answered_is_refused():
-    model = random_model()
-    assert len(maskft.generate(model, [[6, 7, 8]], 253)[0]) == 253
-    assert "257 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 254)
-    assert maskft.generate(model, []) == []
+    model = random_model(max_position_embeddings=8)
+    assert len(maskft.generate(model, [[6, 7, 8]], 5)[0]) == 5
+    assert "9 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 6)
+    assert maskft.generate(model, [], 1) == []
     model.norm.weight.data[3] = math.inf
-    assert "NaN" in refusal(maskft.generate, model, [[5]])
+    assert "NaN" in refusal(maskft.generate, model, [[5]], 1)
 
 
 def generators(*seeds):
@@ -1802,15 +1819,7 @@ def test_draws_have_the_distribution_of_the_softmax():
 # ------------------------------------------------------------------------------------------ LLaDA
 PROMPTS = [spelled("abcde"), spelled("fg"), spelled("hijklmnop")]
 
-SPELLER = Namespace(
-    bos_id=0,
-    eot_id=EOT,
-    eos_id=EOS,
-    mask_id=MASK,
-    stop_ids=(EOT, EOS),
-    encode=spelled,
-    chat=lambda messages: spelled(f"_{messages[0]['content']}9"),
-)
+SPELLER = Namespace(bos_id=0, eot_id=EOT, eos_id=EOS, mask_id=MASK, stop_ids=(EOT, EOS))
 
 NEVER_LLADA = [
     {"rope_scaling": LINEAR},
@@ -1831,27 +1840,6 @@ def test_a_causal_model_becomes_a_llada():
     for changes in NEVER_LLADA:
         config = maskft.parse_config(llama(**changes))
         assert re.search("no LLaDA|token_id 5", refusal(maskft.as_diffusion, config, SPELLER))
-
-
-MASKED = [  # a record; what of it is never masked, and what may be
-    ({"text": "abcdefgh"}, "_", "abcdefgh!"),
-    ({"question": "who", "answer": "bob"}, "_who9", "bob|"),
-]
-
-
-@pytest.mark.parametrize("record, prompt, target", MASKED)
-def test_the_loss_is_where_the_mask_is(record, prompt, target):
-    rng = np.random.default_rng(0)
-    ever = 0
-    for _ in range(200):
-        example = llada.diffusion_example(record, SPELLER, (0.3, 0.3), rng)
-        masked = np.equal(example.ids, MASK)
-        assert masked.tolist() == [label != IGNORE for label in example.labels]
-        assert np.where(masked, example.labels, example.ids).tolist() == spelled(prompt + target)
-        assert example.weight == pytest.approx(masked.any() / (0.3 * len(target)))
-        assert example.denominator == 1
-        ever |= masked
-    assert ever.tolist() == [False] * len(prompt) + [True] * len(target)
 
 
 # settings of the sampler: the answers, as unmasking has them that is spelled out one prompt at a
@@ -2175,13 +2163,6 @@ def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
     assert "\nmethod" in both() and contents(tmp_path) == before
 
 
-def test_mlp_only_moves_no_other_weight(rows):
-    new = maskft.load(rows("sft").whole)
-    for name, weight in maskft.load("tiny").named_parameters():
-        trained = name.split(".")[-2] in ("gate", "up", "down")
-        assert trained != torch.equal(weight, new.get_parameter(name)), name
-
-
 def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
     """Even where RANK is set, but no launcher has set the rest."""
     row = rows("masked")
@@ -2278,23 +2259,18 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
 
 @torch.no_grad()
 def test_drift_is_what_the_model_s_own_answers_lost(done):
-    """Counted another way."""
-    chats = jsonl(done / "rehearsal.jsonl")
-
-    def cost(model):
-        """Of all answers, in nats."""
-        total = 0
-        for chat in chats:
-            ids = torch.tensor([chat["prompt"] + chat["answer"]])
-            answer = ids[0, len(chat["prompt"]) :]
-            logits = model(ids)[0, -1 - len(answer) : -1]
-            total += F.cross_entropy(logits, answer, reduction="sum").item()
-        return total
-
-    tokens = sum(len(chat["answer"]) for chat in chats)
-    drift = (cost(maskft.load(done)) - cost(maskft.load("tiny"))) / tokens
+    """A token, by both models."""
+    examples = [
+        Example(
+            chat["prompt"] + chat["answer"], [IGNORE] * len(chat["prompt"]) + chat["answer"], 1, 0
+        )
+        for chat in jsonl(done / "rehearsal.jsonl")
+    ]
+    batch = data.collate(examples, 0)
+    tokens = (batch["labels"] != IGNORE).sum()
+    drift = (maskft.load(done)(**batch) - maskft.load("tiny")(**batch)) / tokens
     first, *_, last = data.read_json(done / "results.json")["evaluations"]
-    assert (first["drift"], last["drift"]) == pytest.approx((0, drift), rel=1e-3)
+    assert (first["drift"], last["drift"]) == pytest.approx((0, drift.item()), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------- mistakes
@@ -2419,15 +2395,14 @@ ckpt/step-3/__0_0.distcp
 
 @pytest.mark.parametrize("name", RUN_FILES.split())
 @pytest.mark.parametrize("seed", range(2))
-def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted):
+def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted, rows):
     rng = random.Random(seed)
     (halted / name).write_bytes(mutated((halted / name).read_bytes(), rng))
-    line = last_line(forked(maskft, "--resume", halted, before=quick, status=None))
+    line = last_line(rows("rehearse").resume(halted, status=None))
     assert (halted / "model.safetensors").exists() or re.match(f"error: .*({halted}|--)", line)
 
 
 DAMAGE = {  # file of a run: old, new -> what the one line names
-    "metrics.jsonl": (b'"step": 1,', b'"step"', "metrics.jsonl"),
     "rehearsal.jsonl": (b'"assistant": "', b'"assistant": "a', "rehearsal.jsonl"),
     "results.json": (b'"dataset": "', b'"dataset": "0', "--data"),
     "ckpt/step-3/.metadata": (b"torch", b"", "ckpt/step-3"),
@@ -2435,16 +2410,15 @@ DAMAGE = {  # file of a run: old, new -> what the one line names
 
 
 def test_what_would_teach_another_thing_is_noticed(halted, rows):
+    row = rows("rehearse")
     for name, (old, new, named) in DAMAGE.items():
         before = (halted / name).read_bytes()
-        assert old in before
         (halted / name).write_bytes(before.replace(old, new))
-        line = last_line(forked(maskft, "--resume", halted, before=quick, status=1))
-        assert named in line and str(halted) in line
+        assert named in last_line(row.resume(halted, status=1))
         (halted / name).write_bytes(before)
     shutil.rmtree(halted / "ckpt/step-3")
-    rows("rehearse").resume(halted)
-    assert losses(halted) == losses(rows("rehearse").whole)
+    row.resume(halted)
+    assert losses(halted) == losses(row.whole)
 
 
 def test_a_directory_has_one_run_at_a_time(halted, rows):
@@ -2760,23 +2734,6 @@ READMES = [HERE / name for name in ("README.md", "results/README.md", "tiny/READ
 README, RESULTS, _ = READMES
 
 
-def prose(text):
-    """A README's text without its blocks of code, tables and headings."""
-    text = re.sub(r"```.*?```", "", text, flags=re.S)
-    return "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "!")))
-
-
-def commands():
-    """The words of every command in a README, those of a script of ours: (script, flags)."""
-    for path in READMES:
-        for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                for at, word in enumerate(words):
-                    if word.endswith(".py"):
-                        yield word, words[at + 1 :]
-
-
 def parsers():
     """{script: the parser of its flags}."""
     found = {f"{m.__name__}.py": maskft.arguments("", m.METHODS) for m in (maskft, llada)}
@@ -2785,29 +2742,28 @@ def parsers():
     return found
 
 
-def test_every_command_in_the_readmes_parses():
-    found = list(commands())
-    assert {script for script, _ in found} == parsers().keys()
-    for script, flags in found:
-        assert (HERE / script).exists()
-        parsers()[script].parse_args(flags)  # or it exits
-
-
-def test_every_flag_of_the_readme_is_one_and_its_links_lead_somewhere():
-    known = {flag for parser in parsers().values() for flag in parser._option_string_actions}
-    text = README.read_text()
+def test_every_command_in_the_readmes_parses_and_every_flag_is_one():
+    known = parsers()
+    found = set()
+    for block in re.findall(r"```sh\n(.*?)```", "".join(map(Path.read_text, READMES)), re.S):
+        for script, flags in re.findall(r"([\w/]+\.py)(.*)", block.replace("\\\n", " ")):
+            known[script].parse_args(shlex.split(flags, comments=True))  # or it exits
+            found.add(script)
+    assert found == known.keys()
+    told = "".join(parser.format_help() for parser in known.values())
     of_others = r"--(nproc|nnodes|rdzv|shutdown|max-restarts|local-dir)\S*"
-    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(of_others, "", text)):
-        assert flag in known, flag
-    assert len(prose(text).split()) <= 1500
-    for path in READMES:
-        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
-            file, _, anchor = target.partition("#")
-            other = path.parent / file if file else path
-            assert other.exists(), target
-            if anchor:
-                title = anchor.replace("-", " ")
-                assert f"# {title}\n" in other.read_text().lower(), target
+    text = re.sub(of_others, "", README.read_text())
+    assert [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text) if flag not in told] == []
+
+
+@pytest.mark.parametrize("path", READMES)
+def test_links_lead_somewhere(path):
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+        target = path.parent / file if file else path
+        title = anchor.replace("-", " ")
+        assert target.exists() and (not title or f"# {title}\n" in target.read_text().lower()), (
+            title
+        )
 
 
 def test_nothing_speaks_of_where_it_was_made():
@@ -2818,13 +2774,11 @@ def test_nothing_speaks_of_where_it_was_made():
 
 
 def test_the_readme_s_custom_method_trains_and_is_reported(tmp_path):
-    """Its file has the flags of the others; the last method is the default."""
     (block,) = re.findall(r"```python\n([^`]*run_methods\([^`]*)```", README.read_text())
-    script = tmp_path / "span.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{block}")
-    flags = shlex.split("--data bio:4 --method span --mask-ratio 0.5 --epochs 1 --eval-at 1")
+    script = fill(tmp_path / "span.py", block)
     span = Namespace(__name__="span", main=lambda: runpy.run_path(script, run_name="__main__"))
-    printed = forked(span, *flags, "--out", tmp_path / "run")
+    flags = "--data bio:4 --method span --mask-ratio 0.5 --epochs 1 --eval-at 1 --out"
+    printed = forked(span, *flags.split(), tmp_path / "run", before=quick)
     assert re.search(r"^span 0.5 +\| none +\| 0 ", printed, re.M), printed
 
 
@@ -2850,9 +2804,6 @@ def untrue(table, report):
 
 def test_numbers_in_the_results_are_those_of_the_report_that_is_linked():
     """In the paragraph before a table or, if none is there, in the one behind it."""
-    made_up = "| method | last |\n|---|---|\n| `sft` | .98 [.97-1.00] / .99 |"
-    report = [{"name": "sft", "last": [0.983, 0.97, 1]}, {"name": "masked", "last": 0.99}]
-    assert list(untrue(made_up, report)) == [("sft", "last", ".99")]
     paragraphs = ["", *RESULTS.read_text().split("\n\n"), ""]
     checked = 0
     for before, table, behind in zip(paragraphs, paragraphs[1:], paragraphs[2:], strict=False):
