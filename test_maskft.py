@@ -2146,7 +2146,7 @@ def test_a_run_is_as_recorded(name, rows):
     out = rows(name).whole
     *_, last = losses(out)
     assert last == pytest.approx(ROWS[name][-1], rel=1e-3)
-    asked = [line["step"] for line in jsonl(out / "metrics.jsonl") if "evaluation" in line]
+    asked = [asked["step"] for asked in data.read_json(out / "results.json")["evaluations"]]
     assert asked == [0, 2, 4, last[0] + 1]
 
 
