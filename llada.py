@@ -207,14 +207,13 @@ def gumbel(logits, temperature, generator):
 
 def confidence(logits, new, remasking, generator):
     """How good each prediction is (N,): its probability, or chance."""
-    if remasking not in ("low_confidence", "random"):
-        raise UserError(f"remasking {remasking!r} is not one of low_confidence, random")
     if remasking == "random":
-        shape = new.shape
-        return torch.rand(shape, dtype=torch.float64, device=new.device, generator=generator)
-    # in float64: near 1 the probabilities of several tokens are one number in fp32, and by the
-    # dozen in bf16
-    return logits.double().softmax(-1).gather(-1, new[:, None])[:, 0]
+        return torch.rand(new.shape, dtype=torch.float64, device=new.device, generator=generator)
+    if remasking == "low_confidence":
+        # in float64: near 1 the probabilities of several tokens are one number in fp32, and by the
+        # dozen in bf16
+        return logits.double().softmax(-1).gather(-1, new[:, None])[:, 0]
+    raise UserError(f"remasking {remasking!r} is not one of low_confidence, random")
 
 
 def keep_best(ids, masks, new, score, count, threshold):
@@ -303,7 +302,6 @@ METHODS = {
         tiny=maskft.TINY(4e-4, steps=350),
         small=maskft.SMALL(3e-4, epochs=80),
         large=maskft.PAPER(1e-5),
-        llama_8b=maskft.PAPER(1e-5),
     )
 }
 

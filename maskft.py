@@ -242,7 +242,7 @@ class Method:
     tiny: Recipe = TINY(6e-4, steps=300)
     small: Recipe = SMALL(6e-4, epochs=80, eps=1e-5, mlp_only=True, schedule=fall)
     large: Recipe = PAPER(5e-6)
-    llama_8b: Recipe = PAPER(5e-6)
+    llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
 
     def __post_init__(self):
         if not self.causal and None in (self.answer, self.draw, self.chat):
@@ -1597,7 +1597,7 @@ def recipe_of(method, model):
     if parameters < 1_000_000_000:
         return method.small
     llama_8b = model.config.raw["model_type"] == "llama" and model.config.width >= 4096
-    return method.llama_8b if llama_8b else method.large
+    return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
 def decide(given, recipe, masks, documents):
