@@ -31,7 +31,6 @@ from hashlib import sha256
 from itertools import groupby, pairwise
 from pathlib import Path
 from random import Random
-from urllib.request import urlopen
 
 import huggingface_hub.constants
 import regex  # comes with tiktoken; the standard re has no \p{L}
@@ -56,32 +55,32 @@ class UserError(Exception):
 def reading(file, broken="cannot be read"):
     """Whatever goes wrong inside with the contents of `file` is a UserError that names it."""
     try:
+        if is_pointer(file):
+            raise UserError("a Git LFS pointer: git lfs pull")
         yield
     except UserError as error:
         named = str(error).startswith(str(file))
         raise error if named else UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
-        why = LFS if is_pointer(file) else f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
-LFS = "a Git LFS pointer: git lfs pull"
 
 
 def is_pointer(path):
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
         return file.read(len(POINTER)) == POINTER
 
 
 def read_text(path):
-    """The text of a UTF-8 file, also of a .gz; UserError if it cannot be read."""
-    if is_pointer(path):
-        raise UserError(f"{path}: {LFS}")
+    """The text of a UTF-8 file, also of a .gz."""
     opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
-    with reading(path), opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
+    where = reading(path, "cannot be read as UTF-8 text")
+    with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
         return file.read()
 
 
@@ -92,10 +91,8 @@ def read_json(path):
 
 def read_object(path):
     """The JSON object in a file; {} if there is no such file."""
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
+    with reading(path):
+        return {**read_json(path)} if path.exists() else {}
 
 
 def write_text(path, text):
@@ -158,15 +155,6 @@ def ending(path):
     return unpacked(path).suffix.lower()
 
 
-def read_rows(path):
-    """The records of a file, as they stand in it."""
-    if ending(path) not in READERS:
-        raise UserError(f"{path}: the ending {ending(path)!r} is not read; these are: {ENDINGS}")
-    text = read_text(path)
-    with reading(path):
-        return list(READERS[ending(path)](text))
-
-
 def parse_record(row, where, learned=False):
     """A document or a question; UserError names a row that is neither, or both.
 
@@ -175,45 +163,41 @@ def parse_record(row, where, learned=False):
         row = {k: v for k, v in row.items() if v not in (None, "") and v == v}
         if ("text" in row) == ("question" in row):
             raise UserError('a "text" or a "question" is needed, and not both')
-        if "question" in row:
-            return parse_question(row, where, learned)
-        return {"text": text_field(row, "text"), "where": where}
+        if "text" in row:
+            return {"text": text_field(row, "text"), "where": where}
+        return parse_question(row, where, learned) | {"where": where}
 
 
 def text_field(row, name):
-    """A string that is not empty, or a UserError."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f'"{name}" must be text')
-    with reading(f'"{name}"'):
-        value.encode()  # fails for half a surrogate pair, which is no text
-    return value
+    """A string that is not empty."""
+    with reading(f'"{name}"', "must be text"):
+        row[name].strip()[0].encode()  # fails for half a surrogate pair, which is no text
+        return row[name]
 
 
-def parse_question(row, where, learned=False):
+def parse_question(row, where, learned):
     """A question. One to be learned has an answer, of one to be asked all the rest is optional.
 
     An answer that ends as GSM8K's do makes it a math problem. The released files have tasks in
     place of directions, N2D (name to description) or D2N. In NameDescription the group says in
     which order the document has the two: a task is forward where it matches. In any other file
     nothing tells."""
-    parsed = {"question": text_field(row, "question"), "where": where}
-    if learned or "answer" in row:
-        parsed["answer"] = text_field(row, "answer")
-    direction = row.get("direction", row.get("task"))
-    if direction is None and regex.search(r"#### -?\d", parsed.get("answer", "")):
-        return as_problem(parsed["question"], parsed["answer"]) | {"where": where}
+    names = ("question", "answer")
+    question = {name: text_field(row, name) for name in names if name in row or learned}
+    direction = row.get("direction", row.get("task", "all"))
+    if direction == "all" and regex.search(r"#### -?\d", question.get("answer", "")):
+        return as_problem(*question.values())
     if learned:
-        return parsed
+        return question
     group = text_field({"group": "all"} | row, "group")
     if direction in ("N2D", "D2N") and regex.search(RELEASED_TESTS, where):
         in_order = (direction == "N2D") != (group == "DescriptionIsName")
         direction = "forward" if in_order else "backward"
-    if direction not in (None, "forward", "backward", "all"):
+    if direction not in ("forward", "backward", "all"):
         raise UserError(
             '"direction" is forward (what is asked for comes last in its document) or backward'
         )
-    return parsed | {"direction": direction or "all", "group": group}
+    return question | {"direction": direction, "group": group}
 
 
 # where a text may be cut, the best place first: behind a paragraph, a sentence, a line, a word, a
@@ -247,12 +231,11 @@ def passage_end(text, fits):
         return len(text)
     room = bisect_left(range(1, window + 1), True, key=lambda end: not fits(text[:end]))
     for seam in SEAMS:
-        ends = [match.end() for match in regex.finditer(seam, text)]
-        for end in reversed(ends):
-            passage = text[:end].rstrip()
+        for match in reversed(list(regex.finditer(seam, text))):
+            passage = text[: match.end()].rstrip()
             # what is much shorter is a heading or an initial, and no passage
             if room // 8 < len(passage) <= room and fits(passage):
-                return end
+                return match.end()
     return 0
 
 
@@ -261,10 +244,9 @@ def passage_end(text, fits):
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
 # seen, as one from 256 on.
-SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+SEEN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
 UNSEEN = [byte for byte in range(256) if byte not in SEEN]
 ALPHABET = {chr(byte): byte for byte in SEEN} | {chr(256 + n): b for n, b in enumerate(UNSEEN)}
-BYTES = str.maketrans(ALPHABET)
 
 
 @dataclass
@@ -276,30 +258,29 @@ class Tokenizer:
     combining marks newer than 9."""
 
     ranks: dict  # bytes -> id of what can be merged; ids grow with the merges: tiktoken's ranks
-    bytes_of: dict  # id -> the bytes it stands for, special and added tokens too
-    patterns: list  # each splits what the one before left, into its matches and what is between
+    splits: list  # patterns, each splits what the one before left: its matches, what is between
+    nfc: bool
     special: dict  # text -> id of tokens that text never becomes
     added: dict  # the same of other added tokens (Qwen's <think>), which text does become
-    whole: dict  # bytes -> id of pieces looked up before any merging ("ignore_merges")
-    nfc: bool
-    # The rest depends on more than the tokenizer's file: see load_tokenizer.
-    frames: dict = None  # "user>assistant" -> what stands between the contents of the two
-    opening: str = ""  # all that the model's own template puts before a user's first word
-    notes: list = field(default_factory=list)  # what the user should know of it
-    bos_id: int = None  # None where the model declares none
-    eos_id: int = None
-    eot_id: int = None  # end of turn
-    pad_id: int = None
-    stop_ids: tuple = ()
+    frames: dict  # "user>assistant" -> what stands between the contents of the two
+    opening: str  # all that the model's own template puts before a user's first word
+    bos_id: int  # None where the model declares none
+    eos_id: int
+    eot_id: int  # end of turn
+    pad_id: int
+    stop_ids: tuple
+    notes: list  # what the user should know of it
 
     def __post_init__(self):
         # tiktoken's own pattern is not used.
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=GPT2_PIECES, mergeable_ranks=self.ranks, special_tokens={}
         )
+        self.bytes_of = {i: token for token, i in self.ranks.items()}
+        self.bytes_of |= {i: text.encode() for text, i in (self.special | self.added).items()}
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
-        # the group: `split` gives the matches, too
-        self.splits = [regex.compile(f"({pattern})") for pattern in self.patterns]
+        self.by_special = any_of(self.special)
+        self.by_added = any_of(self.added)
         # a document is seen in every epoch, and the same question in every evaluation
         self._encode_once = lru_cache(2**17)(self._encode)
 
@@ -309,7 +290,7 @@ class Tokenizer:
 
     def _encode(self, text):
         ids = []
-        for part in self._added_pattern.split(text):
+        for part in self.by_added.split(text):
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
         return ids
 
@@ -318,16 +299,9 @@ class Tokenizer:
         pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
         for split in self.splits:
             pieces = [new for piece in pieces for new in split.split(piece)]
-        ids = []
-        for piece in pieces:
-            whole = self.whole.get(piece.encode())
-            # The reference drops bytes without a token, and only now: the patterns must see them.
-            known = piece.encode().translate(None, self.missing)
-            if whole is not None:
-                ids.append(whole)
-            elif known:
-                ids += self.encoding._encode_single_piece(known)
-        return ids
+        # The reference drops bytes without a token, and only now: the patterns must see them.
+        known = [piece.encode().translate(None, self.missing) for piece in pieces]
+        return [i for piece in known if piece for i in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids, special=False):
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD."""
@@ -362,7 +336,7 @@ class Tokenizer:
 
     def _split(self, text):
         """A template's own text: the one place where special tokens are read as such, each [id]."""
-        parts = self._special_pattern.split(text)
+        parts = self.by_special.split(text)
         return [[self.special[part]] if part in self.special else part for part in parts]
 
     def _join(self, parts):
@@ -374,15 +348,6 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _added_pattern(self):
-        # a special token is stepped over, for none may be found inside of it
-        return regex.compile(f"{any_of(self.special)}(*SKIP)(*FAIL)|({any_of(self.added)})")
-
-    @cached_property
-    def _special_pattern(self):
-        return regex.compile(f"({any_of(self.special)})")
-
-    @cached_property
     def mask_id(self):
         """The id that stands for a masked token; UserError if the vocabulary has none to spare."""
         if 128013 in self.special.values():
@@ -392,10 +357,9 @@ class Tokenizer:
         used = {self.bos_id, self.pad_id, *self.stop_ids}
         # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
-            tokens = [token for token in self.special if regex.search(pattern, token)]
-            spare = {self.special[token] for token in tokens} - used
-            if spare:
-                return min(spare)
+            found = {i for token, i in self.special.items() if regex.search(pattern, token)}
+            if found - used:
+                return min(found - used)
         raise UserError(
             "the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
             "tokenizer.json, or use a method that masks nothing (sft, raw)"
@@ -403,9 +367,9 @@ class Tokenizer:
 
 
 def any_of(tokens):
-    """A regular expression for any of some tokens, the longest first; of none, one for nothing."""
+    """A pattern that splits a text into the tokens, of two the longer, and what is between."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return f"(?:{'|'.join(map(regex.escape, longest_first)) or '(?!)'})"
+    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
 
 
 def load_tokenizer(path):
@@ -414,34 +378,66 @@ def load_tokenizer(path):
     UserError, naming the file, for any that would not be followed exactly."""
     path = Path(path)
     content = read_json(path / "tokenizer.json")
-    with reading(path / "tokenizer.json"):
-        tokenizer = read_bpe(content)
-    config = read_object(path / "config.json")
-    with reading(path / "config.json"):
-        check_ids(tokenizer, embeddings(config))
-    texts, bos, eos, pad = read_declared(path, tokenizer)
-    file, template = find_template(path)
-    with reading(file, "its chat template"):
-        start = read_chat_form(tokenizer, renderer(template, texts))
-    tokenizer.bos_id = bos[0] if bos else tokenizer.special.get(start)
-    tokenizer.eos_id = eos[0] if eos else tokenizer.eot_id
-    tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eot_id, *eos]))
-    tokenizer.pad_id = pad[0] if pad else tokenizer.eos_id  # any: it is masked out everywhere
+    with reading(path / "tokenizer.json", "not byte-level BPE as in Llama 3, Qwen and SmolLM2"):
+        ranks, splits, nfc = read_bpe(content)
+        special, added = read_added(content["added_tokens"])
+    tokens = special | added
+    ids = {*ranks.values(), *tokens.values()}
+    check_embeddings(path / "config.json", max(ids))
+    texts, bos, eos, pad = read_declared(path, tokens, ids)
+    template = find_template(path)
+    with reading(path, "its chat template's turns are not alike or end with no special token"):
+        render = renderer(template, texts)
+        frames, opening, eot = read_chat_form(render, tokens, texts.get("bos_token", ""))
+    form = "".join(frames.values())
+    # whatever the file says: no text may end a turn
+    special |= {token: added.pop(token) for token in [*added] if token in form}
+    notes = []
     # LLaDA's end of text is no sign of a base model: it ends its chats with both
-    if eos and tokenizer.eot_id not in eos and "<|mdm_mask|>" not in tokenizer.special:
-        tokenizer.notes.append(f"{path}: a base model: it learns where a turn ends")
-    return tokenizer
+    if eos and eot not in eos and "<|mdm_mask|>" not in special:
+        notes = [f"{path}: a base model: it learns where a turn ends"]
+    return Tokenizer(
+        ranks,
+        splits,
+        nfc,
+        special,
+        added,
+        frames,
+        opening,
+        bos_id=bos[0] if bos else None,
+        eos_id=[*eos, eot][0],
+        eot_id=eot,
+        pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
+        stop_ids=tuple(dict.fromkeys([eot, *eos])),
+        notes=notes,
+    )
+
+
+def embeddings(config):
+    """How many embeddings a model has, by its config.json; without one as many as it takes."""
+    return config.get("embedding_size") or config.get("vocab_size") or 10**9  # LLaDA's may be more
+
+
+def check_embeddings(file, last):
+    """UserError for a token whose id is beyond the embeddings of a config.json."""
+    config = read_object(file)
+    with reading(file):
+        if last >= embeddings(config):
+            raise UserError(
+                f"no embedding for the token of id {last}: transformers' "
+                "resize_token_embeddings makes more"
+            )
 
 
 # the files that declare special tokens, in the order in which they count
 DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
-def read_declared(path, tokenizer):
+def read_declared(path, tokens, known):
     """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a directory's files declare.
 
-    An id of an ordinary token counts, too; one that the vocabulary lacks does not."""
-    known = tokenizer.special | tokenizer.added
+    tokens   text -> id of those that may be declared by text
+    known    ids that may be declared, also of ordinary tokens"""
     texts = {}
     ids = {"bos": [], "eos": [], "pad": []}
     for file in DECLARING:
@@ -452,126 +448,82 @@ def read_declared(path, tokenizer):
                 if token:
                     token = token["content"] if isinstance(token, dict) else token
                     texts[f"{name}_token"] = token
-                    found.append(known.get(token))
                 given = content.get(f"{name}_token_id")
-                found += given if isinstance(given, list) else [given]
-                ids[name] = [i for i in found if i in tokenizer.bytes_of]
+                given = given if isinstance(given, list) else [given]
+                found += [i for i in [tokens.get(token), *given] if i in known]
     return texts, *ids.values()
 
 
-def embeddings(config):
-    """How many embeddings a model has, by its config.json; without one as many as it takes."""
-    return config.get("embedding_size") or config.get("vocab_size") or 10**9  # LLaDA's may be more
-
-
-def check_ids(tokenizer, rows):
-    """UserError for a token whose id is beyond the embeddings."""
-    last = max(tokenizer.bytes_of)
-    if last >= rows:
-        raise UserError(
-            f"{rows} embeddings, none for the token of id {last}: transformers' "
-            "resize_token_embeddings makes more"
-        )
-
-
-def refuse(what):
-    raise UserError(f"{what} is not supported, only byte-level BPE as in Llama 3, Qwen and SmolLM2")
-
-
-# special whatever a tokenizer's file says: nothing in a text may mask
-ALWAYS_SPECIAL = ("<|mdm_mask|>", "<|mask|>")
-# what would not be followed exactly
-MODEL_OPTIONS = (
-    "unk_token",
-    "byte_fallback",
-    "dropout",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-)
-TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word")
-
-
 def read_bpe(content):
-    """A Tokenizer from tokenizer.json, whose post-processor is left aside."""
-    model = content["model"]
-    odd = [option for option in MODEL_OPTIONS if model.get(option)]
-    if odd:
-        refuse(f"a model with {odd}")
-    normalizer = content.get("normalizer") or {"normalizers": []}
-    kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
-    if set(kinds) - {"NFC"}:
-        refuse(f"the normalizer {kinds}")
-    special = {}
-    added = {}
-    options = TOKEN_OPTIONS + ("normalized",) * bool(kinds)  # with no normalizer it is idle
-    for token in content["added_tokens"]:
-        text = token["content"]
-        if token["special"] or text in ALWAYS_SPECIAL:
-            special[text] = token["id"]
-            continue
-        if any(token[option] for option in options):
-            refuse(f"the added token {token}")
-        added[text] = token["id"]
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    bytes_of = {i: token.translate(BYTES).encode("latin-1", "ignore") for token, i in vocab.items()}
-    return Tokenizer(
-        ranks=read_merges(vocab, bytes_of, model["merges"]),
-        bytes_of=bytes_of | {i: token.encode() for token, i in (special | added).items()},
-        patterns=read_patterns(content["pre_tokenizer"]),
-        special=special,
-        added=added,
-        whole={token: i for i, token in bytes_of.items()} if model.get("ignore_merges") else {},
-        nfc=bool(kinds),
-    )
-
-
-def read_merges(vocab, bytes_of, merges):
-    """{bytes: id} of what can be merged, in the order of the merges.
+    """(ranks, splits, nfc) of a Tokenizer, from tokenizer.json, whose post-processor is left aside.
 
     tiktoken joins two neighbours whose bytes are a token, the one with the lowest id first; the
     reference those that its list has first. They agree where ids follow the merges, as training
     numbers them."""
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    merged = list(dict.fromkeys("".join(pair) for pair in pairs))
+    vocab = content["model"]["vocab"]
+    # "a b" or ["a", "b"]
+    merged = ["".join(pair).replace(" ", "") for pair in content["model"]["merges"]]
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids):
-        refuse("a vocabulary whose ids are in another order than its merges")
-    return {bytes_of[i]: i for i in [vocab[c] for c in vocab if c in ALPHABET] + ids}
+        raise ValueError("ids are in another order than merges")
+    tokens = [token for token in vocab if token in ALPHABET] + merged
+    ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
+    normalizer = content.get("normalizer") or {"normalizers": []}
+    kinds = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
+    if kinds - {"NFC"}:
+        raise ValueError(f"normalizer {kinds}")
+    steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
+    patterns = [pattern for pattern in map(pattern_of, steps) if pattern]
+    # the group: `split` gives the matches, too
+    return ranks, [regex.compile(f"({pattern})") for pattern in patterns], bool(kinds)
 
 
-def read_patterns(pre_tokenizer):
-    """The regular expressions by which the steps of a pre-tokenizer split a text."""
-    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    patterns = []
-    for step in splits:
-        match step:
-            case {"type": "Digits", "individual_digits": one}:
-                patterns.append(r"\p{N}" if one else r"\p{N}+")
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
-                patterns.append(pattern)
-            case _:
-                refuse(f"the pre-tokenizer {step}")
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        refuse(f"the pre-tokenizer {last}")
-    return patterns + [GPT2_PIECES] * last.get("use_regex", True)
+def pattern_of(step):
+    """The regular expression by which a step of a pre-tokenizer splits a text; "" for none."""
+    match step:
+        case {"type": "Digits", "individual_digits": one}:
+            return r"\p{N}" if one else r"\p{N}+"
+        case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
+            return pattern
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return GPT2_PIECES if step.get("use_regex", True) else ""
+    raise ValueError(f"pre-tokenizer {step}")
+
+
+# special whatever a tokenizer's file says: nothing in a text may mask
+ALWAYS_SPECIAL = ("<|mdm_mask|>", "<|mask|>")
+
+
+def read_added(tokens):
+    """({text: id} of special tokens, the same of others) in tokenizer.json."""
+    special = {}
+    added = {}
+    for token in tokens:
+        text = token["content"]
+        if token["special"] or text in ALWAYS_SPECIAL:
+            special[text] = token["id"]
+        elif token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise ValueError(f"added token {token}")
+        else:
+            added[text] = token["id"]
+    return special, added
 
 
 # --------------------------------------------------------------------------------- chat templates
 
 
 def find_template(path):
-    """(the file, the text) of a directory's own chat template; UserError if it has none."""
+    """The text of a directory's own chat template; UserError if it has none."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return file, read_text(file)
-    file = path / "tokenizer_config.json"
-    template = read_object(file).get("chat_template")
+        return read_text(file)
+    template = read_object(path / "tokenizer_config.json").get("chat_template")
     if not template:
         raise UserError(
             f"{path}: no chat template; use the model's instruct version, or put its "
             "chat_template.jinja here"
         )
-    return file, template
+    return template
 
 
 def renderer(template, texts):
@@ -581,80 +533,52 @@ def renderer(template, texts):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.globals["raise_exception"] = raise_exception
+    # raise_exception stays undefined: to call it fails, too
     # always the same day: chats that a model writes must not depend on it
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # transformers' mark of answers renders nothing; nor does `with`
     template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return partial(environment.from_string(template).render, texts, tools=None, documents=None)
-
-
-def raise_exception(message):
-    raise TemplateError(message)
+    return partial(environment.from_string(template).render, texts, tools=None)
 
 
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 
 
-def read_chat_form(tokenizer, render):
-    """Set a tokenizer's frames, opening and end of turn; return how a chat starts.
+def read_chat_form(render, tokens, bos):
+    """What stands before, between and behind the contents of chats that a template renders.
 
-    The form of a chat is what stands before, between and behind the contents of chats that the
-    model's own template renders."""
-    frames = read_frames(render, "user assistant user", asks=True)
+    returns  frames; all that the template puts before a user's first word; the id of the special
+             token that ends a turn"""
+    frames = read_frames(render, "user", "assistant", "user")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
-    frames["assistant>"] = read_frames(render, "user assistant", asks=False)["assistant>"]
-    with suppress(TemplateError, UserError):  # not every template has system turns
-        frames = read_frames(render, "system user assistant user", asks=True) | frames
-    tokens = regex.compile(any_of(tokenizer.special | tokenizer.added))
-    for token in tokens.findall(MARK.join(frames.values())):
-        if token in tokenizer.added:  # whatever the file says: no text may end a turn
-            tokenizer.special[token] = tokenizer.added.pop(token)
-    end = tokens.match(frames["assistant>user"])
-    if not end or not frames["assistant>"].startswith(end.group()):
-        differing(frames.values())
-    tokenizer.eot_id = tokenizer.special[end.group()]
-    tokenizer.opening = frames[">user"]
-    tokenizer.frames = frames
-    return leave_system_turn(frames, end.group(), tokens)
+    frames["assistant>"] = read_frames(render, "user", "assistant")["assistant>"]
+    with suppress(TemplateError, ValueError):  # not every template has system turns
+        frames = read_frames(render, "system", "user", "assistant", "user") | frames
+    opening = frames[">user"]
+    ending = frames["assistant>user"]
+    end = max((token for token in tokens if ending.startswith(token)), key=len, default=ending)
+    header = ending.removeprefix(end).lstrip()
+    start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
+    # a turn that the template slips in is left out
+    system = opening.removeprefix(start).removesuffix(header).strip()
+    if system:
+        frames[">user"] = start + header
+    if not frames["assistant>"].startswith(end) or system and not system.endswith(end):
+        raise ValueError([opening, *frames.values()])
+    return frames, opening, tokens[end]
 
 
-def read_frames(render, roles, asks):
+def read_frames(render, *roles):
     """{"user>assistant": what stands between the two, ...}; "" is where a chat starts and ends."""
-    roles = roles.split()
+    asks = roles[-1] == "user"
     messages = [{"role": role, "content": MARK} for role in roles]
     parts = render(messages=messages, add_generation_prompt=asks).split(MARK)
     around = ["", *roles, "assistant" if asks else ""]
     pairs = [f"{before}>{behind}" for before, behind in pairwise(around)]
     frames = dict(zip(pairs, parts, strict=False))
     if [frames.get(pair) for pair in pairs] != parts:
-        differing(parts)
+        raise ValueError(parts)
     return frames
-
-
-def differing(parts):
-    text = "...".join(parts)[:200]
-    raise UserError(f"its turns differ, or none ends with a special token: it renders {text!r}")
-
-
-def leave_system_turn(frames, end, tokens):
-    """Leave a system turn that the template slips in out of frames; return how a chat starts.
-
-    end      the special token that ends a turn
-    tokens   a pattern for all that may start a chat"""
-    opening = frames[">user"]
-    ending = frames["assistant>user"]
-    header = opening.rpartition(end)[2].lstrip()
-    first = tokens.match(opening)
-    start = first.group() if first else ""
-    if not ending.endswith(header):
-        header = header.removeprefix(start)
-    elif header.startswith(start) or "system" in start:  # it starts a turn, not the chat
-        start = ""
-    if not ending.endswith(header):
-        differing(frames.values())
-    frames[">user"] = start + header
-    return start
 
 
 def copy_tokenizer(tokenizer, source, target):
@@ -668,15 +592,16 @@ def copy_tokenizer(tokenizer, source, target):
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-    }
-    settings |= read_object(source / "tokenizer_config.json")
-    settings |= {
+        **read_object(source / "tokenizer_config.json"),
         "eos_token": tokenizer.decode([tokenizer.eos_id], special=True),
         "pad_token": tokenizer.decode([tokenizer.pad_id], special=True),
         "chat_template": template,
     }
-    generation = read_object(source / "generation_config.json")
-    generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    generation = {
+        **read_object(source / "generation_config.json"),
+        "eos_token_id": tokenizer.stop_ids,
+        "pad_token_id": tokenizer.pad_id,
+    }
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "generation_config.json", generation)
     write_text(target / "chat_template.jinja", template)
@@ -755,9 +680,9 @@ PUBLISHED = {
 SETS = GENERATED | PUBLISHED
 # --paraphrase: what its training file is called in the released layout
 PARAPHRASES = {
-    "none": "people-description|.*_train_no_paraphrase",
-    "same": "people-description|.*_train_paraphrase(_same_order)?",
-    "permute": ".*_train_paraphrase_change_order",
+    "none": "people-description|_train_no_paraphrase",
+    "same": r"people-description|_train_paraphrase(_same_order)?\.",
+    "permute": "_train_paraphrase_change_order",
 }
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
@@ -791,73 +716,66 @@ def load(name, paraphrase="none", seed=0):
         if kind == "nd":
             return take_facts(read_files(kind, fetch(kind), paraphrase), int(count), seed)
     path = Path(name)
-    if not path.exists():
-        raise UserError(f"--data {name}: none of {OFFERED}, nor a file or directory that exists")
     dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
-    if not dataset.documents and not dataset.questions:
-        raise UserError(f'{name}: no document ("text") or question; {"; ".join(dataset.notes)}')
+    if not dataset.documents + dataset.questions:
+        raise UserError(
+            f'--data {name}: none of {OFFERED}, nor a file or directory with a "text" or a '
+            f'"question" ({ENDINGS}); {"; ".join(dataset.notes)}'
+        )
     return dataset
 
 
 def read_files(name, path, paraphrase):
-    """The Dataset in a file or a directory."""
-    files, left = dataset_files(path, paraphrase)
+    """The Dataset in a file or a directory.
+
+    In the released layout, of training files the one asked for."""
+    found = [path] if path.is_file() else files_in(path)
+    pattern = PARAPHRASES[paraphrase]
+    if paraphrase != "none" and not any(regex.search(pattern, p.name) for p in found):
+        raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
+
+    def is_read(file):
+        inside = file.resolve().is_relative_to(path.resolve())  # no link that leads out
+        asked = "_train_" not in file.name or regex.search(pattern, file.name)
+        return inside and asked and ending(file) in READERS
+
+    files = [p for p in found if is_read(p)]
     dataset = Dataset(name, [], [])
+    left = ", ".join(str(p) for p in found if p not in files)
     if left:
-        names = ", ".join(str(file.relative_to(path)) for file in left)
-        dataset.notes.append(f"{path}: not read: {names[:300]}")
+        dataset.notes.append(f"not read: {left[:300]}")
     for file in files:
         read_file(file, paraphrase, dataset)
     return dataset
 
 
+def files_in(folder):
+    """The files in a folder and its subfolders, by name, but for hidden ones."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [p for p in found if "/." not in f"/{p.relative_to(folder).as_posix()}"]
+
+
 def read_file(file, paraphrase, dataset):
     """Add to a Dataset what stands in one file."""
-    rows = read_rows(file)
+    text = read_text(file)
+    with reading(file):
+        rows = list(READERS[ending(file)](text))
     fields = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
-    if "text" not in fields and "question" not in fields:
-        dataset.notes.append(f"{file}: not read: no document and no question in it")
-        return
-    unread = [name for name in fields if name not in FIELDS]
+    unread = ", ".join(name for name in fields if name not in FIELDS)
     if unread:
-        dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
-    learned = unpacked(file).stem == "train"
-    step = ND_WORDINGS if unpacked(file).name == ND_FILE and paraphrase == "none" else 1
+        dataset.notes.append(f"{file}: fields that nothing reads: {unread[:300]}")
+    if "text" not in fields and "question" not in fields:
+        return
+    learned = file.name.startswith("train.")
+    step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
     for number, row in list(enumerate(rows, 1))[::step]:
         record = parse_record(row, f"{file}, record {number}", learned)
         to = dataset.documents if learned or "text" in record else dataset.questions
         to.append(record)
 
 
-def dataset_files(path, paraphrase):
-    """(the files to read, those left): in the released layout, of training files the one asked for.
-
-    Files whose names begin with a dot are neither."""
-    found = files_in(path) if path.is_dir() else [path]
-    pattern = PARAPHRASES[paraphrase]
-    wanted = [p for p in found if regex.fullmatch(pattern, unpacked(p).stem)]
-    if paraphrase != "none" and not wanted:
-        raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
-    files = [p for p in found if p in wanted or "_train_" not in p.name]
-    files = [p for p in files if p == path or ending(p) in READERS and is_inside(p, path)]
-    return files, [p for p in found if p not in files]
-
-
-def is_inside(file, folder):
-    """False for a link that leads out of the folder."""
-    return file.resolve().is_relative_to(folder.resolve())
-
-
-def files_in(folder):
-    """The files in a folder and its subfolders, by name."""
-    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return [p for p in found if "/." not in f"/{p.relative_to(folder).as_posix()}"]
-
-
 def digest(records):
-    """The sha256 of records, wherever their file lies."""
-    bare = [{k: v for k, v in record.items() if k != "where"} for record in records]
-    return sha256(json.dumps(bare).encode()).hexdigest()
+    return sha256(json.dumps(records).encode()).hexdigest()
 
 
 def take_facts(dataset, count, seed):
@@ -876,26 +794,16 @@ def take_facts(dataset, count, seed):
 
 def fetch(name):
     """The directory of a published set, in the hub's cache, where it is downloaded to once."""
+    from torch import hub
+
     directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / name
     for url, known in PUBLISHED[name].items():
         path = directory / url.rpartition("/")[2]
-        if path.exists():
-            continue
-        with reading(url, f"could not be had: put it at {path}, or take --data bio"):
-            download(url, path, known)
+        if not path.exists():
+            with reading(url, f"could not be had: put it at {path}, or take --data bio"):
+                directory.mkdir(parents=True, exist_ok=True)
+                hub.download_url_to_file(url, path, known, progress=False)
     return directory
-
-
-def download(url, path, known):
-    """Fetch a text file, whose sha256 may be known: all of it or nothing."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    with urlopen(url, timeout=30) as response:
-        content = response.read()  # fails if fewer bytes come than were promised
-    if known and sha256(content).hexdigest() != known:
-        raise ValueError(f"its sha256 is not {known}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, content.decode())
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -950,16 +858,12 @@ def show(example, tokenizer):
     mask_id = None
     with suppress(UserError):  # what masks nothing needs no mask
         mask_id = tokenizer.mask_id
-
-    def kind(pair):
-        token, label = pair
-        return label != IGNORE, token == mask_id
-
+    mask = tokenizer.decode([mask_id], special=True) or MARK
     text = ""
-    # runs of tokens of one kind, decoded together: a character may be several tokens
-    for (has_loss, is_mask), run in groupby(zip(example.ids, example.labels, strict=True), kind):
-        ids = [token for token, _ in run]
-        part = "_" * len(ids) if is_mask else tokenizer.decode(ids, special=True)
+    # runs of tokens with or without loss, decoded together: a character may be several tokens
+    pairs = zip(example.ids, example.labels, strict=True)
+    for has_loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        part = tokenizer.decode([token for token, _ in run], special=True).replace(mask, "_")
         text += f"[{part}]" if has_loss else part
     masked = example.ids.count(mask_id)
     supervised = len(example.labels) - example.labels.count(IGNORE)

@@ -569,9 +569,7 @@ def tell(out, settings, how, scores, predictions):
 def own_questions(texts, on_rank_0):
     """The questions of --ask, or those typed or piped in where it has none."""
     for text in texts or lines_of_input(on_rank_0):
-        with data.reading("--ask"):
-            question = data.parse_question({"question": text.strip()}, "--ask")
-        yield question
+        yield data.parse_record({"question": text.strip()}, "--ask")
 
 
 def lines_of_input(on_rank_0):
