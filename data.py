@@ -171,7 +171,9 @@ def parse_record(row, where, learned=False):
 def text_field(row, name):
     """A string that is not empty."""
     with reading(f'"{name}"', "must be text"):
-        row[name].strip()[0].encode()  # fails for half a surrogate pair, which is no text
+        # fails for half a surrogate pair, which is no text
+        if row[name].encode().isspace():
+            raise ValueError("blank")
         return row[name]
 
 
