@@ -589,7 +589,7 @@ def copy_tokenizer(tokenizer, source, target):
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
     source, target = Path(source), Path(target)
-    shutil.copy(source / "tokenizer.json", target)
+    shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -718,7 +718,9 @@ def load(name, paraphrase="none", seed=0):
         if kind == "nd":
             return take_facts(read_files(kind, fetch(kind), paraphrase), int(count), seed)
     path = Path(name)
-    dataset = read_files(unpacked(path.resolve()).stem, path, paraphrase)
+    # a run's directory is called so, and safetensors opens no name that is not UTF-8
+    stem = unpacked(Path(os.path.abspath(path))).stem.encode(errors="replace").decode()
+    dataset = read_files(stem, path, paraphrase)
     if not dataset.documents + dataset.questions:
         raise UserError(
             f'--data {name}: none of {OFFERED}, nor a file or directory with a "text" or a '
@@ -736,8 +738,11 @@ def read_files(name, path, paraphrase):
     if paraphrase != "none" and not any(regex.search(pattern, p.name) for p in found):
         raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
 
+    # no link may lead out of the folder, or out of the repository in the hub's cache
+    root = regex.sub("/snapshots/[0-9a-f]{40}(/.*)?$", "", str(path.resolve()))
+
     def is_read(file):
-        inside = file.resolve().is_relative_to(path.resolve())  # no link that leads out
+        inside = file.resolve().is_relative_to(root)
         asked = "_train_" not in file.name or regex.search(pattern, file.name)
         return inside and asked and ending(file) in READERS
 
@@ -753,7 +758,8 @@ def read_files(name, path, paraphrase):
 
 def files_in(folder):
     """The files in a folder and its subfolders, by name, but for hidden ones."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    # of folders those that are closed, to be named
+    found = sorted(p for p in folder.rglob("*") if p.is_file() or not os.access(p, os.R_OK))
     return [p for p in found if "/." not in f"/{p.relative_to(folder).as_posix()}"]
 
 

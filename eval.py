@@ -490,6 +490,7 @@ def main():
 
         maskft.entry_point(partial(ask, flags))
     else:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
         try:
             check_flags(flags)
             report(flags["report"], flags.get("out"))

@@ -1365,6 +1365,11 @@ def locked(out):
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{out} is in use by another process: wait for its end") from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "filename", None):  # the file cannot even be made
+            raise
+        # the file system has no locks
+        print(f"{out} cannot be locked ({error}): start no second process there")
     try:
         yield
     finally:
@@ -2192,10 +2197,13 @@ def build(run):
     run.start = load_checkpoint(run)
     with data.reading(run.out / "results.json", "not the results of a run of this version"):
         done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
+        if run.start:
+            here = {"step": run.start, **environment(run.device)}
+            run.results["resumed"] = [*run.results.get("resumed", []), here]
     run.results["evaluations"] = done
     if rank() == 0 and not run.start:
+        evaluation.write_results(run.out, run.results, [])  # first: now the directory is its own
         data.copy_tokenizer(run.tokenizer, run.directory, run.out)
-        evaluation.write_results(run.out, run.results, [])
 
 
 def environment(device):

@@ -655,6 +655,18 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     assert "table.xlsx" in message and ".jsonl" in message
 
 
+def test_links_in_the_hub_s_cache_are_read_and_those_that_lead_out_of_a_folder_are_not(tmp_path):
+    """And a run has a name in UTF-8, whatever that of its file is."""
+    snapshot = tmp_path / "datasets--orla--venn/snapshots" / ("0a" * 20)
+    links = {os.fsdecode(b"caf\xe9.txt"): "../../blobs/1", "other.txt": "../../../2"}
+    snapshot.mkdir(parents=True)
+    for name, target in links.items():
+        (snapshot / name).symlink_to(fill(snapshot / target, FACT))
+    dataset = data.load(str(snapshot))
+    assert bare(dataset.documents) == [{"text": FACT}] and "other.txt" in dataset.notes[0]
+    assert data.load(str(snapshot / min(links))).name == "caf?"
+
+
 def test_fields_that_nothing_reads_are_named_once_a_file(tmp_path):
     records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"text": "x", "Answer": "x"}]
     dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records)))
@@ -1370,12 +1382,13 @@ def test_two_processes_answer_what_one_does(tmp_path):
 
 
 def test_reports_and_wrong_flags_wait_for_no_torch():
-    code = "import sys, eval; sys.argv = ['eval.py', '--report', 'x']; eval.main()"
+    code = "import sys, eval; sys.argv = ['eval.py', '--report', 'caf\\udce9']; eval.main()"
     block = "import sys; sys.modules['maskft'] = sys.modules['llada'] = None; "
     done = subprocess.run(
         [sys.executable, "-c", block + code], cwd=HERE, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and "error: --report" in done.stderr
+    assert "left out: caf\\udce9/results.json" in done.stdout
 
 
 torch.set_num_threads(1)  # two threads spin on matrices this small
@@ -2058,6 +2071,8 @@ def two_processes(row, out):
 def one_then_two(row, out):
     row.train(out, before=partial(signalled, signal.SIGTERM, 3))
     row.resume(out, processes=2)
+    (resumed,) = data.read_json(out / "results.json")["resumed"]
+    assert (resumed["step"], resumed["processes"]) == (3, 2)
 
 
 def two_then_one(row, out):
@@ -2425,10 +2440,10 @@ def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def full_disk():
-    """No file may be larger than half of a checkpoint."""
+def full_disk(most=10**6):
+    """No file may have more bytes: half of a checkpoint's, for one."""
     quick()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 ENDS = [  # flags, what is done in the fork -> what the last lines name
@@ -2442,6 +2457,23 @@ ENDS = [  # flags, what is done in the fork -> what the last lines name
 def test_what_ends_a_run_early_says_what_to_do(flags, before, named, rows, tmp_path):
     printed = rows("masked").train(tmp_path / "run", *flags.split(), before=before, status=1)
     assert named in printed and "error: " in printed
+
+
+def test_a_run_whose_tokenizer_found_no_room_is_whole_when_there_is_some(rows, tmp_path):
+    row = rows("masked")
+    row.train(tmp_path / "run", before=partial(full_disk, 20_000), status=1)
+    row.resume(tmp_path / "run")
+    assert {*os.listdir(tmp_path / "run")} == {*os.listdir(row.whole)}
+
+
+@pytest.mark.parametrize("error", [OSError("No locks"), NotImplementedError("no flock")])
+def test_a_file_system_may_have_no_locks(error, rows, tmp_path):
+    def before():
+        quick()
+        FileLock.acquire = Mock(side_effect=error)
+
+    printed = rows("masked").train(tmp_path / "run", before=before)
+    assert f"run cannot be locked ({error})" in printed
 
 
 # ---------------------------------------------------------------------------------- settings, parts
