@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from filelock import FileLock  # comes with torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
 import eval as evaluation
@@ -1850,10 +1851,8 @@ SAMPLED = [
     ((12, 5, 12), {"cfg_scale": 1.5}, "977m7gfif77c 77!ma7!!7mm7 kkkka1akiimr"),
     ((8, 8, 1), {}, "7ff7hhy1 7hhm7h!h akkkraaa"),
     ((8, 32, 4), {"cfg_scale": 1.5}, "7777vgk1 7g7may7n kkkkkaak"),
-    ((16, 2, 8), {}, "77777777hyfyffff 777gg77700mhhh0m 1kkkt1s7tkmkkaep"),
     ((16, 5, 8), {"threshold": 0.0}, "77777777hyfyffff 777gg77700mhhh0m 1kkkt1s7tkmkkaep"),
     ((16, 16, 8), {"threshold": 0.6}, "77777777hhfvffff 777ma777hmm447hn lkkkt1a7ak7ra8h7"),
-    ((16, 16, 8), {}, "h77y7n7ak8888am8 777ma7hhhm04477n kkkkri1kt8pqaasa"),
     ((16, 1, 8), {"threshold": 2.0}, "h77y7n7ak8888am8 777ma7hhhm04477n kkkkri1kt8pqaasa"),
     ((16, 8, 8), {"temperature": 0.7, "remasking": "random"}, "77777fh7hf9gf31x"),
 ]
@@ -1908,17 +1907,18 @@ def forked(script, *flags, status=0, before=lambda: None, processes=1):
         sys.stdout = sys.stderr = log
         sys.argv = [f"{script.__name__}.py", *map(str, flags)]
         if processes > 1:
-            os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", str(port)
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(processes)
         data.huggingface_hub.constants.HF_HUB_OFFLINE = True
         # a shell ignores Ctrl-C for what it starts in the background, and children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
         before()
         maskft.entry_point(script.main)
 
-    group = dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(processes))
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        _, port = free.getsockname()
     with tempfile.TemporaryFile("w+") as log:
         fork = multiprocessing.get_context("fork").Process
         running = [fork(target=body, args=(rank,)) for rank in range(processes)]
@@ -2082,29 +2082,24 @@ def two_then_one(row, out):
     row.resume(out)
 
 
-RESTARTED = """
-import os, signal, sys
-sys.path.insert(0, {here!r})
-import torch
-import maskft
-import {tests} as tests
-
-again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-tests.quick() if again else tests.signalled(signal.SIGKILL, 3, only="1")
-maskft.entry_point(maskft.main)
-"""
-
-
 def restarted(row, out):
-    """By torchrun, after one process has died, in the directory that it had."""
-    script = fill(out.with_name("again.py"), "")
-    script.write_text(RESTARTED.format(here=str(HERE), tests=Path(__file__).stem))
-    torchrun = "-m torch.distributed.run --nproc_per_node 2 --max-restarts 1"
-    start = [sys.executable, *torchrun.split(), script, *row.flags, "--save-every", "1e-9"]
-    ended = subprocess.run(start, cwd=out.parent, timeout=170, capture_output=True, text=True)
-    line = "torchrun --nproc_per_node 2 again.py --resume out/facts-masked-1\n"
-    assert ended.stdout.count(f"ends early: {line}") == 2
-    assert f"[rank 0] go on with\n    {line}" in ended.stderr
+    """By torchrun's agent, after its processes died, in the directory that they had."""
+
+    def worker():
+        again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+        quick() if again else signalled(signal.SIGKILL, 3)
+        maskft.main()
+        maskft.dist.destroy_process_group()
+
+    def agent():
+        os.chdir(out.parent)
+        how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+        config = LaunchConfig(1, 1, 2, max_restarts=1, run_id="again", **how)
+        elastic_launch(config, worker)()
+
+    torchrun = Namespace(__name__="torchrun", main=agent)
+    printed = forked(torchrun, *row.flags, "--save-every", "1e-9")
+    assert printed.count(" --resume out/facts-masked-1\n") == 2
     out.with_name("out").joinpath("facts-masked-1").rename(out)
 
 
@@ -2211,24 +2206,16 @@ def done(finished, monkeypatch):
     return Path("my run-masked")
 
 
-def pasted(printed, what):
-    """The flags of the last line of what was printed that has this in it."""
-    *_, line = [line for line in printed.splitlines() if what in line]
-    _, script, *flags = shlex.split(line[line.index("python ") :])
-    assert Path(script).resolve().parent == HERE
-    return flags
-
-
 def test_printed_commands_can_be_pasted(finished, done):
     printed, _ = finished
     assert "\nresults: 'my run-sft' 'my run-masked'\n" in printed
-    *asked, question = pasted(printed, "--ask")
-    assert asked == ["--model", "my run-masked", "--ask"] and question == "..."
+    commands = [shlex.split(command) for command in re.findall("python (.*)", printed)]
+    *_, (_, *resume), (script, *asked, question) = commands
+    assert Path(script).resolve() == HERE / "eval.py" and question == "..."
     prediction = jsonl(done / "preds.jsonl")[0]
     answer = forked(evaluation, *asked, prediction["question"])
     assert answer.strip().endswith(prediction["prediction"])
-    refused = forked(maskft, *pasted(printed, "--resume"), status=1)
-    assert "finished" in refused and pasted(refused, "--ask") == [*asked, question]
+    assert "my run-masked: this run is finished" in forked(maskft, *resume, status=1)
 
 
 LEFT = """
