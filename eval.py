@@ -28,7 +28,6 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -307,13 +306,15 @@ def table(rows):
 
 def table_cells(row):
     """{column: cell} of a row."""
-    first, last = row.curve[0], row.curve[-1]
-    names = [name for name in REPORTED if name in last]
-    before = [shown("{:.3f}", first[name]) for name in names]
+    first = row.curve[0]
+    last = row.curve[-1]
+    before = []
     scores = {}
-    for name in names:
-        scores[f"{name} best"] = shown(INTERVAL, row.best[name])
-        scores[f"{name} last"] = shown(INTERVAL, last[name])
+    for name in REPORTED:
+        if name in last:
+            before.append(shown("{:.3f}", first[name]))
+            scores[f"{name} best"] = shown(INTERVAL, row.best[name])
+            scores[f"{name} last"] = shown(INTERVAL, last[name])
     drift = INTERVAL if len(row.seeds) > 1 else "{:.3f}"
     return {
         "method": row.name,
@@ -339,10 +340,10 @@ def markdown(lines):
 
 def draw_curves(rows, path, xlabel="step"):
     """A picture of what is in the rows' curves, a panel each; where matplotlib is installed."""
-    if not find_spec("matplotlib"):
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    except ImportError:
         return
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-
     names = dict.fromkeys(name for asked in rows[0].curve for name in asked)
     names.pop("step")
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
@@ -514,9 +515,9 @@ def ask(flags):
     import maskft
 
     check_flags(flags)
-    if "out" in flags:
-        new_directory(Path(flags["out"]))
     device = maskft.start_processes()
+    if "out" in flags:  # a new one: no results of a run are lost
+        maskft.on_rank_0(partial(Path(flags["out"]).mkdir, parents=True))
     directory = maskft.find_model(flags["model"])
     usual = {
         "data": "bio",
@@ -549,12 +550,6 @@ def ask(flags):
         elif maskft.rank() == 0:
             how = maskft.decoding(questions, causal, longest, **given)
             tell(flags.get("out"), settings, how, scores, predictions)
-
-
-def new_directory(out):
-    if (out / "results.json").exists():
-        raise UserError(f"--out {out} has a results.json already: give another name")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def tell(out, settings, how, scores, predictions):
