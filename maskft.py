@@ -1419,12 +1419,11 @@ def results_of(run, out):
 
 
 def is_finished(out):
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((out / name).exists() for name in names)  # what is written last
+    return any(out.glob("model.safetensors*"))  # of several files, their index comes last
 
 
 def settings_of(out, methods):
-    """The Settings of the unfinished run that --resume names."""
+    """The Settings of the run that --resume names."""
     path = out / "results.json"
     with data.reading(path, "not the settings of a run of this version"):
         settings = Settings(**data.read_json(path)["arguments"])
@@ -1433,8 +1432,6 @@ def settings_of(out, methods):
                 raise TypeError(f"{setting.name} is no {setting.type.__name__}")
     if settings.method not in methods:
         raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
-    if is_finished(out):
-        raise UserError(f"{out}: this run is finished. To ask it: {ask_command(out)}")
     return settings
 
 
@@ -1605,12 +1602,8 @@ def recipe_of(method, model):
     return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
-def decide(given, recipe, masks, documents):
-    """The Settings with a value for all that no flag gave.
-
-    masks      whether the method masks anything
-    documents  how many there are to learn
-    """
+def decide(given, recipe, method, documents):
+    """The Settings with a value for all that no flag gave; `documents` is how many there are."""
     steps = recipe.steps or STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
     batch_size = given.batch_size or recipe.batch_size
     most = math.ceil(steps / math.ceil(documents / batch_size))
@@ -1618,6 +1611,8 @@ def decide(given, recipe, masks, documents):
     eval_at = given.eval_at or [0, *(2**i for i in range(20) if 2**i < epochs)]
     if max(eval_at) > epochs:
         raise UserError(f"--eval-at {max(eval_at)}: there are {epochs} epochs")
+    if not method.causal and given.mask_ratio and given.mask_ratio[-1] == 0:
+        raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return dataclasses.replace(
         given,
         batch_size=batch_size,
@@ -1625,7 +1620,7 @@ def decide(given, recipe, masks, documents):
         epochs=epochs,
         eval_at=eval_at,
         mlp_only=recipe.mlp_only if given.mlp_only is None else given.mlp_only,
-        mask_ratio=given.mask_ratio if masks else None,
+        mask_ratio=given.mask_ratio if method.masks else None,
     )
 
 
@@ -2084,11 +2079,6 @@ def wanted_settings(args, methods, models, device):
 
 def prepare(given, method, device, stop):
     """A Run with every setting decided and its data checked, before there are weights."""
-    ratio = given.mask_ratio
-    if not method.causal and ratio and ratio[-1] == 0:
-        raise UserError(
-            "--mask-ratio 0 masks nothing, and a diffusion model learns from masked tokens alone"
-        )
     directory = find_model(given.model)
     tokenizer = data.load_tokenizer(directory)
     config = read_config(directory)
@@ -2099,8 +2089,6 @@ def prepare(given, method, device, stop):
     dataset = data.load(given.data, given.paraphrase, given.seed)
     for note in tokenizer.notes + dataset.notes:
         print0(note)
-    if not dataset.documents:
-        raise UserError(f"--data {given.data}: no document to learn; eval.py asks questions alone")
     dtype, why = native_dtype(device, given.dtype)
     print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
     # the finished model is saved in the dtype that it was scored in
@@ -2114,23 +2102,30 @@ def prepare(given, method, device, stop):
     run = Run(given, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     check_questions(dataset.questions, tokenizer, config.context)
-    run.settings = decide(given, recipe, method.masks, len(dataset.documents))
-    if run.settings.mlp_only:
-        freeze_all_but_mlps(model)
+    plan(run)
+    return run
+
+
+def plan(run):
+    """Decide what no flag gave, and say what will be trained."""
+    documents, questions = run.dataset.documents, run.dataset.questions
+    settings = decide(run.settings, run.recipe, run.method, len(documents))
+    if settings.mlp_only:
+        freeze_all_but_mlps(run.model)
+    run.settings = settings
     run.results = {
-        "arguments": dataclasses.asdict(run.settings),
-        "dataset": data.digest(dataset.documents + dataset.questions),
-        "environment": environment(device),
-        "decoding": decoding(dataset.questions, config.causal),
+        "arguments": dataclasses.asdict(settings),
+        "dataset": data.digest(documents + questions),
+        "environment": environment(run.device),
+        "decoding": decoding(questions, run.model.config.causal),
         "steps": run.steps,
         "evaluations": [],
     }
     print0(
-        f"{given.method}: {len(dataset.documents)} documents, {len(dataset.questions)} questions, "
-        f"{run.steps} steps of {run.settings.batch_size} in {run.settings.epochs} epochs, "
-        f"lr {run.settings.lr:g} (defaults: {recipe.why})"
+        f"{settings.method}: {len(documents)} documents, {len(questions)} questions, {run.steps} "
+        f"steps of {settings.batch_size} in {settings.epochs} epochs, lr {settings.lr:g} "
+        f"(defaults: {run.recipe.why})"
     )
-    return run
 
 
 def native_dtype(device, wanted=None):
@@ -2160,7 +2155,10 @@ def fit_documents(run):
             f"texts are cut into passages, answers left out, which makes {len(kept)}"
         )
     if not kept:
-        raise UserError(f"--data {run.settings.data}: no example is left; give a larger --max-len")
+        raise UserError(
+            f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "
+            "learn; eval.py asks questions alone"
+        )
     run.dataset.documents = kept
 
 
