@@ -383,9 +383,8 @@ def load_tokenizer(path):
     with reading(path / "tokenizer.json", "not byte-level BPE as in Llama 3, Qwen and SmolLM2"):
         ranks, splits, nfc = read_bpe(content)
         special, added = read_added(content["added_tokens"])
-    tokens = special | added
-    ids = {*ranks.values(), *tokens.values()}
-    check_embeddings(path / "config.json", max(ids))
+        tokens = special | added
+        ids = {*ranks.values(), *tokens.values()}
     texts, bos, eos, pad = read_declared(path, tokens, ids)
     template = find_template(path)
     with reading(path, "its chat template's turns are not alike or end with no special token"):
@@ -398,37 +397,27 @@ def load_tokenizer(path):
     # LLaDA's end of text is no sign of a base model: it ends its chats with both
     if eos and eot not in eos and "<|mdm_mask|>" not in special:
         notes = [f"{path}: a base model: it learns where a turn ends"]
-    return Tokenizer(
-        ranks,
-        splits,
-        nfc,
-        special,
-        added,
-        frames,
-        opening,
-        bos_id=bos[0] if bos else None,
-        eos_id=[*eos, eot][0],
-        eot_id=eot,
-        pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
-        stop_ids=tuple(dict.fromkeys([eot, *eos])),
-        notes=notes,
-    )
+    with reading(path / "tokenizer.json"):
+        return Tokenizer(
+            ranks,
+            splits,
+            nfc,
+            special,
+            added,
+            frames,
+            opening,
+            bos_id=bos[0] if bos else None,
+            eos_id=[*eos, eot][0],
+            eot_id=eot,
+            pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
+            stop_ids=tuple(dict.fromkeys([eot, *eos])),
+            notes=notes,
+        )
 
 
 def embeddings(config):
     """How many embeddings a model has, by its config.json; without one as many as it takes."""
     return config.get("embedding_size") or config.get("vocab_size") or 10**9  # LLaDA's may be more
-
-
-def check_embeddings(file, last):
-    """UserError for a token whose id is beyond the embeddings of a config.json."""
-    config = read_object(file)
-    with reading(file):
-        if last >= embeddings(config):
-            raise UserError(
-                f"no embedding for the token of id {last}: transformers' "
-                "resize_token_embeddings makes more"
-            )
 
 
 # the files that declare special tokens, in the order in which they count
@@ -438,13 +427,20 @@ DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 def read_declared(path, tokens, known):
     """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a directory's files declare.
 
+    UserError for a token without an embedding.
+
     tokens   text -> id of those that may be declared by text
-    known    ids that may be declared, also of ordinary tokens"""
+    known    all ids: those of ordinary tokens may be declared, too"""
     texts = {}
     ids = {"bos": [], "eos": [], "pad": []}
     for file in DECLARING:
         content = read_object(path / file)
         with reading(path / file):
+            if max(known) >= embeddings(content):
+                raise UserError(
+                    f"no embedding for the token of id {max(known)}: transformers' "
+                    "resize_token_embeddings makes more"
+                )
             for name, found in ids.items():
                 token = content.get(f"{name}_token")
                 if token:
