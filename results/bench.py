@@ -91,7 +91,6 @@ def allocated_peak(work):
 
 def random_model(config):
     """A Model with random weights, which are as fast as others."""
-    torch.manual_seed(0)
     model = maskft.Model(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -349,9 +348,12 @@ def main():
     figures = PROGRAMS[args.program](*args.given)
     print(table(figures))
     if args.out:
-        environment = maskft.environment(torch.device("cpu"))
-        report = {"measured": [args.program, *args.given], "figures": figures}
-        data.write_json(args.out, report | {"environment": environment})
+        report = {
+            "measured": [args.program, *args.given],
+            "figures": figures,
+            "environment": maskft.environment(torch.device("cpu")),
+        }
+        data.write_json(args.out, report)
 
 
 if __name__ == "__main__":
