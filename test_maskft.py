@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -2089,6 +2090,7 @@ def restarted(row, out):
         maskft.dist.destroy_process_group()
 
     def agent():
+        logging.disable()  # it tells of the death with a traceback
         os.chdir(out.parent)
         how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
         config = LaunchConfig(1, 1, 2, max_restarts=1, run_id="again", **how)
