@@ -215,6 +215,7 @@ class Recipe:
     lr: float
     steps: int | None = None  # None: those of the paper, by the data
     epochs: float = math.inf  # at most
+    mask_ratio: tuple = tuple(evaluation.USUAL_RATIO)  # lowest, highest
     eps: float = 1e-8  # AdamW's
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
@@ -240,7 +241,9 @@ class Method:
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
     tiny: Recipe = TINY(6e-4, steps=300)
-    small: Recipe = SMALL(6e-4, epochs=80, eps=1e-5, mlp_only=True, schedule=fall)
+    small: Recipe = SMALL(
+        6e-4, epochs=80, mask_ratio=(0.5, 0.95), eps=1e-5, mlp_only=True, schedule=fall
+    )
     large: Recipe = PAPER(5e-6)
     llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
 
@@ -1496,8 +1499,8 @@ class Settings:
     )
     paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
     mask_ratio: list = flag(  # None: the method masks nothing
-        "share of masked tokens, or lowest and highest (default: 0.05 0.95)",
-        tuple(evaluation.USUAL_RATIO),
+        "share of masked tokens, or lowest and highest (default: 0.05 0.95; below 1 B parameters "
+        "0.5 0.95, but not built-in)",
         type=float,
         nargs="+",
         metavar="R",
@@ -1566,10 +1569,11 @@ def parse_flags(parser, words=None):
     args = parser.parse_args(words)
     if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
         parser.error("--resume takes its settings from the run: give no other flag with it")
-    low, *high = args.mask_ratio
-    args.mask_ratio = [low, *(high or [low])]
-    if len(high) > 1 or not 0 <= low <= args.mask_ratio[-1] <= 1:
-        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
+    if args.mask_ratio:
+        low, *high = args.mask_ratio
+        args.mask_ratio = [low, *(high or [low])]
+        if len(high) > 1 or not 0 <= low <= args.mask_ratio[-1] <= 1:
+            parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
     return args
 
 
@@ -1602,7 +1606,17 @@ def recipe_of(method, model):
     return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
-def decide(given, recipe, method, documents):
+def ratio_of(given, recipe, method):
+    """The lowest and the highest mask ratio; None of a method that masks nothing."""
+    if not method.masks:
+        return None
+    ratio = list(given.mask_ratio or recipe.mask_ratio)
+    if not method.causal and ratio[-1] == 0:
+        raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
+    return ratio
+
+
+def decide(given, recipe, documents):
     """The Settings with a value for all that no flag gave; `documents` is how many there are."""
     steps = recipe.steps or STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
     batch_size = given.batch_size or recipe.batch_size
@@ -1611,8 +1625,6 @@ def decide(given, recipe, method, documents):
     eval_at = given.eval_at or [0, *(2**i for i in range(20) if 2**i < epochs)]
     if max(eval_at) > epochs:
         raise UserError(f"--eval-at {max(eval_at)}: there are {epochs} epochs")
-    if not method.causal and given.mask_ratio and given.mask_ratio[-1] == 0:
-        raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return dataclasses.replace(
         given,
         batch_size=batch_size,
@@ -1620,7 +1632,6 @@ def decide(given, recipe, method, documents):
         epochs=epochs,
         eval_at=eval_at,
         mlp_only=recipe.mlp_only if given.mlp_only is None else given.mlp_only,
-        mask_ratio=given.mask_ratio if method.masks else None,
     )
 
 
@@ -2097,8 +2108,9 @@ def prepare(given, method, device, stop):
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
-    given = dataclasses.replace(given, dtype=dtype)
     recipe = recipe_of(method, model)
+    ratio = ratio_of(given, recipe, method)
+    given = dataclasses.replace(given, dtype=dtype, mask_ratio=ratio)
     run = Run(given, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     check_questions(dataset.questions, tokenizer, config.context)
@@ -2109,7 +2121,7 @@ def prepare(given, method, device, stop):
 def plan(run):
     """Decide what no flag gave, and say what will be trained."""
     documents, questions = run.dataset.documents, run.dataset.questions
-    settings = decide(run.settings, run.recipe, run.method, len(documents))
+    settings = decide(run.settings, run.recipe, len(documents))
     if settings.mlp_only:
         freeze_all_but_mlps(run.model)
     run.settings = settings

@@ -2512,18 +2512,20 @@ def test_settings_that_no_flag_gives(row):
     method = (maskft.METHODS | llada.METHODS)[name]
     given = maskft.Settings("tiny", dataset, name)
     recipe = maskft.recipe_of(method, meta_model(size))
-    found = maskft.decide(given, recipe, method, int(documents))
+    found = maskft.decide(given, recipe, int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
-    assert found.mlp_only == (row.split()[:2] == ["135M", "masked"])
+    chosen = row.split()[:2] == ["135M", "masked"]
+    assert found.mlp_only == chosen
+    ratio = [0.5 if chosen else 0.05, 0.95] if method.masks else None
+    assert maskft.ratio_of(given, recipe, method) == ratio
 
 
 def test_below_1_b_the_rate_of_masked_falls_over_the_last_fifth():
-    method = maskft.METHODS["masked"]
-    recipe = method.small
+    recipe = maskft.METHODS["masked"].small
     rates = [recipe.schedule(1e-3, step, 500) for step in (0, 9, 400, 425, 500)]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 0])
     given = maskft.Settings("tiny", "bio", "masked", mlp_only=False)
-    assert maskft.decide(given, recipe, method, 10).mlp_only is False
+    assert maskft.decide(given, recipe, 10).mlp_only is False
 
 
 def test_under_torchrun_with_cuda_the_paper_s_model_is_taught():
