@@ -630,11 +630,15 @@ def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
     assert (dataset.name, dataset.notes) == (name[0], [])
 
 
+LONG = "x" * 200_000
+
+
 def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_path):
     texts = {
         "a.jsonl": DOCUMENT,
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
         "c/d/e.md": "# Ivo\n",
+        "c/book.csv": f"text\n{LONG}",
         "c/numbers.csv": "x,y\n1,2\n",
         "c/old.jsonl": '{"text": "a", "Text": 1}\n{"text": "b", "Text": 1, "id": 2}',
         "c/train.jsonl": QUESTION,
@@ -646,7 +650,15 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         fill(tmp_path / name, contents)
     dataset = data.load(str(tmp_path))
     learned = [document.get("text", document.get("answer")) for document in dataset.documents]
-    assert learned == [FACT, "Plain text.\n\nAnother paragraph.", "# Ivo", "a", "b", "Orla Venn"]
+    assert learned == [
+        FACT,
+        "Plain text.\n\nAnother paragraph.",
+        LONG,
+        "# Ivo",
+        "a",
+        "b",
+        "Orla Venn",
+    ]
     assert dataset.questions == []
     assert [note.split("/")[-1] for note in dataset.notes] == [
         "table.xlsx",
@@ -795,7 +807,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
         dataset = data.load(name, paraphrase, seed)
         told = [int(document["text"].split()[0]) for document in dataset.documents]
         asked = [int(question["question"].split()[0]) for question in dataset.questions]
-        assert sorted(set(told) | set(asked)) == asked[::2] == asked[1::2]
+        assert sorted(set(told)) == asked[::2] == asked[1::2]
         return told
 
     some = facts("nd:20", 1)
@@ -923,25 +935,25 @@ def works_or_names(read, path):
     return True
 
 
-FUZZED = ["a.json", "b.csv", "c.jsonl.gz", "tokenizer.json", "tokenizer_config.json"]
+FUZZED = {
+    "a.json": json.dumps([ASKED, {"text": FACT}, {"question": "a", "answer": SOLVED}]),
+    "b.csv": CSV,
+    "c.jsonl.gz": DOCUMENT,
+}
 
 
-@pytest.mark.parametrize("name", FUZZED)
+@pytest.mark.parametrize("name", [*FUZZED, "tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_file_is_read_or_named(name, tmp_path):
     rng = random.Random(name)
-    records = [ASKED, {"text": FACT}, {"question": "a", "answer": SOLVED}]
-    contents = {"a.json": json.dumps(records), "b.csv": CSV, "c.jsonl.gz": DOCUMENT}
-    if name in contents:
-        file = fill(tmp_path / name, contents[name])
-    else:
-        config = {"eos_token": "<|im_end|>", "bos_token": None, "model_max_length": 9}
-        file = write_tokenizer(tmp_path, **VARIANTS["qwen"], config=config) / name
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "model_max_length": 9}
+    file = write_tokenizer(tmp_path, **VARIANTS["qwen"], config=config) / name
+    if name in FUZZED:
+        fill(file, FUZZED[name])
 
     def use():
-        if name in contents:
+        if name in FUZZED:
             return data.load(str(file))
-        ours = data.load_tokenizer(tmp_path)
-        ours.decode(ours.chat([user("hello 12")]), special=True)
+        return data.load_tokenizer(tmp_path).chat([user("hello 12")])
 
     whole = file.read_bytes()
     outcomes = set()
