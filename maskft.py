@@ -334,12 +334,15 @@ def read_config(directory):
     return with_own_head(config, path.parent)
 
 
+def hub_name(directory):
+    """owner/name of a model in the hub's cache; None of any other directory."""
+    found = regex.search("models--(.+?)--(.+)/snapshots/", str(directory.absolute()))
+    return "/".join(found.groups()) if found else None
+
+
 def code_elsewhere(raw, directory):
     """An auto_map that says where its code is, as transformers takes it: none is run or copied."""
-    source = str(directory.absolute())
-    from_hub = regex.search("models--(.+?)--(.+)/snapshots/", source)
-    if from_hub:
-        source = "/".join(from_hub.groups())
+    source = hub_name(directory) or directory.absolute()
     code = raw.get("auto_map") or {}
     named = {
         kind: name if "--" in name else f"{source}--{name}"  # once said, it stays so
@@ -1921,7 +1924,8 @@ def listening(received):
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # ignored is what nohup asks for
-            before[number] = signal.signal(number, ask)
+            with suppress(ValueError):  # a thread hears none
+                before[number] = signal.signal(number, ask)
     try:
         yield
     finally:
@@ -2331,9 +2335,9 @@ def model_card(run):
     """The README.md of a run's directory, with the head that the hub reads."""
     settings = run.settings
     scores = run.results["evaluations"][-1]["scores"]
-    from_hub = run.directory.parent.name == "snapshots"
+    base = hub_name(run.directory)
     return CARD.format(
-        base=f"\nbase_model: {settings.model}" if from_hub else "",
+        base=f"\nbase_model: {base}" if base else "",
         name=run.out.name,
         out=run.out,
         ask=ask_command(run.out),

@@ -29,6 +29,7 @@ import unicodedata
 from argparse import Namespace
 from functools import cache, partial
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -2173,14 +2174,15 @@ def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
 
 
 def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
-    """Even where RANK is set, but no launcher has set the rest."""
+    """In a thread, too, and where RANK is set, but no launcher has set the rest."""
     row = rows("masked")
 
     def main():
         before = signal.getsignal(signal.SIGINT)
-        for _ in range(2):
-            maskft.main()
-            assert signal.getsignal(signal.SIGINT) == before
+        maskft.main()
+        assert signal.getsignal(signal.SIGINT) == before
+        with ThreadPool(1) as thread:
+            thread.apply(maskft.main)
 
     def alone():
         quick()
