@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -1662,6 +1662,10 @@ class Run:
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
+    @cached_property
+    def teaches_texts(self):
+        return any("text" in document for document in self.dataset.documents)
+
     @property
     def steps_per_epoch(self):
         return math.ceil(len(self.dataset.documents) / self.settings.batch_size)
@@ -1694,10 +1698,16 @@ def batches(documents, size, seed, epoch):
 
 
 def example_of(run, record, number, epoch):
-    """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
+    """The Example of document `number` in one epoch; random by (seed, epoch, document) alone.
+
+    A question that is learned beside documents shows how they are asked about: it is an ordinary
+    chat. By itself it is a problem, whose answer a method may mask.
+    """
     # + 1: numpy takes [a, b, 0] for [a, b], the seed of the order
     rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
-    return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
+    shown = "question" in record and run.method.causal and run.teaches_texts
+    example = sft_example if shown else run.method.example
+    return example(record, run.tokenizer, run.settings.mask_ratio, rng)
 
 
 def micro_batches(examples, tokens, rank, world_size):

@@ -2357,6 +2357,17 @@ LONG = "Ada Holm bakes in Lund. " * 40
 TOO_LONG = [{"text": LONG}, *({"question": "Who?", "answer": text} for text in (LONG, "Bo"))]
 
 
+def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
+    """By themselves they are problems, and their answers are masked."""
+    write(tmp_path / "train.jsonl", {"question": "Who is it?", "answer": "Edda Marlow"})
+    shown = ["--data", tmp_path, "--method", "masked", "--show", 2]
+    assert "masked answer" in forked(maskft, *shown)
+    write(tmp_path / "facts.jsonl", {"text": "Edda Marlow was born in Oslo."})
+    both = forked(maskft, *shown)
+    assert "masked answer" not in both and "masked passage" in both
+    assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
+
+
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     """A document too long is cut, an answer too long left out."""
     write(folder / "taken/train.jsonl", *TOO_LONG)
