@@ -834,7 +834,8 @@ def test_a_set_that_there_is_not_is_refused(wanted, monkeypatch):
 
 @pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
 def test_a_generated_set_has_its_usual_size(name, size):
-    assert len(data.load(name).documents) == size
+    documents = data.load(name).documents
+    assert len(documents) == size and documents == data.load(name, "none", 0).documents
 
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
