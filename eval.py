@@ -185,7 +185,7 @@ REPORTED = {
 # such as "masked 0.5", the seeds, the title of its table, and what `over_seeds` gives.
 Row = namedtuple("Row", "settings name seeds title best curve")
 DIRECTIONS = {"forward": 1, "backward": 2, "math": 2, "all": 2}  # and samples shown of each
-USUAL_RATIO = [0.05, 0.95]
+USUAL_RATIO = (0.05, 0.95)
 LEGEND = """\
 Numbers are ROUGE-1 recall (math: share solved). A number behind a method is its mask ratio.
 Before is before training, best is a run's best evaluation, last the one after training.
@@ -250,7 +250,7 @@ def summary(runs):
 
 def shown_ratio(mask_ratio):
     """What a mask ratio adds to a row's name: " 0.5", " 0.2-0.8", of the usual one or none ""."""
-    if mask_ratio is None or list(mask_ratio) == USUAL_RATIO:
+    if mask_ratio is None or tuple(mask_ratio) == USUAL_RATIO:
         return ""
     return " " + "-".join(f"{ratio:g}" for ratio in dict.fromkeys(mask_ratio))
 

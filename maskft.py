@@ -215,10 +215,11 @@ class Recipe:
     lr: float
     steps: int | None = None  # None: those of the paper, by the data
     epochs: float = math.inf  # at most
-    mask_ratio: tuple = tuple(evaluation.USUAL_RATIO)  # lowest, highest
+    mask_ratio: tuple = evaluation.USUAL_RATIO  # lowest, highest
     eps: float = 1e-8  # AdamW's
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
+    rehearse: float = 1 / 3  # the share of the learning rate in the steps that rehearse
 
 
 # for models of less than 10 M parameters, of less than 1 B, and for all others
@@ -242,7 +243,13 @@ class Method:
     chat: Callable | None = None
     tiny: Recipe = TINY(6e-4, steps=300)
     small: Recipe = SMALL(
-        6e-4, epochs=80, mask_ratio=(0.5, 0.95), eps=1e-5, mlp_only=True, schedule=fall
+        6e-4,
+        epochs=80,
+        mask_ratio=(0.5, 0.95),
+        eps=1e-5,
+        mlp_only=True,
+        schedule=fall,
+        rehearse=1 / 6,
     )
     large: Recipe = PAPER(5e-6)
     llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
@@ -1810,7 +1817,7 @@ def lr_of_step(run, step):
     """As the recipe's schedule has it; a lower one in the steps that rehearse."""
     if step < run.epoch_steps:
         return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
-    return run.settings.lr * REHEARSE_LR
+    return run.settings.lr * run.recipe.rehearse
 
 
 def check_finite(loss, norm, step):
@@ -1951,7 +1958,6 @@ def listening(received):
 # step on, such chats kept SmolLM2-135M from answering with what it learned; a few of them behind
 # the last epoch give back what it knew and leave it what it learned (results/README.md).
 CHATS_HELD_OUT = 32  # drift is measured on these, and nothing is learned from them
-REHEARSE_LR = 1 / 3  # the share of the learning rate in the steps that rehearse
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
 
