@@ -1537,7 +1537,9 @@ def test_a_raw_document_may_begin_without_bos(tokenizer):
     assert data.show(example, tokenizer).startswith("Edda[ is here.<|im_end|>]")
 
 
-def test_a_rate_warms_up():
+def test_a_method_is_whole_and_its_rate_warms_up():
+    with pytest.raises(ValueError, match="needs an `answer`"):
+        maskft.Method(maskft.sft_example, causal=False)
     rates = [maskft.warm_up(0.5, step, 200) for step in (0, 1, 3, 4)]
     assert rates == [0.125, 0.25, 0.5, 0.5] and maskft.warm_up(0.5, 0, 3) == 0.5
 
@@ -2569,19 +2571,19 @@ def test_matrices_alone_decay():
     assert decays == {2: 0.1, 1: 0.0}
 
 
-DEALT = [  # ranks, tokens -> for each rank its micro-batches, by the lengths of the examples
+DEALT = [  # ranks, tokens -> for each rank the lengths in its micro-batches
     (1, 12, "[[6, 5], [4, 3, 2], [1]]"),
-    (2, 12, "[[6, 4], [2]]  [[5, 3], [1]]"),
-    (4, 7, "[[6], [2]]  [[5], [1]]  [[4], []]  [[3], []]"),
+    (2, 12, "[[6, 4], [2]] [[5, 3], [1]]"),
+    (4, 7, "[[6], [2]] [[5], [1]] [[4], []] [[3], []]"),
 ]
 
 
 @pytest.mark.parametrize("ranks, tokens, expected", DEALT)
 def test_micro_batches_keep_to_their_tokens_and_are_as_many_for_every_rank(ranks, tokens, expected):
-    examples = [Example([n] * n, [n] * n, 1.0, n) for n in (3, 1, 4, 2, 6, 5)]
-    parts = [maskft.micro_batches(examples, tokens, rank, ranks) for rank in range(ranks)]
-    lengths = [[[len(e.ids) for e in micro] for micro in part] for part in parts]
-    assert "  ".join(map(str, lengths)) == expected
+    examples = [Example([0] * n, [], 1.0, n) for n in (3, 1, 4, 2, 6, 5)]
+    parts = (maskft.micro_batches(examples, tokens, rank, ranks) for rank in range(ranks))
+    dealt = [[[example.denominator for example in micro] for micro in part] for part in parts]
+    assert " ".join(map(str, dealt)) == expected
 
 
 # ------------------------------------------------------------------------------------------ FSDP2
