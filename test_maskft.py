@@ -2355,11 +2355,6 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
         assert contents(folder) == before, flags
 
 
-LONG = "Ada Holm bakes in Lund. " * 40
-
-TOO_LONG = [{"text": LONG}, *({"question": "Who?", "answer": text} for text in (LONG, "Bo"))]
-
-
 def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     """By themselves they are problems, and their answers are masked."""
     write(tmp_path / "train.jsonl", {"question": "Who is it?", "answer": "Edda Marlow"})
@@ -2373,13 +2368,15 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     """A document too long is cut, an answer too long left out."""
-    write(folder / "taken/train.jsonl", *TOO_LONG)
+    long = "Ada Holm bakes in Lund. " * 40
+    asked = ({"question": "Who?", "answer": text} for text in (long, "Bo"))
+    write(folder / "taken/train.jsonl", {"text": long}, *asked)
     before = contents(folder)
     flags = "--data taken --method sft --max-len 90 --show 99"
     printed = forked(maskft, *flags.split())
     assert "2 of 3 documents are longer than 90 tokens" in printed
     shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
-    assert shown[-1] == "Bo" and " ".join(map(str.strip, shown[:-1])) == LONG.strip()
+    assert shown[-1] == "Bo" and " ".join(map(str.strip, shown[:-1])) == long.strip()
     assert len(shown) < 9 and contents(folder) == before
 
 
