@@ -332,7 +332,7 @@ DATE = (
 
 NO_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-    "{% endif %}"
+    "{% endif %}\n  {% set blocks = 'trimmed' %}\n"
 )
 
 THINK = (
@@ -556,7 +556,9 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
 
 
 def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
-    ours = data.load_tokenizer(write_tokenizer(tmp_path, config={"eos_token": "<|endoftext|>"}))
+    named = [{"name": "default", "template": CHATML_TEMPLATE}]
+    path = write_tokenizer(tmp_path, template=named, config={"eos_token": "<|endoftext|>"})
+    ours = data.load_tokenizer(path)
     assert "base model" in ours.notes[0]
     assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
 
