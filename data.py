@@ -579,7 +579,7 @@ def read_frames(render, *roles):
     return frames
 
 
-def copy_tokenizer(tokenizer, source, target):
+def write_chat_files(tokenizer, source, target):
     """Copy the tokenizer, so that a saved model is a whole model directory.
 
     The chat template is that of training; generation stops where training had an end of turn.

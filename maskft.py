@@ -2233,7 +2233,7 @@ def build(run):
     run.results["evaluations"] = done
     if rank() == 0 and not run.start:
         evaluation.write_results(run.out, run.results, [])  # first: now the directory is its own
-        data.copy_tokenizer(run.tokenizer, run.directory, run.out)
+        data.write_chat_files(run.tokenizer, run.directory, run.out)
 
 
 def environment(device):

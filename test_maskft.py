@@ -490,7 +490,7 @@ def test_a_saved_directory_chats_alike_in_transformers_and_here(name, tmp_path):
     source = family(tmp_path / "in", name)
     ours = data.load_tokenizer(source)
     (tmp_path / "out").mkdir()
-    data.copy_tokenizer(ours, source, tmp_path / "out")
+    data.write_chat_files(ours, source, tmp_path / "out")
     again = data.load_tokenizer(tmp_path / "out")
     assert (again.stop_ids, again.bos_id) == (ours.stop_ids, ours.bos_id)
     saved = library.from_pretrained(tmp_path / "out")
@@ -549,7 +549,7 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     ours = data.load_tokenizer(path)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 265, 265)
     assert ours.stop_ids == (267, 265, 104) and not ours.notes
-    data.copy_tokenizer(ours, path, fill(tmp_path / "out/x", "").parent)
+    data.write_chat_files(ours, path, fill(tmp_path / "out/x", "").parent)
     saved = data.read_json(path / "out/generation_config.json")
     assert saved == ends | {"eos_token_id": [267, 265, 104], "pad_token_id": 265}
     assert data.read_json(path / "out/tokenizer_config.json")["pad_token"] == "<|endoftext|>"

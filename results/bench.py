@@ -126,7 +126,7 @@ def write_toy(path):
     sizes = {"num_hidden_layers": 30, "hidden_size": 16, "intermediate_size": 48}
     raw = data.read_json(tiny / "config.json") | sizes
     maskft.save(random_model(maskft.parse_config(raw)), path)
-    data.copy_tokenizer(data.load_tokenizer(tiny), tiny, path)
+    data.write_chat_files(data.load_tokenizer(tiny), tiny, path)
     return path
 
 

@@ -41,7 +41,7 @@ def write_new_model(directory):
             torch.nn.init.normal_(parameter, std=std, generator=rng)
     Path(directory).mkdir(parents=True)
     maskft.save(model, directory)
-    data.copy_tokenizer(data.load_tokenizer(built_in), built_in, Path(directory))
+    data.write_chat_files(data.load_tokenizer(built_in), built_in, Path(directory))
 
 
 # ------------------------------------------------------------------------- what it practises
