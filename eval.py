@@ -27,6 +27,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -491,7 +492,8 @@ def main():
 
         maskft.entry_point(partial(ask, flags))
     else:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+        with suppress(AttributeError):  # as in maskft.py; a file's name may be no UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             check_flags(flags)
             report(flags["report"], flags.get("out"))

@@ -2387,7 +2387,8 @@ def print_where(runs):
 @elastic.record
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    with suppress(AttributeError):  # a notebook's output has no such method, a closed one is None
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     message = None
     try:
         body()

@@ -2193,6 +2193,7 @@ def test_a_notebook_may_train_twice_and_keeps_its_signals(rows, tmp_path):
         quick()
         os.chdir(tmp_path)
         os.environ["RANK"] = "3"
+        sys.stdout = None  # closed; like that of a notebook it cannot be reconfigured
 
     forked(Namespace(__name__="notebook", main=main), *row.flags, before=alone)
     for out in ("facts-masked-1", "facts-masked-2"):
