@@ -1803,7 +1803,8 @@ def test_rows_are_refilled_and_answers_are_those_of_the_plain_loop():
     for n, stops in enumerate(([], rng.sample(range(300), 15), [row[0] for row in plain])):
         expected = [cut(row, stops) for row in plain]
         for tokens, forwards in FORWARDS.items():
-            how = {"cache_bytes": tokens * a_token, "on_answer": (ended := []).append}
+            ended = []
+            how = {"cache_bytes": tokens * a_token, "on_answer": ended.append}
             assert maskft.generate(model, prompts, 16, stops, **how) == expected
             assert (len(ended), sum(ended)) == (forwards[n], len(prompts))
 
