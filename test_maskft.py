@@ -2228,6 +2228,7 @@ def done(finished, monkeypatch):
 
 def test_printed_commands_can_be_pasted(finished, done):
     printed, _ = finished
+    assert "\nmasked  epoch 8  step 16  forward" in printed
     assert "\nresults: 'my run-sft' 'my run-masked'\n" in printed
     commands = [shlex.split(command) for command in re.findall("python (.*)", printed)]
     *_, (_, *resume), (script, *asked, question) = commands
