@@ -466,6 +466,11 @@ def read_bpe(content):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
+    if len({*ranks.values()}) < len(ranks):
+        raise ValueError("two tokens with one id")
+    known = {*tokens, *(token["content"] for token in content["added_tokens"])}
+    if content["model"].get("ignore_merges") and vocab.keys() - known:
+        raise ValueError(f"no merge makes {min(vocab.keys() - known)!r}")
     normalizer = content.get("normalizer") or {"normalizers": []}
     kinds = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
     if kinds - {"NFC"}:

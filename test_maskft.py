@@ -288,6 +288,8 @@ UNSUPPORTED = [
     {"pre_tokenizer": steps("(?=a")},
     {"plain": ["<think>"], "flags": {"lstrip": True}},
     {"shuffle": True},
+    {"merges": [], "vocab": dict.fromkeys(data.ALPHABET, 7)},
+    {"unmerged": ["xyz"], "ignore_merges": True},
 ]
 
 
