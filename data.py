@@ -79,7 +79,7 @@ def is_pointer(path):
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
     opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
-    where = reading(path, "cannot be read as UTF-8 text")
+    where = reading(path, "no such file, or no UTF-8 text")
     with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
         return file.read()
 
@@ -744,7 +744,7 @@ def read_files(name, path, paraphrase):
 
     def is_read(file):
         inside = file.resolve().is_relative_to(root)
-        asked = "_train_" not in file.name or regex.search(pattern, file.name)
+        asked = file == path or "_train_" not in file.name or regex.search(pattern, file.name)
         return inside and asked and ending(file) in READERS
 
     files = [p for p in found if is_read(p)]
@@ -771,10 +771,11 @@ def read_file(file, paraphrase, dataset):
         rows = list(READERS[ending(file)](text))
     fields = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
     unread = ", ".join(name for name in fields if name not in FIELDS)
+    if "text" not in fields and "question" not in fields:
+        dataset.notes.append(f'not read: {file}: no "text", no "question", but [{unread[:300]}]')
+        return
     if unread:
         dataset.notes.append(f"{file}: fields that nothing reads: {unread[:300]}")
-    if "text" not in fields and "question" not in fields:
-        return
     learned = file.name.startswith("train.")
     step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
     for number, row in list(enumerate(rows, 1))[::step]:

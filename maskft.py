@@ -6,8 +6,8 @@
 
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
-file reads from top to bottom: the paper (masking and loss), config, model, weights, generation,
-FSDP2, checkpoints, a run's directory, settings, the training loop, chats, main.
+file reads from top to bottom: the paper (masking and loss), methods, config, model, weights,
+generation, FSDP2, checkpoints, a run's directory, settings, the training loop, chats, main.
 """
 
 import argparse
@@ -184,15 +184,37 @@ def text_of(record):
     return record["text"]
 
 
-def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
-    return supervise(prompt, answer)
-
-
 def supervise(prompt, target):
     """An Example with loss on each token of `target` and none on `prompt`."""
     labels = [IGNORE] * len(prompt) + target
     return Example(prompt + target, labels, weight=1.0, denominator=len(target))
+
+
+# how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
+RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}
+CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
+
+
+def loss_sum(x, norm, head, labels, weights):
+    """Weighted sum of cross entropies at N positions; the caller divides by the loss denominator.
+
+    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
+    logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
+    exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
+    collective like the others.
+    """
+
+    def chunk_loss(x, labels, weights):
+        logits = F.linear(norm(x), head)  # (CHUNK, V)
+        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+
+    rows = [x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)]
+    *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
+    total = sum(checkpoint(chunk_loss, *chunk, **RECOMPUTE) for chunk in chunks)
+    return total + chunk_loss(*last)  # not made again: backward begins with it
+
+
+# ----------------------------------------------------------------------- methods and their recipes
 
 
 def warm_up(lr, step, steps):
@@ -226,6 +248,11 @@ class Recipe:
 TINY = partial(Recipe, "measured on the built-in models", 20, eps=1e-5)
 SMALL = partial(Recipe, "chosen on SmolLM2-135M", 10)
 PAPER = partial(Recipe, "the paper's, A.4", 64)
+# differs from masked_arLLM, whose models have 3 B and 8 B: what taught SmolLM2-135M most
+# (results/README.md)
+SMALL_MASKED = SMALL(
+    6e-4, epochs=80, mask_ratio=(0.5, 0.95), eps=1e-5, mlp_only=True, schedule=fall, rehearse=1 / 6
+)
 
 
 @dataclass(frozen=True)
@@ -242,15 +269,7 @@ class Method:
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
     tiny: Recipe = TINY(6e-4, steps=300)
-    small: Recipe = SMALL(
-        6e-4,
-        epochs=80,
-        mask_ratio=(0.5, 0.95),
-        eps=1e-5,
-        mlp_only=True,
-        schedule=fall,
-        rehearse=1 / 6,
-    )
+    small: Recipe = SMALL_MASKED
     large: Recipe = PAPER(5e-6)
     llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
 
@@ -270,32 +289,6 @@ METHODS = {
     "sft": Method(sft_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
     "masked": Method(masked_example, llama_8b=PAPER(3e-6)),
 }
-
-# how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}
-# Numbers as wide as the MLP that a layer keeps rather than making them again, which costs Python
-# time: of 8 B parameters, those of 292 tokens, in 32 layers 1 GiB in bf16.
-KEPT = 2**22
-CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
-
-
-def loss_sum(x, norm, head, labels, weights):
-    """Weighted sum of cross entropies at N positions; the caller divides by the loss denominator.
-
-    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
-    logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
-    exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
-    collective like the others.
-    """
-
-    def chunk_loss(x, labels, weights):
-        logits = F.linear(norm(x), head)  # (CHUNK, V)
-        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
-
-    rows = [x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)]
-    *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
-    total = sum(checkpoint(chunk_loss, *chunk, **RECOMPUTE) for chunk in chunks)
-    return total + chunk_loss(*last)  # not made again: backward begins with it
 
 
 # ------------------------------------------------------------------------------------------- config
@@ -592,6 +585,11 @@ class KVCache:
         """Give a row the contents of another."""
         for kept in self.layers:
             kept[:, target] = kept[:, source]
+
+
+# Numbers as wide as the MLP that a layer keeps rather than making them again, which costs Python
+# time: of 8 B parameters, those of 292 tokens, in 32 layers 1 GiB in bf16.
+KEPT = 2**22
 
 
 class Block(nn.Module):
@@ -1295,7 +1293,7 @@ def save_checkpoint(run, step):
     try:
         with dcp_errors():
             dcp.save(state_of(run), checkpoint_id=part)
-    except RuntimeError:  # torch keeps to itself what the system said: have it said again
+    except RuntimeError:  # torch hides what the system said of a full disk, a file does not
         (part / "probe").write_bytes(bytes(2**20))
         raise
     dist.barrier()
@@ -1316,7 +1314,10 @@ def load_checkpoint(run):
         return 0
     newest = saved[-1]
     state = state_of(run)
-    with data.reading(newest, "damaged; delete it to go on from the one before"), dcp_errors():
+    with (
+        data.reading(newest, "cannot be loaded; damaged? Delete it to go on from the one before"),
+        dcp_errors(),
+    ):
         # in place; unpickles .metadata: only runs of your own
         dcp.load(state, checkpoint_id=newest)
     set_state_dict(
@@ -1350,7 +1351,7 @@ def dcp_errors():
 
 def checkpoints(out):
     """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "ckpt").glob("step-*"), key=step_of)
+    return sorted((out / "ckpt").glob("step-*[0-9]"), key=step_of)
 
 
 def step_of(path):
@@ -1414,12 +1415,13 @@ def free_directory(run):
     had."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     newest = None
+    Path("out").mkdir(exist_ok=True)
     for n in count(1):
         out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
         if not out.exists() and again and newest and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir(parents=True)
+            out.mkdir()
             return out
         newest = out
 
@@ -1427,7 +1429,7 @@ def free_directory(run):
 def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
     found = data.read_object(out / "results.json")
-    same = [found.get(name) == run.results[name] for name in ("arguments", "dataset")]
+    same = [found.get(name) == run.results[name] for name in ("arguments", "recipe", "dataset")]
     return found if all(same) else {}
 
 
@@ -1509,8 +1511,8 @@ class Settings:
     )
     paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
     mask_ratio: list = flag(  # None: the method masks nothing
-        "share of masked tokens, or lowest and highest (default: 0.05 0.95; below 1 B parameters "
-        "0.5 0.95, but not built-in)",
+        "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked below 1 B "
+        "parameters 0.5 0.95)",
         type=float,
         nargs="+",
         metavar="R",
@@ -1536,7 +1538,8 @@ class Settings:
     max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=above(0))
     seed: int = flag("of people, order and masks (default: 0)", 0, type=above(-1))
     dtype: str = flag(
-        "of the computation (default: bfloat16 if native)", choices=["bfloat16", "float32"]
+        "of the computation (default: bfloat16 on GPUs that have it)",
+        choices=["bfloat16", "float32"],
     )
     offload: bool = flag(
         "keep weights, gradients and optimizer state in the host's memory: slower, fits more",
@@ -2034,6 +2037,11 @@ def chats_of(run, numbers, on_answer):
     return chats
 
 
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
+    return supervise(prompt, answer)
+
+
 def build_chat(run, number):
     """The Example of a chat; random by (seed, chat) alone, and of the usual mask ratio, so that
     drift is counted alike whatever ratio is trained with."""
@@ -2142,11 +2150,17 @@ def plan(run):
     """Decide what no flag gave, and say what will be trained."""
     documents, questions = run.dataset.documents, run.dataset.questions
     settings = decide(run.settings, run.recipe, len(documents))
-    if settings.mlp_only:
-        freeze_all_but_mlps(run.model)
     run.settings = settings
+    learned = sum("question" in document for document in documents)
+    if learned and run.teaches_texts:
+        print0(f"{learned} questions are learned beside documents: as ordinary chats")
     run.results = {
         "arguments": dataclasses.asdict(settings),
+        "recipe": {
+            "schedule": run.recipe.schedule.__name__,
+            "eps": run.recipe.eps,
+            "rehearse": run.recipe.rehearse,
+        },
         "dataset": data.digest(documents + questions),
         "environment": environment(run.device),
         "decoding": decoding(questions, run.model.config.causal),
@@ -2221,6 +2235,8 @@ def build(run):
     settings = run.settings
     print0(f"{settings.method}: into {run.out}; if it ends early: {resume_command(run.out)}")
     check_shared(run.out)
+    if settings.mlp_only:
+        freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)

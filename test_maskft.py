@@ -667,8 +667,9 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     assert dataset.questions == []
     assert [note.split("/")[-1] for note in dataset.notes] == [
         "table.xlsx",
-        "numbers.csv: fields that nothing reads: x, y",
+        'numbers.csv: no "text", no "question", but [x, y]',
         "old.jsonl: fields that nothing reads: Text",
+        'empty.txt: no "text", no "question", but []',
     ]
     message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and ".jsonl" in message
