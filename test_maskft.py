@@ -262,12 +262,6 @@ def test_ids_are_those_recorded_and_of_the_reference_and_text_is_never_special(n
         assert not set(ids) & set(ours.special.values())
 
 
-def test_ordinary_tokens_stand_in_the_order_of_the_merges(tokenizer, tmp_path):
-    ours = data.load_tokenizer(write_tokenizer(tmp_path, unmerged=["xyz"]))
-    assert list(ours.ranks.values()) == list(range(265))
-    assert sha(list(tokenizer.ranks.values())) == "eb8802082e2abb7a"
-
-
 def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
     ours = data.load_tokenizer(write_tokenizer(tmp_path, plain=["<think>"]))
     text = "<|im_end|><think>hello<|im_start|>"
@@ -728,23 +722,18 @@ def test_a_file_that_cannot_be_read_is_named(name, contents, tmp_path):
     assert str(file) in message and BAD_FILES[name, contents] in message
 
 
-def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong(tmp_path):
-    def said(error, name="F"):
+def test_the_guard_names_the_file_and_says_in_a_line_what_went_wrong():
+    def said(error):
         def fails():
-            with data.reading(name, "no config"):
+            with data.reading("F", "no config"):
                 raise error
 
         return refusal(fails)
 
-    assert said(RecursionError("a\nb")) == "F: no config (RecursionError: a b)"
-    assert len(said(ValueError("x" * 999))) < 300
+    long = said(RecursionError("a\nb" + "x" * 999))
+    assert long.startswith("F: no config (RecursionError: a bx")
     assert said(UserError("too small")) == "F: too small"
     assert said(UserError("F, record 1: no")) == "F, record 1: no"
-    file = write(tmp_path / "config.json", [1])
-    assert str(file) in refusal(data.read_object, file)
-    fill(file, POINTER)
-    assert "git lfs pull" in said(ValueError("header"), file)
-    assert data.read_object(tmp_path / "none.json") == {}
 
 
 # --- sets ---
@@ -817,7 +806,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
         return told
 
     some = facts("nd:20", 1)
-    assert len(set(some)) == 40 and some == sorted(some) and some[20] >= 30 > some[19]
+    assert len(some) == 40 and some[20] >= 30 > some[19]
     assert facts("nd:20", 1) == some != facts("nd:20", 2)
     assert facts("nd:20", 1, "same") == [fact for fact in some for _ in range(30)]
     assert facts("nd", 5) == facts("nd:30", 5) == list(range(60))
@@ -839,8 +828,7 @@ def test_a_set_that_there_is_not_is_refused(wanted, monkeypatch):
 
 @pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
 def test_a_generated_set_has_its_usual_size(name, size):
-    documents = data.load(name).documents
-    assert len(documents) == size and documents == data.load(name, "none", 0).documents
+    assert len(data.load(name).documents) == size
 
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -882,37 +870,10 @@ def test_a_long_text_is_cut_at_the_best_place(text, most):
 
 
 def test_passages_hold_the_whole_text():
-    text = "".join(f"Word{n}{' .' if n % 7 else '. '} " for n in range(900))
+    text = "A sentence of a book. " * 900
     parts = data.passages(text, lambda part: len(part) <= 3000)
-    assert "".join("".join(parts).split()) == "".join(text.split())
-    assert [len(part) > 2900 for part in parts] == [True] * (len(parts) - 1) + [False]
-
-
-# --- batches, show ---
-
-
-def test_collate_pads_on_the_right_and_gives_padding_no_loss():
-    long = Example([5, 6], [IGNORE, 6], weight=0.5, denominator=1)
-    short = Example([8], [8], weight=2.0, denominator=1)
-    batch = data.collate([long, short], pad_id=9)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "ids": [[5, 6], [8, 9]],
-        "labels": [[IGNORE, 6], [8, IGNORE]],
-        "key_mask": [[True, True], [True, False]],
-        "weights": [0.5, 2.0],
-    }
-    assert data.collate([long], pad_id=9)["key_mask"] is None
-    assert data.collate([], pad_id=9)["labels"].tolist() == [[IGNORE]]
-
-
-def test_an_example_is_shown_with_its_masks_and_its_loss(tokenizer):
-    ids = tokenizer.encode("Edda works in Oslo.")
-    hidden = [tokenizer.mask_id] * 2
-    labels = [IGNORE] * 3 + ids + [IGNORE]
-    example = Example(ids[:1] + hidden + ids + [tokenizer.eot_id], labels, 1.0, len(ids))
-    text, counts = data.show(example, tokenizer).split("\n")
-    assert text == f"{tokenizer.decode(ids[:1])}__[Edda works in Oslo.]<|im_end|>"
-    assert counts == f"-- {4 + len(ids)} tokens, 2 masked, {len(ids)} with loss"
+    assert " ".join(parts) == text.strip()
+    assert min(map(len, parts[:-1])) > 2900
 
 
 # --- fuzz ---
@@ -1072,7 +1033,6 @@ def test_exact_match_and_f1_compare_what_is_meant(prediction, reference, exact, 
     assert scores["exact"] == evaluation.exact_match(prediction, reference) == float(exact)
     assert scores["f1"] == evaluation.f1(prediction, reference) == float(f1)
     assert scores["rouge1"] == evaluation.rouge1_recall(prediction, reference)
-    assert scores["length"] == len(prediction.split())
 
 
 MATH = [  # (answer, strict, flexible) as lm-eval's gsm8k, version 3
@@ -1114,14 +1074,14 @@ def test_scores_are_averaged_by_group_with_an_interval():
 # ----------------------------------------------------------------------------------- eval: report
 
 
-def write_run(folder, *scores, metric="rouge1", **arguments):
-    """A run with these scores at steps 0, 10, 20; finished if there are three.
+def write_run(folder, *scores, start=0, metric="rouge1", **arguments):
+    """A run with these scores at steps 0, 10, ..., or from 10 on; finished if the last is 20.
 
     A score is a number, that of forward questions, or {direction: number}."""
     usual = {"data": "bio:9", "method": "sft", "paraphrase": "none", "lr": 1e-3, "seed": 0}
     usual |= {"mask_ratio": None}
     evaluations = []
-    for n, score in enumerate(scores):
+    for n, score in enumerate(scores, start):
         groups = {
             direction: {
                 metric: x,
@@ -1144,10 +1104,6 @@ def runs(tmp_path):
     low = 0.1, 0.2, 0.3
     masked = {"method": "masked", "mask_ratio": (0.05, 0.95)}
     both = [{"forward": x, "backward": y} for x, y in ((0.02, 0.01), (0.9, 0.3), (0.8, 0.45))]
-    late = write_run(tmp_path / "late", *low, data="late", mask_ratio=(0.2, 0.8))
-    results = data.read_json(late / "results.json")
-    del results["evaluations"][0]  # the first evaluation is after step 0
-    data.write_json(late / "results.json", results)
     return [
         write_run(tmp_path / "slow", 0.1, 0.2, 0.1, lr=0.01),
         write_run(tmp_path / "same", *low, paraphrase="same"),
@@ -1157,7 +1113,7 @@ def runs(tmp_path):
         write_run(tmp_path / "half", 0.1, 0.2, 0.5, method="masked", mask_ratio=(0.5, 0.5)),
         write_run(tmp_path / "span", *low, method="span", mask_ratio=(0.05, 0.95)),
         write_run(tmp_path / "all", *({"all": x} for x in low), data="dir/facts"),
-        late,
+        write_run(tmp_path / "late", *low[1:], start=1, data="late", mask_ratio=(0.2, 0.8)),
         write_run(tmp_path / "math", *({"math": x} for x in low), metric="flexible", data="gsm8k"),
         write_run(tmp_path / "two", *both, data="nd", **masked),
     ]
@@ -1317,16 +1273,15 @@ def test_a_run_is_asked_with_its_own_settings(run, tmp_path):
 
 def test_a_model_that_no_run_made_is_asked_about_the_usual_people(run):
     flags = ("--model", run, "--max-new-tokens", 4, "--data", "bio:1")
-    for content in ({"score": 1}, None):  # what is not a run's is not read
-        write(run / "results.json", content) if content else (run / "results.json").unlink()
-        assert f"{run} on bio:1, seed 0\n" in forked(evaluation, *flags)
+    write(run / "results.json", {"score": 1})  # what is not a run's is not read
+    assert f"{run} on bio:1, seed 0\n" in forked(evaluation, *flags)
 
 
 def test_a_diffusion_model_is_asked_as_the_flags_say(tmp_path):
     flags = shlex.split("--model tiny-llada --data bio:1 --max-new-tokens 8 --block-length 8")
     for name, value in (("steps", 4), ("threshold", 0.9)):
         out = tmp_path / name
-        forked(evaluation, *flags, f"--{name}", value, "--out", out)
+        forked(evaluation, *flags, f"--{name}", value, "--out", out, processes=2)
         decoding = data.read_json(out / "results.json")["decoding"]
         assert decoding.items() >= {name: value, "block_length": 8, "max_new_tokens": 8}.items()
         assert len(jsonl(out / "preds.jsonl")) == 9
@@ -1388,15 +1343,6 @@ def test_own_questions_are_answered_one_by_one():
         assert printed.replace("one question a line:\n", "") == answers
     assert "error: --ask" in forked(evaluation, *flags, before=typed(b"W\xff\n"), status=1)
     assert "error: --ask" in forked(evaluation, *flags, "", status=1)
-
-
-def test_two_processes_answer_what_one_does(tmp_path):
-    flags = shlex.split("--model tiny --data bio:1 --max-new-tokens 4")
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        forked(evaluation, *flags, "--out", out, processes=processes)
-    one, two = (jsonl(tmp_path / name / "preds.jsonl") for name in "12")
-    assert one == two and len(one) == 9
 
 
 def test_reports_and_wrong_flags_wait_for_no_torch():
@@ -1542,11 +1488,9 @@ def test_a_raw_document_may_begin_without_bos(tokenizer):
     assert data.show(example, tokenizer).startswith("Edda[ is here.<|im_end|>]")
 
 
-def test_a_method_is_whole_and_its_rate_warms_up():
+def test_a_method_without_the_causal_mask_has_its_own_way_to_answer():
     with pytest.raises(ValueError, match="needs an `answer`"):
         maskft.Method(maskft.sft_example, causal=False)
-    rates = [maskft.warm_up(0.5, step, 200) for step in (0, 1, 3, 4)]
-    assert rates == [0.125, 0.25, 0.5, 0.5] and maskft.warm_up(0.5, 0, 3) == 0.5
 
 
 def test_loss_is_plain_cross_entropy(monkeypatch):
@@ -2008,16 +1952,16 @@ def signalled(number, nth, where=torch.nn.utils, name="clip_grad_norm_", only="0
         setattr(where, name, wrapped)
 
 
-# how a row is trained, and the last line of its log: step, epoch, loss, lr, grad_norm
+# how a row is trained; of its end the step, epoch, loss, lr, grad_norm and drift
 ROWS = {
-    "masked": (maskft, "--method masked", [5, 2, 1.80601, 1e-4, 17.0951]),
-    "sft": (maskft, "--method sft --mlp-only", [5, 2, 3.59119, 1e-4, 9.94807]),
+    "masked": (maskft, "--method masked", [5, 2, 1.80601, 1e-4, 17.0951, 0.0122551]),
+    "sft": (maskft, "--method sft --mlp-only", [5, 2, 3.59119, 1e-4, 9.94807, 0.00493887]),
     "rehearse": (
         maskft,
         "--method masked --rehearse 2 --mask-ratio 0.2",
-        [7, 3, 1.43803, 1e-4 / 3, 10.8020],
+        [7, 3, 1.43803, 1e-4 / 3, 10.8020, 0.00827298],
     ),
-    "llada": (llada, "--rehearse 1", [6, 3, 1.81371, 1e-4 / 3, 14.5039]),
+    "llada": (llada, "--rehearse 1", [6, 3, 1.81371, 1e-4 / 3, 14.5039, 0.0733240]),
 }
 
 # a gentle rate: in a few steps of tiny's own, rounding would grow
@@ -2164,9 +2108,9 @@ def test_a_run_is_as_recorded(name, rows):
     """It ends so; scored before the epochs 0, 1, 2, 4, ... and at the end."""
     out = rows(name).whole
     *_, last = losses(out)
-    assert last == pytest.approx(ROWS[name][-1], rel=1e-3)
-    asked = [asked["step"] for asked in data.read_json(out / "results.json")["evaluations"]]
-    assert asked == [0, 2, 4, last[0] + 1]
+    evaluations = data.read_json(out / "results.json")["evaluations"]
+    assert [*last, evaluations[-1]["drift"]] == pytest.approx(ROWS[name][-1], rel=1e-3)
+    assert [asked["step"] for asked in evaluations] == [0, 2, 4, last[0] + 1]
 
 
 def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
@@ -2271,22 +2215,6 @@ def test_the_code_of_a_model_card_gives_our_answers(done, capsys):
         assert capsys.readouterr().out.strip() == prediction["prediction"]
 
 
-@torch.no_grad()
-def test_drift_is_what_the_model_s_own_answers_lost(done):
-    """A token, by both models."""
-    examples = [
-        Example(
-            chat["prompt"] + chat["answer"], [IGNORE] * len(chat["prompt"]) + chat["answer"], 1, 0
-        )
-        for chat in jsonl(done / "rehearsal.jsonl")
-    ]
-    batch = data.collate(examples, 0)
-    tokens = (batch["labels"] != IGNORE).sum()
-    drift = (maskft.load(done)(**batch) - maskft.load("tiny")(**batch)) / tokens
-    first, *_, last = data.read_json(done / "results.json")["evaluations"]
-    assert (first["drift"], last["drift"]) == pytest.approx((0, drift.item()), rel=1e-3)
-
-
 # ------------------------------------------------------------------------------------- mistakes
 USAGE = """
 --rehearse -1
@@ -2371,6 +2299,7 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     write(tmp_path / "facts.jsonl", {"text": "Edda Marlow was born in Oslo."})
     both = forked(maskft, *shown)
     assert "masked answer" not in both and "masked passage" in both
+    assert "born in Oslo.<|im_end|>]\n-- 40 tokens, 6 masked, 8 with loss\n" in both
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
 
 
