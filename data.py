@@ -719,13 +719,15 @@ def load(name, paraphrase="none", seed=0):
         if kind == "nd":
             return take_facts(read_files(kind, fetch(kind), paraphrase), int(count), seed)
     path = Path(name)
+    if not path.exists():
+        raise UserError(f"--data {name}: no such file or directory, and none of {OFFERED}")
     # a run's directory is called so, and safetensors opens no name that is not UTF-8
     stem = unpacked(Path(os.path.abspath(path))).stem.encode(errors="replace").decode()
     dataset = read_files(stem, path, paraphrase)
     if not dataset.documents + dataset.questions:
         raise UserError(
-            f'--data {name}: none of {OFFERED}, nor a file or directory with a "text" or a '
-            f'"question" ({ENDINGS}); {"; ".join(dataset.notes)}'
+            f'--data {name}: no file with a "text" or a "question" ({ENDINGS}); '
+            + "; ".join(dataset.notes)
         )
     return dataset
 
@@ -744,7 +746,8 @@ def read_files(name, path, paraphrase):
 
     def is_read(file):
         inside = file.resolve().is_relative_to(root)
-        asked = file == path or "_train_" not in file.name or regex.search(pattern, file.name)
+        released = regex.search("_train_(no_)?para", file.name)
+        asked = file == path or not released or regex.search(pattern, file.name)
         return inside and asked and ending(file) in READERS
 
     files = [p for p in found if is_read(p)]
@@ -776,7 +779,7 @@ def read_file(file, paraphrase, dataset):
         return
     if unread:
         dataset.notes.append(f"{file}: fields that nothing reads: {unread[:300]}")
-    learned = file.name.startswith("train.")
+    learned = file.name.lower().startswith("train.")
     step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
     for number, row in list(enumerate(rows, 1))[::step]:
         record = parse_record(row, f"{file}, record {number}", learned)

@@ -809,16 +809,17 @@ def find_tensors(directory):
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
-    if index.exists() and not single.exists():
-        with data.reading(index):
-            weight_map = data.read_json(index)["weight_map"]
-            return {name: directory / Path(file).name for name, file in weight_map.items()}
-    missing = (
-        "no weights. A download that is not complete? `hf download` goes on with it. Or an "
-        "adapter? Merge it into its base model. Pickled weights are never read"
-    )
-    with data.reading(single, missing), safetensors.safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    if single.exists():
+        with data.reading(single), safetensors.safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.exists():
+        raise UserError(
+            f"{directory} has no weights. A download that is not complete? `hf download` goes on "
+            "with it. Or an adapter? Merge it into its base model. Pickled weights are never read"
+        )
+    with data.reading(index):
+        weight_map = data.read_json(index)["weight_map"]
+        return {name: directory / Path(file).name for name, file in weight_map.items()}
 
 
 def with_own_head(config, directory):
@@ -2093,7 +2094,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             run.out, run.results = on_rank_0(partial(claim, run, out, locks))
         for run in runs:
             if on_rank_0(partial(is_finished, run.out)):
-                print0(f"{run.out}: finished before")
+                print0(f"{run.out}: finished before, with these settings and data")
                 continue
             with explained(run):
                 build(run)
@@ -2151,9 +2152,6 @@ def plan(run):
     documents, questions = run.dataset.documents, run.dataset.questions
     settings = decide(run.settings, run.recipe, len(documents))
     run.settings = settings
-    learned = sum("question" in document for document in documents)
-    if learned and run.teaches_texts:
-        print0(f"{learned} questions are learned beside documents: as ordinary chats")
     run.results = {
         "arguments": dataclasses.asdict(settings),
         "recipe": {
@@ -2167,10 +2165,15 @@ def plan(run):
         "steps": run.steps,
         "evaluations": [],
     }
+    learned = sum("question" in document for document in documents)
+    if learned and run.teaches_texts:
+        print0(f"{learned} questions are learned beside documents: as ordinary chats")
+    if settings.model in BUILT_IN and Path(settings.data).exists():
+        print0(f"{settings.model} knows the words of its own people alone: give a --model")
     print0(
-        f"{settings.method}: {len(documents)} documents, {len(questions)} questions, {run.steps} "
-        f"steps of {settings.batch_size} in {settings.epochs} epochs, lr {settings.lr:g} "
-        f"(defaults: {run.recipe.why})"
+        f"{settings.method}: learns {len(documents)} records and asks {len(questions)} questions, "
+        f"{run.steps} steps of {settings.batch_size} in {settings.epochs} epochs, "
+        f"lr {settings.lr:g} (defaults: {run.recipe.why})"
     )
 
 
@@ -2402,10 +2405,12 @@ def print_where(runs):
 # any other error: torchrun ends the run, with the traceback of the rank that failed first
 @elastic.record
 def entry_point(body):
-    """Run a main function: a user's mistake ends with its message and exit status 1."""
+    """Run a main function: a user's mistake ends with its message and exit status 1, a stop with
+    that of a Ctrl-C, so that no script takes the run for done."""
     with suppress(AttributeError):  # a notebook's output has no such method, a closed one is None
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     message = None
+    status = 0
     try:
         body()
     except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
@@ -2413,13 +2418,13 @@ def entry_point(body):
     except KeyboardInterrupt:
         message = "interrupted"
     except Stopped:
-        pass  # what to do was said
+        status = 130  # what to do was said
     if message and rank():
         time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
     # else a thread of the group's may abort at exit; with an error, other ranks may not come along
     if dist.is_initialized() and (message is None or world_size() == 1):
         dist.destroy_process_group()
-    sys.exit(message)
+    sys.exit(message or status)
 
 
 def main():

@@ -1989,16 +1989,16 @@ def rows(tmp_path_factory):
 
 def stopped(row, out):
     """By SIGTERM, the same command again, by Ctrl-C, then --resume."""
-    printed = row.train(out, before=partial(signalled, signal.SIGTERM, 1))
+    printed = row.train(out, before=partial(signalled, signal.SIGTERM, 1), status=130)
     assert f"--resume {out}" in printed
-    row.train(out, before=partial(signalled, signal.SIGINT, 4))
+    row.train(out, before=partial(signalled, signal.SIGINT, 4), status=130)
     assert len(losses(out)) == 5
     row.resume(out)
 
 
 def stopped_late(row, out):
     """Behind the epochs, where it rehearses, and with a line of its log torn by a crash."""
-    row.train(out, before=partial(signalled, signal.SIGINT, 7))
+    row.train(out, before=partial(signalled, signal.SIGINT, 7), status=130)
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "epoch": 3, "loss": 9, "seconds": 9}\n{"step": 7, "lo')
     row.resume(out)
@@ -2011,7 +2011,7 @@ def stopped_in_chats(row, out):
         signalled(signal.SIGINT, 2, torch.Tensor, "multinomial")
         maskft.greedy_answer = lambda *_, **__: os._exit(9)
 
-    row.train(out, before=before)
+    row.train(out, before=before, status=130)
     assert not (out / "rehearsal.jsonl").exists() and not losses(out)
     row.resume(out)
 
@@ -2033,7 +2033,7 @@ def two_processes(row, out):
 
 
 def one_then_two(row, out):
-    row.train(out, before=partial(signalled, signal.SIGTERM, 3))
+    row.train(out, before=partial(signalled, signal.SIGTERM, 3), status=130)
     row.resume(out, processes=2)
     (resumed,) = data.read_json(out / "results.json")["resumed"]
     assert (resumed["step"], resumed["processes"]) == (3, 2)
@@ -2042,7 +2042,7 @@ def one_then_two(row, out):
 def two_then_one(row, out):
     """A signal to one process stops all."""
     stop = partial(signalled, signal.SIGTERM, 3, only="1")
-    row.train(out, "--offload", processes=2, before=stop)
+    row.train(out, "--offload", processes=2, before=stop, status=130)
     row.resume(out)
 
 
@@ -2118,9 +2118,9 @@ def test_the_same_command_goes_on_and_does_nothing_again(rows, tmp_path):
     row = rows("masked")
     first, second = (tmp_path / name for name in ("run-sft", "run-masked"))
     both = partial(row.train, tmp_path / "run", "--method", "sft", "masked")
-    both(before=partial(signalled, signal.SIGTERM, 8))
+    both(before=partial(signalled, signal.SIGTERM, 8), status=130)
     assert len(losses(second)) == 2
-    assert f"{first}: finished before\n" in both()
+    assert f"{first}: finished before, with these settings and data\n" in both()
     assert losses(second) == losses(row.whole)
     before = contents(tmp_path)
     assert "\nmethod" in both() and contents(tmp_path) == before
@@ -2325,7 +2325,7 @@ def begun(rows, tmp_path_factory):
     """A run that rehearses, with checkpoints of its second and third step."""
     out = tmp_path_factory.mktemp("begun") / "run"
     stop = partial(signalled, signal.SIGINT, 3)
-    rows("rehearse").train(out, "--save-every", "1e-9", before=stop)
+    rows("rehearse").train(out, "--save-every", "1e-9", before=stop, status=130)
     return out
 
 
