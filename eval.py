@@ -23,11 +23,11 @@ A question without an answer is asked like the others and not scored.
 
 import argparse
 import json
+import os
 import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -251,7 +251,7 @@ def summary(runs):
 
 def shown_ratio(mask_ratio):
     """What a mask ratio adds to a row's name: " 0.5", " 0.2-0.8", of the usual one or none ""."""
-    if mask_ratio is None or tuple(mask_ratio) == USUAL_RATIO:
+    if tuple(mask_ratio or USUAL_RATIO) == USUAL_RATIO:
         return ""
     return " " + "-".join(f"{ratio:g}" for ratio in dict.fromkeys(mask_ratio))
 
@@ -288,12 +288,11 @@ def difference(row, rows):
     same = [
         other.settings for other in rows if other.name == row.name and place(other) == place(row)
     ]
-    told = [
+    return "".join(
         f", {name} {value}"
         for name, value in row.settings.items()
         if any(settings[name] != value for settings in same)
-    ]
-    return "".join(told)
+    )
 
 
 def table(rows):
@@ -347,27 +346,27 @@ def draw_curves(rows, path, xlabel="step"):
         return
     names = dict.fromkeys(name for asked in rows[0].curve for name in asked)
     names.pop("step")
-    figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for number, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), number)
         for row in rows:
             points = [(asked["step"], asked[name][0]) for asked in row.curve if name in asked]
             axes.plot(*np.transpose(points), marker=".", label=row.name)
         axes.set(title=name, xlabel=xlabel)
-    lines = panels[0].get_legend_handles_labels()  # every panel has the same
-    figure.legend(*lines, loc="outside upper center", ncols=6)
+    # every panel has the same lines
+    figure.legend(handles=axes.lines, loc="outside upper center", ncols=6)
     figure.savefig(path)
 
 
 def draw_all(rows, out):
     """The figures of a report: curves for each table and paraphrase, and what mask ratios do."""
-    for (title, paraphrase), same in groupby(rows, place):
+    for where, same in groupby(rows, place):
         rows = list(same)
-        name = re.sub(r"\W+", "-", f"{paraphrase} {title}")
-        draw_curves(rows, out / f"curves-{name}.png")
+        name = re.sub(r"\W+", "-", " ".join(where))
+        draw_curves(rows, f"{out}/curves-{name}.png")
         masked = [over_ratios(row) for row in rows if row.settings["mask_ratio"]]
-        if len({str(row.settings["mask_ratio"]) for row in masked}) > 1:
-            draw_curves(masked, out / f"ratios-{name}.png", xlabel="mask ratio")
+        if len(masked) > 1:
+            draw_curves(masked, f"{out}/ratios-{name}.png", xlabel="mask ratio")
 
 
 def over_ratios(row):
@@ -390,9 +389,8 @@ def report(directories, out=None):
         raise UserError("--report: no finished run in these directories")
     rows = summarize(runs)
     if out:
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        data.write_json(out / "report.json", [row._asdict() for row in rows])
+        os.makedirs(out, exist_ok=True)
+        data.write_json(f"{out}/report.json", [row._asdict() for row in rows])
         draw_all(rows, out)
     print(table(rows))
 
@@ -487,28 +485,20 @@ def arguments():
 def main():
     """Ask a model the questions of a data set, or one's own; or report runs."""
     flags = vars(arguments().parse_args())
-    if "model" in flags:
-        import maskft  # here, because it imports torch, which takes its time
+    import maskft  # here: --help does not wait for torch
 
-        maskft.entry_point(partial(ask, flags))
-    else:
-        with suppress(AttributeError):  # as in maskft.py; a file's name may be no UTF-8
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            check_flags(flags)
-            report(flags["report"], flags.get("out"))
-        except (UserError, OSError) as error:
-            sys.exit(f"error: {error}")
+    maskft.entry_point(partial(answer_or_report, flags))
 
 
-def check_flags(flags):
-    """UserError for what would be ignored."""
+def answer_or_report(flags):
+    if "report" in flags:
+        report(flags["report"], flags.get("out"))
+        return
+    if "ask" in flags and "out" in flags:
+        raise UserError("--ask prints the answers: give no --out with it")
     if flags.get("max_new_tokens", 1) < 1:
         raise UserError("--max-new-tokens must be above 0")
-    if "report" in flags and flags.keys() - {"report", "out"}:
-        raise UserError("--report asks nothing: give --out alone with it")
-    if "ask" in flags and flags.keys() & {"data", "out"}:
-        raise UserError("--ask has questions of its own: give no --data, no --out with it")
+    ask(flags)
 
 
 def ask(flags):
@@ -516,10 +506,9 @@ def ask(flags):
     import llada  # here, because both import this file
     import maskft
 
-    check_flags(flags)
     device = maskft.start_processes()
     if "out" in flags:  # a new one: no results of a run are lost
-        maskft.on_rank_0(partial(Path(flags["out"]).mkdir, parents=True))
+        maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
     usual = {
         "data": "bio",
@@ -529,11 +518,8 @@ def ask(flags):
     }
     settings = usual | data.read_object(directory / "results.json").get("arguments", {}) | flags
     tokenizer = data.load_tokenizer(directory)
-    if "ask" in flags:
-        parts = ([question] for question in own_questions(flags["ask"], maskft.on_rank_0))
-    else:
+    if "ask" not in flags:
         dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
-        parts = [dataset.questions]
         for note in dataset.notes:
             maskft.print0(note)
     model = maskft.load(directory, device, getattr(maskft.torch, settings["dtype"]))
@@ -544,37 +530,43 @@ def ask(flags):
     method = maskft.greedy_answer if causal else llada.answer
     answer = partial(method, model, tokenizer, **given)
     longest = flags.get("max_new_tokens")
-    for questions in parts:
+
+    def answered(questions):
         maskft.check_questions(questions, tokenizer, model.config.context, longest)
-        scores, predictions = maskft.evaluate(answer, tokenizer, questions, longest)
-        if "ask" in flags:
-            maskft.print0(predictions[0]["prediction"])
-        elif maskft.rank() == 0:
-            how = maskft.decoding(questions, causal, longest, **given)
-            tell(flags.get("out"), settings, how, scores, predictions)
+        return maskft.evaluate(answer, tokenizer, questions, longest)
+
+    if "ask" in flags:
+        for question in own_questions(flags["ask"]):
+            _, (prediction,) = answered([question])
+            maskft.print0(prediction["prediction"])
+        return
+    scores, predictions = answered(dataset.questions)
+    results = {
+        "arguments": settings,
+        "decoding": maskft.decoding(dataset.questions, causal, longest, **given),
+        "evaluations": [{"scores": scores}],
+    }
+    if maskft.rank() == 0:
+        if "out" in flags:
+            write_results(Path(flags["out"]), results, predictions)
+        print("{model} on {data}, seed {seed}".format(**settings))
+        print(score_table(scores))
+        print(samples(predictions))
 
 
-def tell(out, settings, how, scores, predictions):
-    """Write all answers, decoded so: `how`, to --out; then print the scores and some answers."""
-    if out:
-        evaluation = {"step": None, "scores": scores}
-        results = {"arguments": settings, "decoding": how, "evaluations": [evaluation]}
-        write_results(Path(out), results, predictions)
-    print("{model} on {data}, seed {seed}".format(**settings))
-    print(f"{score_table(scores)}\n{samples(predictions)}")
-
-
-def own_questions(texts, on_rank_0):
+def own_questions(texts):
     """The questions of --ask, or those typed or piped in where it has none."""
-    for text in texts or lines_of_input(on_rank_0):
+    for text in texts or lines_of_input():
         yield data.parse_record({"question": text.strip()}, "--ask")
 
 
-def lines_of_input(on_rank_0):
+def lines_of_input():
     """The lines of the standard input, which rank 0 reads, without empty ones; on every rank."""
+    import maskft
+
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     print("one question a line:", file=sys.stderr)
-    while line := on_rank_0(sys.stdin.readline):
+    while line := maskft.on_rank_0(sys.stdin.readline):
         if line.strip():
             yield line
 
