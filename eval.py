@@ -485,20 +485,26 @@ def arguments():
 def main():
     """Ask a model the questions of a data set, or one's own; or report runs."""
     flags = vars(arguments().parse_args())
-    import maskft  # here: --help does not wait for torch
+    if "model" in flags:
+        import maskft  # here: --help and --report do not wait for torch
 
-    maskft.entry_point(partial(answer_or_report, flags))
-
-
-def answer_or_report(flags):
-    if "report" in flags:
-        report(flags["report"], flags.get("out"))
+        maskft.entry_point(partial(ask, flags))
         return
-    if "ask" in flags and "out" in flags:
-        raise UserError("--ask prints the answers: give no --out with it")
+    try:
+        check_flags(flags)
+        report(flags["report"], flags.get("out"))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check_flags(flags):
+    """UserError for what would be ignored."""
+    if "report" in flags and flags.keys() - {"report", "out"}:
+        raise UserError("--report asks nothing: give --out alone with it")
+    if "ask" in flags and flags.keys() & {"data", "out"}:
+        raise UserError("--ask has questions of its own: give no --data, no --out with it")
     if flags.get("max_new_tokens", 1) < 1:
         raise UserError("--max-new-tokens must be above 0")
-    ask(flags)
 
 
 def ask(flags):
@@ -506,23 +512,23 @@ def ask(flags):
     import llada  # here, because both import this file
     import maskft
 
+    check_flags(flags)
     device = maskft.start_processes()
     if "out" in flags:  # a new one: no results of a run are lost
         maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
-    usual = {
-        "data": "bio",
-        "paraphrase": "none",
-        "seed": 0,
-        "dtype": maskft.native_dtype(device)[0],
-    }
-    settings = usual | data.read_object(directory / "results.json").get("arguments", {}) | flags
+    native, _ = maskft.native_dtype(device)
+    usual = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": native}
+    of_run = directory / "results.json"
+    with data.reading(of_run, "not the results of a run"):
+        settings = usual | data.read_object(of_run).get("arguments", {}) | flags
+        dtype = getattr(maskft.torch, settings["dtype"])
     tokenizer = data.load_tokenizer(directory)
     if "ask" not in flags:
         dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
         for note in dataset.notes:
             maskft.print0(note)
-    model = maskft.load(directory, device, getattr(maskft.torch, settings["dtype"]))
+    model = maskft.load(directory, device, dtype)
     causal = model.config.causal
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     if causal and given:

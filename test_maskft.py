@@ -1293,8 +1293,11 @@ MISTAKES = """
     --model tiny --data unscored.jsonl    | 1 | unscored.jsonl, record 1
     --model tiny --data long.jsonl        | 1 | long.jsonl, record 1
     --model tiny --ask Who --out new      | 1 | --out
+    --model tiny --ask Who --data bio     | 1 | --data
+    --report taken --ask Who              | 1 | --report
     --model taken                         | 1 | taken
     --model torn                          | 1 | torn/results.json
+    --model odd                           | 1 | odd/results.json
     --model nowhere                       | 1 | nowhere
     --model tiny --report taken           | 2 | --report
     --report run --out taken/results.json | 1 | taken/results.json
@@ -1309,10 +1312,18 @@ def test_a_mistake_in_asking_is_a_message(flags, status, named, tmp_path):
     write(tmp_path / "long.jsonl", {"question": "Who " + "really " * 600, "answer": "Ada"})
     fill(tmp_path / "taken/results.json", "{}")
     fill(tmp_path / "torn/results.json", "{")
+    fill(tmp_path / "odd/results.json", '{"arguments": {"dtype": "odd"}}')
     write_run(tmp_path / "run", 0, 1, 1)
     at = partial(os.chdir, tmp_path)
     printed = forked(evaluation, *flags.split(), before=at, status=int(status))
     assert named in printed.splitlines()[-1]
+
+
+def test_reports_do_not_wait_for_torch():
+    code = "import sys; sys.modules['torch'] = None; import eval; eval.main()"
+    report = [sys.executable, "-c", code, "--report", "nowhere"]
+    done = subprocess.run(report, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: --report" in done.stderr
 
 
 def typed(text):
