@@ -2398,7 +2398,7 @@ def print_where(runs):
     if drift > 1 and not last.settings.rehearse:
         print0(
             f"drift {drift:.1f}: it now answers other questions with what it was taught; "
-            "--mlp-only --rehearse 8 keeps more of what it knew"
+            "--mlp-only and --rehearse 8 keep more of what it knew"
         )
 
 
