@@ -52,6 +52,10 @@ from data import IGNORE, Example, UserError
 from results import bench, kept, plan
 from tiny import pretrain, world
 
+if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    # torch asks oneDNN for AVX-512 that ATEN_CPU_CAPABILITY=default denies to its own kernels
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
 HERE = Path(__file__).parent
 
 
