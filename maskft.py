@@ -328,9 +328,9 @@ def read_config(directory):
     with data.reading(path):
         raw = data.read_json(path)
         config = parse_config(raw | code_elsewhere(raw, path.parent))
+        rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         with torch.device("meta"):
-            Model(config).check_length(1)  # sizes that cannot be are found here
-            rope_tables(torch.ones(1, 1), config)  # and numbers that are none
+            Model(config).check_length(1)  # and sizes that cannot be
     return with_own_head(config, path.parent)
 
 
