@@ -55,17 +55,18 @@ class UserError(Exception):
 def reading(file, broken="cannot be read"):
     """Whatever goes wrong inside with the contents of `file` is a UserError that names it."""
     try:
-        if is_pointer(file):
-            raise UserError("a Git LFS pointer: git lfs pull")
         yield
     except UserError as error:
         named = str(error).startswith(str(file))
         raise error if named else UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
+        if is_pointer(file):
+            raise UserError(f"{file}: {LFS}") from None
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
 
 
+LFS = "a Git LFS pointer: git lfs pull"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
@@ -81,7 +82,10 @@ def read_text(path):
     opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
     where = reading(path, "no such file, or no UTF-8 text")
     with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
-        return file.read()
+        text = file.read()
+        if text.startswith(POINTER.decode()):
+            raise UserError(LFS)
+        return text
 
 
 def read_json(path):
