@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import unicodedata
-from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -109,6 +108,16 @@ def write_text(path, text):
 
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path, records):
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
+
+
+def read_lines(path):
+    """The records in lines that `write_lines` wrote, but a last one that a crash has torn."""
+    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
 
 
 def json_rows(text):
@@ -211,38 +220,21 @@ def parse_question(row, where, learned):
 SEAMS = (r"\n\s*\n", r"[.!?][\"'”’)]*\s+|[。！？]", r"\n", r"\s+", r"\X")
 
 
-def passages(text, fits):
-    """A text cut into parts that each fit; [] if not even a character does.
+def passages(document, fits):
+    """A document that fits, or the parts of its text that do; [] for an answer that does not.
 
-    fits   text -> bool; what begins a text that fits has to fit, too"""
-    parts = []
-    text = text.strip()
-    while text:
-        end = passage_end(text, fits)
-        if not end:
-            return []
-        parts.append(text[:end].strip())
-        text = text[end:].lstrip()
-    return parts
-
-
-def passage_end(text, fits):
-    """Where the first passage of a text ends; 0 if nothing fits."""
-    # not the whole text at once, which may be a book
-    window = 1000
-    while window < len(text) and fits(text[:window]):
-        window *= 2
-    text = text[: window + 100]
-    if len(text) <= window and fits(text):
-        return len(text)
-    room = bisect_left(range(1, window + 1), True, key=lambda end: not fits(text[:end]))
+    fits   document -> bool"""
+    if fits(document):
+        return [document]
+    text = document.get("text", "")
     for seam in SEAMS:
-        for match in reversed(list(regex.finditer(seam, text))):
-            passage = text[: match.end()].rstrip()
-            # what is much shorter is a heading or an initial, and no passage
-            if room // 8 < len(passage) <= room and fits(passage):
-                return match.end()
-    return 0
+        # the seam nearest to the middle, as a part much shorter than the other is a heading
+        ends = [match.end() for match in regex.finditer(seam, text)]
+        middle = min(ends, key=lambda end: abs(2 * end - len(text)), default=0)
+        if 0 < len(text) / 4 <= middle <= len(text) * 3 / 4:
+            halves = (text[:middle].strip(), text[middle:].strip())
+            return [part for half in halves for part in passages(document | {"text": half}, fits)]
+    return []
 
 
 # -------------------------------------------------------------------------------------- tokenizer

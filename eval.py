@@ -216,9 +216,8 @@ def write_results(out, results, predictions):
     evaluations = results["evaluations"]
     if evaluations:
         results = results | {"best": best_of(evaluations), "last": evaluations[-1]}
-    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     data.write_json(out / "results.json", results)
-    data.write_text(out / "preds.jsonl", "".join(lines))
+    data.write_lines(out / "preds.jsonl", predictions)
 
 
 def summarize(runs):
@@ -517,8 +516,7 @@ def ask(flags):
     if "out" in flags:  # a new one: no results of a run are lost
         maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
-    native, _ = maskft.native_dtype(device)
-    usual = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": native}
+    usual = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": maskft.native_dtype(device)}
     of_run = directory / "results.json"
     with data.reading(of_run, "not the results of a run"):
         settings = usual | data.read_object(of_run).get("arguments", {}) | flags

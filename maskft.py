@@ -327,7 +327,9 @@ def read_config(directory):
         )
     with data.reading(path):
         raw = data.read_json(path)
-        config = parse_config(raw | code_elsewhere(raw, path.parent))
+        if raw.get("auto_map"):
+            raw["auto_map"] = code_elsewhere(raw["auto_map"], path.parent)
+        config = parse_config(raw)
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         with torch.device("meta"):
             Model(config).check_length(1)  # and sizes that cannot be
@@ -340,15 +342,11 @@ def hub_name(directory):
     return "/".join(found.groups()) if found else None
 
 
-def code_elsewhere(raw, directory):
+def code_elsewhere(code, directory):
     """An auto_map that says where its code is, as transformers takes it: none is run or copied."""
     source = hub_name(directory) or directory.absolute()
-    code = raw.get("auto_map") or {}
-    named = {
-        kind: name if "--" in name else f"{source}--{name}"  # once said, it stays so
-        for kind, name in code.items()
-    }
-    return {"auto_map": named} if named else {}
+    # once said, it stays so
+    return {kind: name if "--" in name else f"{source}--{name}" for kind, name in code.items()}
 
 
 def parse_config(raw):
@@ -491,17 +489,9 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
 
 
-def is_finite(tensor, most=math.inf):
-    """Whether all numbers are between -most and most, and none is NaN; makes no copy of them."""
-    if not tensor.numel():
-        return True
-    low, high = (end.item() for end in tensor.detach().aminmax())  # NaN if any is
-    return -most < low and high < most
-
-
 def checked(logits):
     """The logits; UserError if they are no numbers, which would pass for a wrong answer."""
-    if not is_finite(logits):
+    if not logits.isfinite().all():
         raise UserError(
             "the model's logits are NaN or infinite: its weights or config.json are damaged, or "
             "too large for its dtype, or training ruined them"
@@ -827,16 +817,16 @@ def with_own_head(config, directory):
 
     As in transformers, a head beside a tied embedding counts unless the two are equal.
     """
-    files = find_tensors(directory)
     _, names, _ = FAMILIES[config.raw["model_type"]]
     head, embedding = (f"{names[part]}.weight" for part in ("head", "embed"))
+    files = find_tensors(directory)
     if not config.tied or head not in files:
         return config
     with data.reading(files[head]):
-        rows = [
-            safetensors.safe_open(files[name], "pt").get_tensor(name) for name in (head, embedding)
-        ]
-    if torch.equal(*rows):
+        rows, same = (
+            safetensors.safe_open(files[n], "pt").get_tensor(n) for n in (head, embedding)
+        )
+    if torch.equal(rows, same):
         return config
     untied = {"tie_word_embeddings": False, "weight_tying": False}
     return dataclasses.replace(config, tied=False, raw=config.raw | untied)
@@ -891,7 +881,7 @@ def read_tensor(path, name, parameter):
         if rows.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{name} is quantized, to {rows.get_dtype()}")
         local.copy_(rows[start : start + local.shape[0]])
-    if not is_finite(local, most=1e12):  # a flipped bit makes 1e38 of 1
+    if not (local.abs() < 1e12).all():  # a flipped bit makes 1e38 of 1
         raise UserError(
             f"{name} holds NaN, infinite or absurdly large numbers (as {local.dtype}): download "
             "it again, or use another checkpoint"
@@ -1124,14 +1114,14 @@ def check_questions(questions, tokenizer, context, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
-        where = f"{question.get('where', 'question')}, {question['question'][:80]!r}"
-        tokens = len(prompt_of(question, tokenizer)) + longest
-        if tokens > context:
-            raise UserError(
-                f"{where}: {tokens} tokens with its answer, more than the model takes, {context}"
-            )
-        if "answer" in question and not evaluation.words(question["answer"]):
-            raise UserError(f"{where}: its answer has no word to score")
+        with data.reading(question.get("where", question["question"][:80])):
+            tokens = len(prompt_of(question, tokenizer)) + longest
+            if tokens > context:
+                raise UserError(
+                    f"{tokens} tokens with its answer, more than the model takes, {context}"
+                )
+            if not evaluation.words(question.get("answer", "unscored")):
+                raise UserError("its answer has no word to score")
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
@@ -1360,15 +1350,6 @@ def step_of(path):
     return int(path.name.removeprefix("step-"))
 
 
-def resume_command(out):
-    """What to type to go on with a run."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    start = f"torchrun --nproc_per_node {local}" if local else "python"
-    # a notebook has no file
-    script = getattr(sys.modules["__main__"], "__file__", __file__)
-    return f"{start} {shlex.join([os.path.relpath(script), '--resume', str(out)])}"
-
-
 # --------------------------------------------------------------------------- the directory of a run
 
 
@@ -1460,13 +1441,6 @@ def check_shared(out):
             f"{out} is not the same directory for all processes: put it on a file system that all "
             "nodes share, or give its absolute path with --out"
         )
-
-
-def read_metrics(out):
-    """The lines of metrics.jsonl, but a last one that a crash has torn."""
-    path = out / "metrics.jsonl"
-    lines = data.read_text(path).split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 # ------------------------------------------------------------------- settings, which are the flags
@@ -1620,33 +1594,26 @@ def recipe_of(method, model):
     return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
-def ratio_of(given, recipe, method):
-    """The lowest and the highest mask ratio; None of a method that masks nothing."""
-    if not method.masks:
-        return None
-    ratio = list(given.mask_ratio or recipe.mask_ratio)
-    if not method.causal and ratio[-1] == 0:
+def decide(given, method, recipe):
+    """The Settings with what no flag gave as the recipe has it, but for the epochs."""
+    usual = {name: getattr(recipe, name) for name in ("batch_size", "lr", "mask_ratio", "mlp_only")}
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    settings = Settings(**usual | flags)
+    settings.mask_ratio = list(settings.mask_ratio) if method.masks else None
+    if not method.causal and settings.mask_ratio[-1] == 0:
         raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
-    return ratio
+    return settings
 
 
-def decide(given, recipe, documents):
-    """The Settings with a value for all that no flag gave; `documents` is how many there are."""
-    steps = recipe.steps or STEPS.get(given.data.partition(":")[0], STEPS["wiki"])
-    batch_size = given.batch_size or recipe.batch_size
-    most = math.ceil(steps / math.ceil(documents / batch_size))
-    epochs = given.epochs or min(recipe.epochs, most)
-    eval_at = given.eval_at or [0, *(2**i for i in range(20) if 2**i < epochs)]
-    if max(eval_at) > epochs:
-        raise UserError(f"--eval-at {max(eval_at)}: there are {epochs} epochs")
-    return dataclasses.replace(
-        given,
-        batch_size=batch_size,
-        lr=given.lr or recipe.lr,
-        epochs=epochs,
-        eval_at=eval_at,
-        mlp_only=recipe.mlp_only if given.mlp_only is None else given.mlp_only,
-    )
+def decide_epochs(settings, recipe, documents):
+    """Set how often so many documents are seen, and when questions are asked."""
+    steps = recipe.steps or STEPS.get(settings.data.partition(":")[0], STEPS["wiki"])
+    enough = math.ceil(steps / math.ceil(documents / settings.batch_size))
+    settings.epochs = settings.epochs or min(recipe.epochs, enough)
+    powers = [2**n for n in range(20) if 2**n < settings.epochs]
+    settings.eval_at = settings.eval_at or [0, *powers]
+    if max(settings.eval_at) > settings.epochs:
+        raise UserError(f"--eval-at {max(settings.eval_at)}: there are {settings.epochs} epochs")
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1825,12 +1792,11 @@ def lr_of_step(run, step):
 
 
 def check_finite(loss, norm, step):
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    advice = "begin again with a lower --lr (--resume would do the same again)"
-    if step == 0:
-        advice = "it is not training that broke this model; use another, or --dtype float32"
-    raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}: {advice}")
+    if not math.isfinite(loss + norm):
+        raise UserError(
+            f"step {step}: the loss is {loss}, the gradient's norm {norm}: begin again with a "
+            "lower --lr; if it was the first step, with --dtype float32 or another model"
+        )
 
 
 def examples_of_step(run, step):
@@ -1913,10 +1879,11 @@ def begin_log(run):
     """Start the clock of metrics.jsonl. A resumed run first drops from it what it will do again."""
     path = run.out / "metrics.jsonl"
     with data.reading(path, "damaged; move it away and --resume again, without its lines"):
-        kept = [line for line in read_metrics(run.out) if line["step"] < run.start]
+        lines = data.read_lines(path) if path.exists() else []
+        kept = [line for line in lines if line["step"] < run.start]
         run.clock = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
     if rank() == 0:
-        data.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        data.write_lines(path, kept)
 
 
 def log(run, line):
@@ -1974,17 +1941,21 @@ def prepare_chats(run):
     path = run.out / "rehearsal.jsonl"
     if run.start:
         with data.reading(path, "the model wrote it before it learned anything: begin a new run"):
-            run.chats = [json.loads(line) for line in data.read_text(path).split("\n")[:-1]]
+            run.chats = data.read_lines(path)
             if data.digest(run.chats) != run.results["chats"]:
                 raise ValueError("not as it was")
         return
-    run.chats = write_chats(run)
-    run.results["chats"] = data.digest(run.chats)
+    number = CHATS_HELD_OUT + run.settings.rehearse * chats_of_step(run)
+    mine = range(number)[rank() :: world_size()]
+    bar = progress_bar(2 * len(mine), f"{number} chats of its own", "turn", leave=False)
     with answering(run):
+        chats = write_chats(run, mine, bar.update)
+        bar.close()
+        run.chats = in_order(dict(zip(mine, chats, strict=True)))
+        run.results["chats"] = data.digest(run.chats)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
-        lines = [json.dumps(chat, ensure_ascii=False) + "\n" for chat in run.chats]
-        data.write_text(path, "".join(lines))
+        data.write_lines(path, run.chats)
         evaluation.write_results(run.out, run.results, [])
 
 
@@ -1993,33 +1964,13 @@ def chats_of_step(run):
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
-def write_chats(run):
-    """The chats of a run, shared out among the ranks; Stopped if a signal comes.
+def write_chats(run, numbers, on_answer):
+    """The chats of these numbers, first all of the users' turns, then the answers.
 
     {"user", "assistant", "prompt", "answer"} each: two texts; the ids up to the answer; those of
     the answer, with the end of turn if there was room for it. The user's turn is random by (seed,
     chat) alone.
     """
-    number = CHATS_HELD_OUT + run.settings.rehearse * chats_of_step(run)
-    mine = range(number)[rank() :: world_size()]
-    bar = progress_bar(2 * len(mine), f"{number} chats of its own", "turn", leave=False)
-
-    def moved(turns):
-        bar.update(turns)
-        if run.stop:
-            raise Stopped
-
-    chats = []
-    with answering(run), suppress(Stopped):
-        chats = chats_of(run, mine, moved)
-    bar.close()
-    if sum_over_ranks(len(run.stop))[0]:
-        raise Stopped  # on every rank
-    return in_order(dict(zip(mine, chats, strict=True)))
-
-
-def chats_of(run, numbers, on_answer):
-    """The chats of these numbers, first all of the users' turns, then the answers."""
     tokenizer = run.tokenizer
     draw = partial(run.method.draw or random_answer, run.model, tokenizer)
     answer = partial(run.method.answer or greedy_answer, run.model, tokenizer)
@@ -2129,100 +2080,88 @@ def prepare(given, method, device, stop):
     dataset = data.load(given.data, given.paraphrase, given.seed)
     for note in tokenizer.notes + dataset.notes:
         print0(note)
-    dtype, why = native_dtype(device, given.dtype)
-    print0(f"{given.method}: computes in {dtype} ({why}), weights and gradient sums in float32")
-    # the finished model is saved in the dtype that it was scored in
-    config.raw |= {"dtype": dtype, "torch_dtype": dtype}
-    if (config.raw.get("pad_token_id") or 0) >= config.vocab:
-        config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     with torch.device("meta"):
         model = Model(config)
     recipe = recipe_of(method, model)
-    ratio = ratio_of(given, recipe, method)
-    given = dataclasses.replace(given, dtype=dtype, mask_ratio=ratio)
-    run = Run(given, method, recipe, device, directory, tokenizer, dataset, model, stop)
+    settings = decide(given, method, recipe)
+    settings.dtype = given.dtype or native_dtype(device)
+    # the finished model is saved in the dtype that it was scored in
+    config.raw |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
+    if (config.raw.get("pad_token_id") or 0) >= config.vocab:
+        config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
+    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
+    decide_epochs(settings, recipe, len(dataset.documents))
     check_questions(dataset.questions, tokenizer, config.context)
-    plan(run)
+    run.results = first_results(run)
+    describe(run, "as set" if given.dtype else "native here")
     return run
 
 
-def plan(run):
-    """Decide what no flag gave, and say what will be trained."""
-    documents, questions = run.dataset.documents, run.dataset.questions
-    settings = decide(run.settings, run.recipe, len(documents))
-    run.settings = settings
-    run.results = {
-        "arguments": dataclasses.asdict(settings),
+def first_results(run):
+    """What results.json has of a run before it trains."""
+    return {
+        "arguments": dataclasses.asdict(run.settings),
         "recipe": {
             "schedule": run.recipe.schedule.__name__,
             "eps": run.recipe.eps,
             "rehearse": run.recipe.rehearse,
         },
-        "dataset": data.digest(documents + questions),
+        "dataset": data.digest(run.dataset.documents + run.dataset.questions),
         "environment": environment(run.device),
-        "decoding": decoding(questions, run.model.config.causal),
+        "decoding": decoding(run.dataset.questions, run.method.causal),
         "steps": run.steps,
         "evaluations": [],
     }
+
+
+def describe(run, why):
+    """Say what will be trained; `why` is the reason for the dtype."""
+    settings = run.settings
+    documents = run.dataset.documents
     learned = sum("question" in document for document in documents)
     if learned and run.teaches_texts:
         print0(f"{learned} questions are learned beside documents: as ordinary chats")
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} knows the words of its own people alone: give a --model")
     print0(
-        f"{settings.method}: learns {len(documents)} records and asks {len(questions)} questions, "
-        f"{run.steps} steps of {settings.batch_size} in {settings.epochs} epochs, "
-        f"lr {settings.lr:g} (defaults: {run.recipe.why})"
+        f"{settings.method}: computes in {settings.dtype} ({why}), weights and gradient sums in "
+        "float32"
+    )
+    print0(
+        f"{settings.method}: learns {len(documents)} records and asks "
+        f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
+        f"{settings.epochs} epochs, lr {settings.lr:g} (defaults: {run.recipe.why})"
     )
 
 
-def native_dtype(device, wanted=None):
-    """(the dtype to compute in, the reason for it): as wanted, or bfloat16 on GPUs that have it."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = torch.cpu.get_capabilities().get("avx512_bf16")
-    if wanted == "bfloat16" and not native:
-        return wanted, "as set; not native here, float32 is several times faster"
-    if wanted:
-        return wanted, "as set"
-    return ("bfloat16", "native here") if on_gpu and native else ("float32", "the default here")
+def native_dtype(device):
+    """What to compute in where nobody says: bfloat16 on GPUs that have it."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def fit_documents(run):
     """Cut texts that are too long into passages, leave out answers that are; say how many."""
     limit = min(run.settings.max_len, run.model.config.context)
-    documents = run.dataset.documents
-    parts = [parts_of(run, document, limit) for document in documents]
-    kept = [part for those in parts for part in those]
-    if kept != documents:
-        too_long = sum(len(those) != 1 for those in parts)
+
+    def fits(document):
+        return len(example_of(run, document, 0, epoch=0).ids) <= limit
+
+    parts = [data.passages(document, fits) for document in run.dataset.documents]
+    run.dataset.documents = [part for those in parts for part in those]
+    too_long = sum(len(those) != 1 for those in parts)
+    if too_long:
         print0(
-            f"{too_long} of {len(documents)} documents are longer than {limit} tokens (--max-len): "
-            f"texts are cut into passages, answers left out, which makes {len(kept)}"
+            f"{too_long} documents are longer than {limit} tokens (--max-len): texts are cut into "
+            f"passages, answers left out, which makes {len(run.dataset.documents)}"
         )
-    if not kept:
+    if not run.dataset.documents:
         raise UserError(
             f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "
             "learn; eval.py asks questions alone"
         )
-    run.dataset.documents = kept
-
-
-def parts_of(run, document, limit):
-    """The document itself, or passages of it that make examples of at most `limit` tokens."""
-
-    def fits(**other):
-        return len(example_of(run, document | other, 0, epoch=0).ids) <= limit
-
-    if fits():
-        return [document]
-    if "text" not in document:
-        return []
-    passages = data.passages(document["text"], lambda text: fits(text=text))
-    return [document | {"text": passage} for passage in passages]
 
 
 def show_examples(run, number):
@@ -2244,14 +2183,11 @@ def build(run):
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
     run.start = load_checkpoint(run)
+    results = run.results
     with data.reading(run.out / "results.json", "not the results of a run of this version"):
-        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
-        if run.start:
-            here = {"step": run.start, **environment(run.device)}
-            run.results["resumed"] = [*run.results.get("resumed", []), here]
-    run.results["evaluations"] = done
+        results["evaluations"] = [x for x in results["evaluations"] if x["step"] < run.start]
     if rank() == 0 and not run.start:
-        evaluation.write_results(run.out, run.results, [])  # first: now the directory is its own
+        evaluation.write_results(run.out, results, [])  # first: now the directory is its own
         data.write_chat_files(run.tokenizer, run.directory, run.out)
 
 
@@ -2271,11 +2207,10 @@ def environment(device):
 
 def commit():
     """The git commit of this file, with "-dirty" if files were changed since; None if unknown."""
-    if not shutil.which("git"):
-        return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    with suppress(OSError):  # no git
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() or None
 
 
 @contextmanager
@@ -2317,7 +2252,7 @@ def finish(run):
 def draw(run):
     """curves.png: scores, drift and losses, where matplotlib is installed."""
     (row,) = evaluation.summarize([run.results])
-    for line in read_metrics(run.out):
+    for line in data.read_lines(run.out / "metrics.jsonl"):
         row.curve.append({"step": line["step"], "loss": [line["loss"]]})
     evaluation.draw_curves([row], run.out / "curves.png")
 
@@ -2385,8 +2320,20 @@ def model_card(run):
 
 def ask_command(out):
     """What to type to ask a model."""
-    script = os.path.relpath(evaluation.__file__)
-    return f'python {shlex.join([script, "--model", str(out)])} --ask "..."'
+    return command(evaluation.__file__, "--model", out) + ' --ask "..."'
+
+
+def resume_command(out):
+    """What to type to go on with a run."""
+    script = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has no file
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc_per_node {local}" if local else "python"
+    return command(script, "--resume", out, start=start)
+
+
+def command(script, flag, out, start="python"):
+    """A command that can be pasted."""
+    return f"{start} {shlex.join([os.path.relpath(script), flag, str(out)])}"
 
 
 def print_where(runs):
