@@ -909,7 +909,7 @@ def save(model, path):
     """Write config.json and safetensors of at most 5 GB, in the dtype that the config declares.
 
     After training that is the dtype it was scored in. Call it on every rank: tensors are gathered
-    one by one, onto rank 0's CPU. A file that has its name is whole.
+    one by one, onto rank 0's CPU.
     """
     path = Path(path)
     raw = model.config.raw
@@ -921,16 +921,12 @@ def save(model, path):
         if rank() == 0:
             tensors[theirs] = tensor.to("cpu", dtype)
     if rank() == 0:
-        part = path / "model.part"
-        part.mkdir(parents=True, exist_ok=True)
-        data.write_json(path / "config.json", raw)
-        huggingface_hub.save_torch_state_dict(tensors, part)
-        for old in path.glob("model*.safetensors*"):
-            old.unlink()  # or the next reader mixes them with these
-        for file in sorted(part.iterdir()):
-            file.chmod((path / "config.json").stat().st_mode)  # the library's are its owner's alone
-            file.replace(path / file.name)
-        part.rmdir()
+        path.mkdir(parents=True, exist_ok=True)
+        config = path / "config.json"
+        data.write_json(config, raw)
+        huggingface_hub.save_torch_state_dict(tensors, path)  # in place of what was there
+        for file in path.glob("model*.safetensors*"):
+            file.chmod(config.stat().st_mode)  # the library's are its owner's alone
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -1413,10 +1409,6 @@ def results_of(run, out):
     found = data.read_object(out / "results.json")
     same = [found.get(name) == run.results[name] for name in ("arguments", "recipe", "dataset")]
     return found if all(same) else {}
-
-
-def is_finished(out):
-    return any(out.glob("model.safetensors*"))  # of several files, their index comes last
 
 
 def settings_of(out, methods):
@@ -2044,7 +2036,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
                 out = f"{args.out}-{run.settings.method}"
             run.out, run.results = on_rank_0(partial(claim, run, out, locks))
         for run in runs:
-            if on_rank_0(partial(is_finished, run.out)):
+            if run.results.get("finished"):
                 print0(f"{run.out}: finished before, with these settings and data")
                 continue
             with explained(run):
@@ -2239,9 +2231,11 @@ def finish(run):
     if rank() == 0:
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
-    save(run.model, run.out)  # a run with weights is finished: they come last
-    if rank() == 0 and checkpoints(run.out):
-        shutil.rmtree(run.out / "ckpt")
+    save(run.model, run.out)
+    run.results["finished"] = True
+    if rank() == 0:
+        evaluation.write_results(run.out, run.results, run.predictions)
+        shutil.rmtree(run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
     gc.collect()
     if run.device.type == "cuda":
