@@ -427,7 +427,7 @@ def score_table(scores):
             for metric, ends in group["interval"].items()
         ]
         lines.append([name, str(group["n"]), "  ".join(means)])
-    return markdown(lines) if scores else "no scores"
+    return markdown(lines)
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -484,16 +484,16 @@ def arguments():
 def main():
     """Ask a model the questions of a data set, or one's own; or report runs."""
     flags = vars(arguments().parse_args())
-    if "model" in flags:
-        import maskft  # here: --help and --report do not wait for torch
-
-        maskft.entry_point(partial(ask, flags))
-        return
     try:
         check_flags(flags)
-        report(flags["report"], flags.get("out"))
+        if "report" in flags:
+            report(flags["report"], flags.get("out"))
+            return
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    import maskft  # here: --help and --report do not wait for torch
+
+    maskft.entry_point(partial(ask, flags))
 
 
 def check_flags(flags):
@@ -511,7 +511,6 @@ def ask(flags):
     import llada  # here, because both import this file
     import maskft
 
-    check_flags(flags)
     device = maskft.start_processes()
     if "out" in flags:  # a new one: no results of a run are lost
         maskft.on_rank_0(partial(os.makedirs, flags["out"]))
@@ -531,8 +530,8 @@ def ask(flags):
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     if causal and given:
         raise UserError("--block-length, --steps and --threshold are for a diffusion model")
-    method = maskft.greedy_answer if causal else llada.answer
-    answer = partial(method, model, tokenizer, **given)
+    answers = maskft.greedy_answer if causal else llada.answer
+    answer = partial(answers, model, tokenizer, **given)
     longest = flags.get("max_new_tokens")
 
     def answered(questions):
@@ -545,13 +544,9 @@ def ask(flags):
             maskft.print0(prediction["prediction"])
         return
     scores, predictions = answered(dataset.questions)
-    results = {
-        "arguments": settings,
-        "decoding": maskft.decoding(dataset.questions, causal, longest, **given),
-        "evaluations": [{"scores": scores}],
-    }
     if maskft.rank() == 0:
         if "out" in flags:
+            results = {"arguments": settings, "evaluations": [{"scores": scores}]}
             write_results(Path(flags["out"]), results, predictions)
         print("{model} on {data}, seed {seed}".format(**settings))
         print(score_table(scores))
@@ -570,9 +565,8 @@ def lines_of_input():
 
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     print("one question a line:", file=sys.stderr)
-    while line := maskft.on_rank_0(sys.stdin.readline):
-        if line.strip():
-            yield line
+    lines = iter(partial(maskft.on_rank_0, sys.stdin.readline), "")
+    return filter(str.strip, lines)
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ def gumbel(logits, temperature, generator):
     """
     if temperature == 0:
         return logits
-    shape = logits.shape
-    uniform = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+    uniform = torch.rand(
+        logits.shape, dtype=torch.float64, device=logits.device, generator=generator
+    )
     return logits.double() - temperature * torch.log(-torch.log(uniform))
 
 

@@ -1094,13 +1094,6 @@ def longest_answer(questions):
     return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
 
 
-def decoding(questions, causal, max_new_tokens=None, **given):
-    """How answers are decoded, as results.json has it; `given` are settings of the sampler."""
-    how = "greedy" if causal else "unmasking, low confidence, temperature 0"
-    tokens = max_new_tokens or longest_answer(questions)
-    return {"prompt": "chat, zero-shot", "decoding": how, "max_new_tokens": tokens, **given}
-
-
 def prompt_of(question, tokenizer):
     """The ids of a chat up to the answer to this question."""
     return tokenizer.chat([{"role": "user", "content": question["question"]}])
@@ -2101,7 +2094,6 @@ def first_results(run):
         },
         "dataset": data.digest(run.dataset.documents + run.dataset.questions),
         "environment": environment(run.device),
-        "decoding": decoding(run.dataset.questions, run.method.causal),
         "steps": run.steps,
         "evaluations": [],
     }
