@@ -25,7 +25,8 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
+from glob import glob
 from hashlib import sha256
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -56,34 +57,32 @@ def reading(file, broken="cannot be read"):
     try:
         yield
     except UserError as error:
-        named = str(error).startswith(str(file))
-        raise error if named else UserError(f"{file}: {error}") from None
+        if str(error).startswith(str(file)):
+            raise
+        raise UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
         if is_pointer(file):
-            raise UserError(f"{file}: {LFS}") from None
+            broken = "a Git LFS pointer: git lfs pull"
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
 
 
-LFS = "a Git LFS pointer: git lfs pull"
-POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 
 def is_pointer(path):
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
+    with suppress(OSError), open(path, errors="replace") as file:
         return file.read(len(POINTER)) == POINTER
 
 
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
-    opened = gzip.open if Path(path).suffix.lower() == ".gz" else open
+    opened = gzip.open if str(path).endswith(".gz") else open
     where = reading(path, "no such file, or no UTF-8 text")
     with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
         text = file.read()
-        if text.startswith(POINTER.decode()):
-            raise UserError(LFS)
+        if text.startswith(POINTER):  # else a document like any other
+            raise ValueError(POINTER)
         return text
 
 
@@ -94,15 +93,13 @@ def read_json(path):
 
 def read_object(path):
     """The JSON object in a file; {} if there is no such file."""
-    with reading(path):
-        return {**read_json(path)} if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def write_text(path, text):
     """Replace a file atomically: whoever reads it sees the old text or the new, never a part."""
     part = Path(f"{path}.{os.getpid()}.part")  # several processes may do so at once
-    # a file's name may be no UTF-8; JSON reads what is written instead as the same
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -138,7 +135,6 @@ def text_rows(text):
 
 def csv_rows(text):
     """The rows of a table. The first one names the columns."""
-    csv.field_size_limit(2**31 - 1)  # a document may be a book
     for row in csv.DictReader(io.StringIO(text), strict=True):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")
@@ -155,39 +151,26 @@ READERS = {
     ".md": text_rows,
 }
 ENDINGS = f"{', '.join(READERS)}, also .gz"
-FIELDS = ("text", "question", "answer", "direction", "task", "group", "id", "where", "problem")
-
-
-def unpacked(path):
-    """The path without the .gz at its end."""
-    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+FIELDS = {"text", "question", "answer", "direction", "task", "group", "id", "where", "problem"}
 
 
 def ending(path):
-    """What tells how to read a file: ".jsonl" of A.JSONL.gz."""
-    return unpacked(path).suffix.lower()
+    """What tells how to read a file: ".jsonl" of a.JSONL.gz."""
+    return Path(str(path).removesuffix(".gz")).suffix.lower()
 
 
 def parse_record(row, where, learned=False):
     """A document or a question; UserError names a row that is neither, or both.
 
-    null and "" are absent: tables written as JSON have null or NaN where there is nothing."""
-    with reading(where):
-        row = {k: v for k, v in row.items() if v not in (None, "") and v == v}
+    null, NaN and "" are absent: tables written as JSON have them where there is nothing."""
+    with reading(where, "no text where there should be"):
+        row = {k: v for k, v in row.items() if v is not None and v == v and str(v).strip()}
+        for name in ("text", "question", "answer", "group"):
+            row.get(name, "").encode()  # fails for what is no text, as half a surrogate pair
         if ("text" in row) == ("question" in row):
             raise UserError('a "text" or a "question" is needed, and not both')
-        if "text" in row:
-            return {"text": text_field(row, "text"), "where": where}
-        return parse_question(row, where, learned) | {"where": where}
-
-
-def text_field(row, name):
-    """A string that is not empty."""
-    with reading(f'"{name}"', "must be text"):
-        # fails for half a surrogate pair, which is no text
-        if row[name].encode().isspace():
-            raise ValueError("blank")
-        return row[name]
+        record = {"text": row["text"]} if "text" in row else parse_question(row, where, learned)
+        return record | {"where": where}
 
 
 def parse_question(row, where, learned):
@@ -197,14 +180,13 @@ def parse_question(row, where, learned):
     place of directions, N2D (name to description) or D2N. In NameDescription the group says in
     which order the document has the two: a task is forward where it matches. In any other file
     nothing tells."""
-    names = ("question", "answer")
-    question = {name: text_field(row, name) for name in names if name in row or learned}
+    question = {name: row[name] for name in ("question", "answer") if name in row or learned}
     direction = row.get("direction", row.get("task", "all"))
     if direction == "all" and regex.search(r"#### -?\d", question.get("answer", "")):
         return as_problem(*question.values())
     if learned:
         return question
-    group = text_field({"group": "all"} | row, "group")
+    group = row.get("group", "all")
     if direction in ("N2D", "D2N") and regex.search(RELEASED_TESTS, where):
         in_order = (direction == "N2D") != (group == "DescriptionIsName")
         direction = "forward" if in_order else "backward"
@@ -239,12 +221,13 @@ def passages(document, fits):
 
 # -------------------------------------------------------------------------------------- tokenizer
 
+NOWHERE = "(?!)"  # splits no text
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
 # seen, as one from 256 on.
-SEEN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
-UNSEEN = [byte for byte in range(256) if byte not in SEEN]
-ALPHABET = {chr(byte): byte for byte in SEEN} | {chr(256 + n): b for n, b in enumerate(UNSEEN)}
+SEEN = {chr(byte): byte for byte in range(33, 256) if chr(byte).isprintable()}
+UNSEEN = sorted({*range(256)} - {*SEEN.values()})
+ALPHABET = SEEN | {chr(256 + n): byte for n, byte in enumerate(UNSEEN)}
 
 
 @dataclass
@@ -279,14 +262,9 @@ class Tokenizer:
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
-        # a document is seen in every epoch, and the same question in every evaluation
-        self._encode_once = lru_cache(2**17)(self._encode)
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        return list(self._encode_once(text))  # a copy: callers may change it
-
-    def _encode(self, text):
         ids = []
         for part in self.by_added.split(text):
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
@@ -297,9 +275,12 @@ class Tokenizer:
         pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
         for split in self.splits:
             pieces = [new for piece in pieces for new in split.split(piece)]
-        # The reference drops bytes without a token, and only now: the patterns must see them.
-        known = [piece.encode().translate(None, self.missing) for piece in pieces]
-        return [i for piece in known if piece for i in self.encoding._encode_single_piece(piece)]
+        ids = []
+        for piece in pieces:
+            # The reference drops bytes without a token, and only now: the patterns must see them.
+            known = piece.encode().translate(None, self.missing)
+            ids += self.encoding._encode_single_piece(known) if known else []
+        return ids
 
     def decode(self, ids, special=False):
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD."""
@@ -340,9 +321,13 @@ class Tokenizer:
     def _join(self, parts):
         """The ids of parts that are text or ids. Neighbouring texts are one."""
         ids = []
-        for kind, run in groupby(parts, type):
-            run = list(run)
-            ids += self.encode("".join(run)) if kind is str else sum(run, [])
+        text = ""
+        for part in [*parts, []]:
+            if isinstance(part, str):
+                text += part
+            else:
+                ids += self.encode(text) + part
+                text = ""
         return ids
 
     @cached_property
@@ -367,33 +352,36 @@ class Tokenizer:
 def any_of(tokens):
     """A pattern that splits a text into the tokens, of two the longer, and what is between."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
+    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or NOWHERE})")
 
 
 def load_tokenizer(path):
     """The `Tokenizer` of a model directory, with what its json files declare and its chat template.
 
-    UserError, naming the file, for any that would not be followed exactly."""
+    UserError for any that would not be followed exactly."""
     path = Path(path)
-    content = read_json(path / "tokenizer.json")
-    with reading(path / "tokenizer.json", "not byte-level BPE as in Llama 3, Qwen and SmolLM2"):
+    file = path / "tokenizer.json"
+    content = read_json(file)
+    contents = [read_object(path / name) for name in DECLARING]
+    with reading(file, "not byte-level BPE as in Llama 3, Qwen and SmolLM2"):
         ranks, splits, nfc = read_bpe(content)
-        special, added = read_added(content["added_tokens"])
-        tokens = special | added
-        ids = {*ranks.values(), *tokens.values()}
-    texts, bos, eos, pad = read_declared(path, tokens, ids)
-    template = find_template(path)
+        tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+    with reading(path):
+        known = {*ranks.values(), *tokens.values()}
+        texts, ids = read_declared(contents, tokens, known)
+        template = find_template(path, contents[0])
+        if contents[-1] and max(known) >= embeddings(contents[-1]):
+            raise UserError(
+                f"no embedding for the token of id {max(known)}: transformers' "
+                "resize_token_embeddings makes more"
+            )
     with reading(path, "its chat template's turns are not alike or end with no special token"):
-        render = renderer(template, texts)
-        frames, opening, eot = read_chat_form(render, tokens, texts.get("bos_token", ""))
-    form = "".join(frames.values())
-    # whatever the file says: no text may end a turn
-    special |= {token: added.pop(token) for token in [*added] if token in form}
-    notes = []
-    # LLaDA's end of text is no sign of a base model: it ends its chats with both
-    if eos and eot not in eos and "<|mdm_mask|>" not in special:
-        notes = [f"{path}: a base model: it learns where a turn ends"]
-    with reading(path / "tokenizer.json"):
+        frames, opening, eot = read_chat_form(renderer(template, texts), tokens, texts)
+    with reading(file):
+        special, added = read_added(content["added_tokens"], "".join(frames.values()))
+        bos, eos, pad = ids.values()
+        # LLaDA's end of text is no sign of a base model: it ends its chats with both
+        is_base = eos and eot not in eos and "<|mdm_mask|>" not in special
         return Tokenizer(
             ranks,
             splits,
@@ -407,45 +395,36 @@ def load_tokenizer(path):
             eot_id=eot,
             pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
-            notes=notes,
+            notes=[f"{path}: a base model: it learns where a turn ends"] if is_base else [],
         )
-
-
-def embeddings(config):
-    """How many embeddings a model has, by its config.json; without one as many as it takes."""
-    return config.get("embedding_size") or config.get("vocab_size") or 10**9  # LLaDA's may be more
 
 
 # the files that declare special tokens, in the order in which they count
 DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
-def read_declared(path, tokens, known):
-    """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a directory's files declare.
-
-    UserError for a token without an embedding.
+def read_declared(contents, tokens, known):
+    """({"bos_token": its text, ...}, {"bos_token": its ids, ...}) as a model's files declare them.
 
     tokens   text -> id of those that may be declared by text
     known    all ids: those of ordinary tokens may be declared, too"""
     texts = {}
-    ids = {"bos": [], "eos": [], "pad": []}
-    for file in DECLARING:
-        content = read_object(path / file)
-        with reading(path / file):
-            if max(known) >= embeddings(content):
-                raise UserError(
-                    f"no embedding for the token of id {max(known)}: transformers' "
-                    "resize_token_embeddings makes more"
-                )
-            for name, found in ids.items():
-                token = content.get(f"{name}_token")
-                if token:
-                    token = token["content"] if isinstance(token, dict) else token
-                    texts[f"{name}_token"] = token
-                given = content.get(f"{name}_token_id")
-                given = given if isinstance(given, list) else [given]
-                found += [i for i in [tokens.get(token), *given] if i in known]
-    return texts, *ids.values()
+    ids = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = contents[0].get(name)
+        if token:
+            texts[name] = token["content"] if isinstance(token, dict) else token
+        given = [tokens.get(texts.get(name))]
+        for content in contents:
+            more = content.get(f"{name}_id")
+            given += more if isinstance(more, list) else [more]
+        ids[name] = [i for i in given if i in known]
+    return texts, ids
+
+
+def embeddings(config):
+    """How many embeddings a model has, by its config.json."""
+    return config.get("embedding_size") or config["vocab_size"]  # LLaDA's may be more
 
 
 def read_bpe(content):
@@ -462,30 +441,25 @@ def read_bpe(content):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
-    if len({*ranks.values()}) < len(ranks):
-        raise ValueError("two tokens with one id")
-    known = {*tokens, *(token["content"] for token in content["added_tokens"])}
-    if content["model"].get("ignore_merges") and vocab.keys() - known:
-        raise ValueError(f"no merge makes {min(vocab.keys() - known)!r}")
-    normalizer = content.get("normalizer") or {"normalizers": []}
-    kinds = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
-    if kinds - {"NFC"}:
-        raise ValueError(f"normalizer {kinds}")
+    normalizer = content["normalizer"] or {"normalizers": []}
+    normalizers = normalizer.get("normalizers", [normalizer])
+    if normalizers not in ([], [{"type": "NFC"}]):
+        raise ValueError(f"normalizer {normalizers}")
     steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
-    patterns = [pattern for pattern in map(pattern_of, steps) if pattern]
     # the group: `split` gives the matches, too
-    return ranks, [regex.compile(f"({pattern})") for pattern in patterns], bool(kinds)
+    splits = [regex.compile(f"({pattern_of(step)})") for step in steps]
+    return ranks, splits, bool(normalizers)
 
 
 def pattern_of(step):
-    """The regular expression by which a step of a pre-tokenizer splits a text; "" for none."""
+    """The regular expression by which a step of a pre-tokenizer splits a text."""
     match step:
         case {"type": "Digits", "individual_digits": one}:
             return r"\p{N}" if one else r"\p{N}+"
         case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
             return pattern
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            return GPT2_PIECES if step.get("use_regex", True) else ""
+            return GPT2_PIECES if step.get("use_regex", True) else NOWHERE
     raise ValueError(f"pre-tokenizer {step}")
 
 
@@ -493,13 +467,15 @@ def pattern_of(step):
 ALWAYS_SPECIAL = ("<|mdm_mask|>", "<|mask|>")
 
 
-def read_added(tokens):
-    """({text: id} of special tokens, the same of others) in tokenizer.json."""
+def read_added(tokens, form):
+    """({text: id} of special tokens, the same of others) in tokenizer.json.
+
+    Special whatever the file says: what stands in the form of a chat, as no text may end a turn."""
     special = {}
     added = {}
     for token in tokens:
         text = token["content"]
-        if token["special"] or text in ALWAYS_SPECIAL:
+        if token["special"] or text in form or text in ALWAYS_SPECIAL:
             special[text] = token["id"]
         elif token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(f"added token {token}")
@@ -511,24 +487,22 @@ def read_added(tokens):
 # --------------------------------------------------------------------------------- chat templates
 
 
-def find_template(path):
+def find_template(path, settings):
     """The text of a directory's own chat template; UserError if it has none."""
     file = path / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    template = read_object(path / "tokenizer_config.json").get("chat_template")
+    template = read_text(file) if file.exists() else settings.get("chat_template")
     if not template:
         raise UserError(
-            f"{path}: no chat template; use the model's instruct version, or put its "
-            "chat_template.jinja here"
+            "no chat template; use the model's instruct version, or put its chat_template.jinja "
+            "here"
         )
+    if isinstance(template, list):  # named ones
+        return {named["name"]: named["template"] for named in template}["default"]
     return template
 
 
 def renderer(template, texts):
     """A function that renders messages by a Jinja template of unknown origin, as transformers."""
-    if isinstance(template, list):  # named ones
-        template = {named["name"]: named["template"] for named in template}["default"]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
@@ -543,20 +517,21 @@ def renderer(template, texts):
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 
 
-def read_chat_form(render, tokens, bos):
+def read_chat_form(render, tokens, texts):
     """What stands before, between and behind the contents of chats that a template renders.
 
     returns  frames; all that the template puts before a user's first word; the id of the special
              token that ends a turn"""
-    frames = read_frames(render, "user", "assistant", "user")
+    frames = read_frames(render, "user", "assistant", "user", "assistant")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
-    frames["assistant>"] = read_frames(render, "user", "assistant")["assistant>"]
+    frames["assistant>"] = read_frames(render, "user", "assistant", "")["assistant>"]
     with suppress(TemplateError, ValueError):  # not every template has system turns
-        frames = read_frames(render, "system", "user", "assistant", "user") | frames
+        frames = read_frames(render, "system", "user", "assistant", "user", "assistant") | frames
     opening = frames[">user"]
     ending = frames["assistant>user"]
-    end = max((token for token in tokens if ending.startswith(token)), key=len, default=ending)
-    header = ending.removeprefix(end).lstrip()
+    _, end, header = any_of(tokens).split(ending, maxsplit=1)
+    header = header.lstrip()
+    bos = texts.get("bos_token", "")
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
     # a turn that the template slips in is left out
     system = opening.removeprefix(start).removesuffix(header).strip()
@@ -568,14 +543,14 @@ def read_chat_form(render, tokens, bos):
 
 
 def read_frames(render, *roles):
-    """{"user>assistant": what stands between the two, ...}; "" is where a chat starts and ends."""
-    asks = roles[-1] == "user"
-    messages = [{"role": role, "content": MARK} for role in roles]
-    parts = render(messages=messages, add_generation_prompt=asks).split(MARK)
-    around = ["", *roles, "assistant" if asks else ""]
-    pairs = [f"{before}>{behind}" for before, behind in pairwise(around)]
-    frames = dict(zip(pairs, parts, strict=False))
-    if [frames.get(pair) for pair in pairs] != parts:
+    """{"user>assistant": what stands between the two, ...}; "" is where a chat starts and ends.
+
+    Of the last role there is only the header."""
+    messages = [{"role": role, "content": MARK} for role in roles[:-1]]
+    parts = render(messages=messages, add_generation_prompt=bool(roles[-1])).split(MARK)
+    pairs = [f"{before}>{behind}" for before, behind in pairwise(["", *roles])]
+    frames = dict(zip(pairs, parts, strict=True))
+    if [frames[pair] for pair in pairs] != parts:
         raise ValueError(parts)
     return frames
 
@@ -585,7 +560,6 @@ def write_chat_files(tokenizer, source, target):
 
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
-    source, target = Path(source), Path(target)
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     settings = {
@@ -639,6 +613,7 @@ GITHUB = "https://raw.githubusercontent.com/"
 AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
 THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+GSM8K += "grade_school_math/data/"
 ND_FILE = "people-description.json"
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
@@ -655,26 +630,28 @@ GENERATED = {
     "math-made": (world.make_math, 200, ("none",)),
     "world": (world.make_world, 160, ("none",)),
 }
-# downloaded once: name -> {address: its sha256, None where only the first download can tell}
+# downloaded once: name -> where from, {file: its sha256, None where the first download can tell}
 PUBLISHED = {
-    "bio-released": {f"{AUTHORS}biography_{file}": None for file in RELEASED},
-    "wiki": {f"{AUTHORS}wiki_{file}": None for file in RELEASED},
-    "nd": {
-        f"{THINKING_BIAS}training_data/{ND_FILE}": (
-            "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3"
-        ),
-        f"{THINKING_BIAS}test_data/people-description_open-QAs.jsonl": (
-            "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53"
-        ),
-    },
-    "gsm8k": {
-        f"{GSM8K}grade_school_math/data/train.jsonl": (
-            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"
-        ),
-        f"{GSM8K}grade_school_math/data/test.jsonl": (
-            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"
-        ),
-    },
+    "bio-released": (AUTHORS, {f"biography_{file}": None for file in RELEASED}),
+    "wiki": (AUTHORS, {f"wiki_{file}": None for file in RELEASED}),
+    "nd": (
+        THINKING_BIAS,
+        {
+            "training_data/people-description.json": (
+                "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3"
+            ),
+            "test_data/people-description_open-QAs.jsonl": (
+                "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53"
+            ),
+        },
+    ),
+    "gsm8k": (
+        GSM8K,
+        {
+            "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+            "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        },
+    ),
 }
 SETS = GENERATED | PUBLISHED
 # --paraphrase: what its training file is called in the released layout
@@ -685,7 +662,7 @@ PARAPHRASES = {
 }
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
-OFFERED = ", ".join(name for name in SETS if name != "world")
+OFFERED = "bio, nd-made, math-made, bio-released, wiki, nd, gsm8k"
 DATA_HELP = (
     f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
     f"or directory ({ENDINGS})"
@@ -703,82 +680,75 @@ def load(name, paraphrase="none", seed=0):
     called *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read
     as they are. The questions of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    with reading(f"--data {name}", "no such set"):
-        if kind in GENERATED:
-            make, usual, wordings = GENERATED[kind]
-            number = int(count or usual)
-            if number < 1 or paraphrase not in wordings:
-                raise UserError(f"it takes 1 or more, and --paraphrase {' or '.join(wordings)}")
-            return Dataset(kind, *make(number, paraphrase, seed))
-        if name in PUBLISHED:
-            return read_files(name, fetch(name), paraphrase)
-        if kind == "nd":
-            return take_facts(read_files(kind, fetch(kind), paraphrase), int(count), seed)
-    path = Path(name)
-    if not path.exists():
-        raise UserError(f"--data {name}: no such file or directory, and none of {OFFERED}")
-    # a run's directory is called so, and safetensors opens no name that is not UTF-8
-    stem = unpacked(Path(os.path.abspath(path))).stem.encode(errors="replace").decode()
-    dataset = read_files(stem, path, paraphrase)
+    if kind in GENERATED:
+        make, usual, wordings = GENERATED[kind]
+        with reading(f"--data {name}", "no such set"):
+            if paraphrase not in wordings:
+                raise UserError(f"--paraphrase has to be {' or '.join(wordings)}")
+            dataset = Dataset(kind, *make(int(count or usual), paraphrase, seed))
+    elif name in PUBLISHED or kind == "nd":
+        dataset = read_files(fetch(kind), paraphrase)
+    else:
+        dataset = read_files(Path(name), paraphrase)
+    if kind == "nd" and count:
+        with reading(f"--data {name}", "no such set"):
+            keep_facts(dataset, int(count), seed)
     if not dataset.documents + dataset.questions:
         raise UserError(
-            f'--data {name}: no file with a "text" or a "question" ({ENDINGS}); '
-            + "; ".join(dataset.notes)
+            f'--data {name}: none of {OFFERED}, and no file or folder with a "text" or a '
+            f'"question" ({ENDINGS}); {"; ".join(dataset.notes)}'
         )
     return dataset
 
 
-def read_files(name, path, paraphrase):
+def read_files(path, paraphrase):
     """The Dataset in a file or a directory.
 
     In the released layout, of training files the one asked for."""
     found = [path] if path.is_file() else files_in(path)
     pattern = PARAPHRASES[paraphrase]
-    if paraphrase != "none" and not any(regex.search(pattern, p.name) for p in found):
+    asked = [file for file in found if regex.search(pattern, file.name)]
+    if paraphrase != "none" and not asked:
         raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
-
-    # no link may lead out of the folder, or out of the repository in the hub's cache
-    root = regex.sub("/snapshots/[0-9a-f]{40}(/.*)?$", "", str(path.resolve()))
-
-    def is_read(file):
-        inside = file.resolve().is_relative_to(root)
-        released = regex.search("_train_(no_)?para", file.name)
-        asked = file == path or not released or regex.search(pattern, file.name)
-        return inside and asked and ending(file) in READERS
-
-    files = [p for p in found if is_read(p)]
-    dataset = Dataset(name, [], [])
-    left = ", ".join(str(p) for p in found if p not in files)
+    # a run's directory is called so
+    dataset = Dataset(Path(os.path.abspath(path)).stem, [], [])
+    left = []
+    for file in found:
+        other = regex.search("_train_(no_)?paraphrase", file.name) and file not in asked
+        rows = [] if other else read_rows(file)
+        fields = {name for row in rows if isinstance(row, dict) for name in row}
+        if not fields & {"text", "question"}:
+            left.append(str(file))
+            continue
+        unread = sorted(fields - FIELDS)
+        if unread:
+            dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+        step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
+        add_records(dataset, file, rows, step)
     if left:
-        dataset.notes.append(f"not read: {left[:300]}")
-    for file in files:
-        read_file(file, paraphrase, dataset)
+        dataset.notes.append(f"not read: {', '.join(left)[:300]}")
     return dataset
 
 
 def files_in(folder):
     """The files in a folder and its subfolders, by name, but for hidden ones."""
-    # of folders those that are closed, to be named
-    found = sorted(p for p in folder.rglob("*") if p.is_file() or not os.access(p, os.R_OK))
-    return [p for p in found if "/." not in f"/{p.relative_to(folder).as_posix()}"]
+    paths = [folder / name for name in glob("**", root_dir=folder, recursive=True)]
+    return sorted(path for path in paths if not path.is_dir())
 
 
-def read_file(file, paraphrase, dataset):
-    """Add to a Dataset what stands in one file."""
-    text = read_text(file)
+def read_rows(file):
+    """The rows of a file, none of one that is of another kind."""
+    if ending(file) not in READERS:
+        return []
     with reading(file):
-        rows = list(READERS[ending(file)](text))
-    fields = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
-    unread = ", ".join(name for name in fields if name not in FIELDS)
-    if "text" not in fields and "question" not in fields:
-        dataset.notes.append(f'not read: {file}: no "text", no "question", but [{unread[:300]}]')
-        return
-    if unread:
-        dataset.notes.append(f"{file}: fields that nothing reads: {unread[:300]}")
-    learned = file.name.lower().startswith("train.")
-    step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
-    for number, row in list(enumerate(rows, 1))[::step]:
-        record = parse_record(row, f"{file}, record {number}", learned)
+        return list(READERS[ending(file)](read_text(file)))
+
+
+def add_records(dataset, file, rows, step):
+    """Add to a Dataset every so many of a file's rows."""
+    learned = file.name.startswith("train.")
+    for n in range(0, len(rows), step):
+        record = parse_record(rows[n], f"{file}, record {n + 1}", learned)
         to = dataset.documents if learned or "text" in record else dataset.questions
         to.append(record)
 
@@ -787,18 +757,16 @@ def digest(records):
     return sha256(json.dumps(records).encode()).hexdigest()
 
 
-def take_facts(dataset, count, seed):
+def keep_facts(dataset, count, seed):
     """Leave `count` facts of each of two kinds, with their wordings and exactly their questions."""
     if not 1 <= count <= ND_FACTS:
         raise UserError(f"there are {ND_FACTS} facts of each kind")
     rng = Random(seed)
-    chosen = []
-    for start in (0, ND_FACTS):
-        chosen += world.shuffled(rng, range(start, start + ND_FACTS))[:count]
+    chosen = world.shuffled(rng, range(ND_FACTS))[:count]
+    chosen += world.shuffled(rng, range(ND_FACTS, 2 * ND_FACTS))[:count]
     for records in (dataset.documents, dataset.questions):
         size = len(records) // (2 * ND_FACTS)  # records of a fact
         records[:] = [record for n, record in enumerate(records) if n // size in chosen]
-    return dataset
 
 
 def fetch(name):
@@ -806,12 +774,13 @@ def fetch(name):
     from torch import hub
 
     directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / name
-    for url, known in PUBLISHED[name].items():
-        path = directory / url.rpartition("/")[2]
+    source, files = PUBLISHED[name]
+    for file, known in files.items():
+        path = directory / Path(file).name
         if not path.exists():
-            with reading(url, f"could not be had: put it at {path}, or take --data bio"):
+            with reading(source + file, f"could not be had: put it at {path}, or take --data bio"):
                 directory.mkdir(parents=True, exist_ok=True)
-                hub.download_url_to_file(url, path, known, progress=False)
+                hub.download_url_to_file(source + file, path, known, progress=False)
     return directory
 
 
@@ -864,16 +833,15 @@ def pad(rows, value):
 
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
-    mask_id = None
-    with suppress(UserError):  # what masks nothing needs no mask
-        mask_id = tokenizer.mask_id
-    mask = tokenizer.decode([mask_id], special=True) or MARK
     text = ""
     # runs of tokens with or without loss, decoded together: a character may be several tokens
     pairs = zip(example.ids, example.labels, strict=True)
     for has_loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        part = tokenizer.decode([token for token, _ in run], special=True).replace(mask, "_")
+        part = tokenizer.decode([token for token, _ in run], special=True)
         text += f"[{part}]" if has_loss else part
-    masked = example.ids.count(mask_id)
+    masked = 0
+    with suppress(UserError):  # what masks nothing needs no mask
+        masked = example.ids.count(tokenizer.mask_id)
+        text = text.replace(tokenizer.decode([tokenizer.mask_id], special=True), "_")
     supervised = len(example.labels) - example.labels.count(IGNORE)
     return f"{text}\n-- {len(example.ids)} tokens, {masked} masked, {supervised} with loss"
