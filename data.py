@@ -120,17 +120,10 @@ def read_lines(path):
 def json_rows(text):
     """Any sequence of JSON values: lines, a list of records, objects over several lines."""
     decode = json.JSONDecoder().raw_decode
-    text = text.rstrip()
     end = 0
     while end < len(text):
         value, end = decode(text, regex.compile(r"\s*").match(text, end).end())
         yield from value if isinstance(value, list) else [value]
-
-
-def text_rows(text):
-    """A file that is a document."""
-    if text.strip():
-        yield {"text": text.strip()}
 
 
 def csv_rows(text):
@@ -139,7 +132,12 @@ def csv_rows(text):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")
         if any(row.values()):
-            yield {name.strip().lower(): value for name, value in row.items()}
+            yield row
+
+
+def text_rows(text):
+    """A file that is a document."""
+    return [{"text": text}] if text else []
 
 
 READERS = {
@@ -150,7 +148,7 @@ READERS = {
     ".txt": text_rows,
     ".md": text_rows,
 }
-ENDINGS = f"{', '.join(READERS)}, also .gz"
+ENDINGS = ".json, .jsonl, .ndjson, .csv, .txt, .md, also .gz"
 FIELDS = {"text", "question", "answer", "direction", "task", "group", "id", "where", "problem"}
 
 
@@ -209,12 +207,13 @@ def passages(document, fits):
     if fits(document):
         return [document]
     text = document.get("text", "")
+    middle = len(text) / 2
     for seam in SEAMS:
-        # the seam nearest to the middle, as a part much shorter than the other is a heading
+        # in the middle half, as a part much shorter than the other is a heading
         ends = [match.end() for match in regex.finditer(seam, text)]
-        middle = min(ends, key=lambda end: abs(2 * end - len(text)), default=0)
-        if 0 < len(text) / 4 <= middle <= len(text) * 3 / 4:
-            halves = (text[:middle].strip(), text[middle:].strip())
+        end = min(ends, key=lambda end: abs(end - middle), default=0)
+        if abs(end - middle) < middle / 2:
+            halves = (text[:end].strip(), text[end:].strip())
             return [part for half in halves for part in passages(document | {"text": half}, fits)]
     return []
 
@@ -360,24 +359,20 @@ def load_tokenizer(path):
 
     UserError for any that would not be followed exactly."""
     path = Path(path)
-    file = path / "tokenizer.json"
-    content = read_json(file)
-    contents = [read_object(path / name) for name in DECLARING]
-    with reading(file, "not byte-level BPE as in Llama 3, Qwen and SmolLM2"):
+    content = read_json(path / "tokenizer.json")
+    settings, generation, config = [read_object(path / name) for name in DECLARING]
+    with reading(path, "not a tokenizer or a chat template as those of Llama 3, Qwen and SmolLM2"):
         ranks, splits, nfc = read_bpe(content)
         tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
-    with reading(path):
         known = {*ranks.values(), *tokens.values()}
-        texts, ids = read_declared(contents, tokens, known)
-        template = find_template(path, contents[0])
-        if contents[-1] and max(known) >= embeddings(contents[-1]):
+        if config and max(known) >= embeddings(config):
             raise UserError(
                 f"no embedding for the token of id {max(known)}: transformers' "
                 "resize_token_embeddings makes more"
             )
-    with reading(path, "its chat template's turns are not alike or end with no special token"):
-        frames, opening, eot = read_chat_form(renderer(template, texts), tokens, texts)
-    with reading(file):
+        texts, ids = read_declared(settings, [generation, config], tokens, known)
+        render = renderer(find_template(path, settings), texts)
+        frames, opening, eot = read_chat_form(render, tokens, texts.get("bos_token", ""))
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
         bos, eos, pad = ids.values()
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
@@ -403,7 +398,7 @@ def load_tokenizer(path):
 DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
-def read_declared(contents, tokens, known):
+def read_declared(settings, configs, tokens, known):
     """({"bos_token": its text, ...}, {"bos_token": its ids, ...}) as a model's files declare them.
 
     tokens   text -> id of those that may be declared by text
@@ -411,12 +406,14 @@ def read_declared(contents, tokens, known):
     texts = {}
     ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
-        token = contents[0].get(name)
+        token = settings.get(name)
+        if isinstance(token, dict):
+            token = token["content"]
         if token:
-            texts[name] = token["content"] if isinstance(token, dict) else token
-        given = [tokens.get(texts.get(name))]
-        for content in contents:
-            more = content.get(f"{name}_id")
+            texts[name] = token
+        given = [tokens.get(token)]
+        for config in configs:
+            more = config.get(f"{name}_id")
             given += more if isinstance(more, list) else [more]
         ids[name] = [i for i in given if i in known]
     return texts, ids
@@ -517,7 +514,7 @@ def renderer(template, texts):
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 
 
-def read_chat_form(render, tokens, texts):
+def read_chat_form(render, tokens, bos):
     """What stands before, between and behind the contents of chats that a template renders.
 
     returns  frames; all that the template puts before a user's first word; the id of the special
@@ -531,14 +528,13 @@ def read_chat_form(render, tokens, texts):
     ending = frames["assistant>user"]
     _, end, header = any_of(tokens).split(ending, maxsplit=1)
     header = header.lstrip()
-    bos = texts.get("bos_token", "")
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
     # a turn that the template slips in is left out
     system = opening.removeprefix(start).removesuffix(header).strip()
     if system:
         frames[">user"] = start + header
     if not frames["assistant>"].startswith(end) or system and not system.endswith(end):
-        raise ValueError([opening, *frames.values()])
+        raise ValueError(f"turns differ: {[opening, *frames.values()]}")
     return frames, opening, tokens[end]
 
 
@@ -551,7 +547,7 @@ def read_frames(render, *roles):
     pairs = [f"{before}>{behind}" for before, behind in pairwise(["", *roles])]
     frames = dict(zip(pairs, parts, strict=True))
     if [frames[pair] for pair in pairs] != parts:
-        raise ValueError(parts)
+        raise ValueError(f"turns differ: {parts}")
     return frames
 
 
@@ -613,53 +609,47 @@ GITHUB = "https://raw.githubusercontent.com/"
 AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
 THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
-GSM8K += "grade_school_math/data/"
-ND_FILE = "people-description.json"
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
 # test files whose tasks are directions: N2D is forward, but in DescriptionIsName
 RELEASED_TESTS = r"(people-description_open-QAs|(ND|biography)_test)\.jsonl"
 
-RELEASED = ("train_no_paraphrase.json", "train_paraphrase_same_order.json")
-RELEASED += ("train_paraphrase_change_order.json", "test.jsonl")
+PARAPHRASES = ("none", "same", "permute")
 # made anew at every start: name -> count, paraphrase, seed -> documents, questions; how many unless
 # told; the paraphrases it has
 GENERATED = {
-    "bio": (world.make_bio, 100, ("none", "same", "permute")),
+    "bio": (world.make_bio, 100, PARAPHRASES),
     "nd-made": (world.make_nd, 30, ("none", "same")),
     "math-made": (world.make_math, 200, ("none",)),
     "world": (world.make_world, 160, ("none",)),
 }
-# downloaded once: name -> where from, {file: its sha256, None where the first download can tell}
+RELEASED = {
+    "none": "train_no_paraphrase.json",
+    "same": "train_paraphrase_same_order.json",
+    "permute": "train_paraphrase_change_order.json",
+}
+ND_FILE = "training_data/people-description.json"
+# downloaded once: name -> where from, {paraphrase: the documents}, the questions
 PUBLISHED = {
-    "bio-released": (AUTHORS, {f"biography_{file}": None for file in RELEASED}),
-    "wiki": (AUTHORS, {f"wiki_{file}": None for file in RELEASED}),
+    "bio-released": (AUTHORS + "biography_", RELEASED, "test.jsonl"),
+    "wiki": (AUTHORS + "wiki_", RELEASED, "test.jsonl"),
     "nd": (
         THINKING_BIAS,
-        {
-            "training_data/people-description.json": (
-                "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3"
-            ),
-            "test_data/people-description_open-QAs.jsonl": (
-                "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53"
-            ),
-        },
+        {"none": ND_FILE, "same": ND_FILE},
+        "test_data/people-description_open-QAs.jsonl",
     ),
-    "gsm8k": (
-        GSM8K,
-        {
-            "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-            "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-        },
+    "gsm8k": (GSM8K + "grade_school_math/data/", {"none": "train.jsonl"}, "test.jsonl"),
+}
+# of the others only the first download can tell
+SHA256 = {
+    "people-description.json": "e844b89bbd541dbd7010fe9baafbf06c6933f02fe7ec2ae8dfa6e2d606777dc3",
+    "people-description_open-QAs.jsonl": (
+        "5169f6af324af2efca161f2ae52c95f16d85d5400e3455a1eb007343a8809d53"
     ),
+    "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
 SETS = GENERATED | PUBLISHED
-# --paraphrase: what its training file is called in the released layout
-PARAPHRASES = {
-    "none": "people-description|_train_no_paraphrase",
-    "same": r"people-description|_train_paraphrase(_same_order)?\.",
-    "permute": "_train_paraphrase_change_order",
-}
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
 OFFERED = "bio, nd-made, math-made, bio-released, wiki, nd, gsm8k"
@@ -676,23 +666,18 @@ def load(name, paraphrase="none", seed=0):
 
     A file holds JSON values, one after the other or in a list, or a CSV table. A record with a
     "text" is a document, one with a "question" is a question; both may stand in one file. A .txt or
-    .md file is a document. Of a directory and its subfolders all such files are read, but of files
-    called *_train_* only the one that `paraphrase` asks for, so the paper's released sets are read
-    as they are. The questions of a train.jsonl are not asked but learned, with their answers."""
+    .md file is a document. Of a directory and its subfolders all such files are read. The questions
+    of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    if kind in GENERATED:
-        make, usual, wordings = GENERATED[kind]
-        with reading(f"--data {name}", "no such set"):
-            if paraphrase not in wordings:
-                raise UserError(f"--paraphrase has to be {' or '.join(wordings)}")
-            dataset = Dataset(kind, *make(int(count or usual), paraphrase, seed))
-    elif name in PUBLISHED or kind == "nd":
-        dataset = read_files(fetch(kind), paraphrase)
+    if kind in SETS:
+        with reading(f"--data {name} --paraphrase {paraphrase}", "no such set"):
+            dataset = load_set(kind, count, paraphrase, seed)
+    elif paraphrase == "none":
+        path = Path(name)
+        files = [path] if path.is_file() else files_in(path)
+        dataset = read_files(path.absolute().stem, files)
     else:
-        dataset = read_files(Path(name), paraphrase)
-    if kind == "nd" and count:
-        with reading(f"--data {name}", "no such set"):
-            keep_facts(dataset, int(count), seed)
+        raise UserError(f"--data {name}: --paraphrase is for {OFFERED}")
     if not dataset.documents + dataset.questions:
         raise UserError(
             f'--data {name}: none of {OFFERED}, and no file or folder with a "text" or a '
@@ -701,32 +686,43 @@ def load(name, paraphrase="none", seed=0):
     return dataset
 
 
-def read_files(path, paraphrase):
-    """The Dataset in a file or a directory.
+def load_set(kind, count, paraphrase, seed):
+    """The Dataset of a name; `count` is what stands behind its colon."""
+    if kind in GENERATED:
+        make, usual, wordings = GENERATED[kind]
+        if paraphrase not in wordings:
+            raise UserError("no such set")
+        return Dataset(kind, *make(int(count or usual), paraphrase, seed))
+    source, training, asked = PUBLISHED[kind]
+    files = [fetch(kind, source + file) for file in (training[paraphrase], asked)]
+    dataset = read_files(kind, files)
+    if kind == "nd":
+        if paraphrase == "none":
+            dataset.documents = dataset.documents[::ND_WORDINGS]
+        keep_facts(dataset, int(count or ND_FACTS), seed)
+    elif count:
+        raise UserError("no such set")
+    return dataset
 
-    In the released layout, of training files the one asked for."""
-    found = [path] if path.is_file() else files_in(path)
-    pattern = PARAPHRASES[paraphrase]
-    asked = [file for file in found if regex.search(pattern, file.name)]
-    if paraphrase != "none" and not asked:
-        raise UserError(f"--data {path}: no training file {pattern} for --paraphrase {paraphrase}")
-    # a run's directory is called so
-    dataset = Dataset(Path(os.path.abspath(path)).stem, [], [])
-    left = []
-    for file in found:
-        other = regex.search("_train_(no_)?paraphrase", file.name) and file not in asked
-        rows = [] if other else read_rows(file)
-        fields = {name for row in rows if isinstance(row, dict) for name in row}
-        if not fields & {"text", "question"}:
-            left.append(str(file))
+
+def read_files(name, files):
+    """The Dataset in some files, with notes on what is not read."""
+    dataset = Dataset(name, [], [])
+    for file in files:
+        read = READERS.get(ending(file))
+        if not read:
+            dataset.notes.append(f"not read: {file}")
             continue
-        unread = sorted(fields - FIELDS)
+        with reading(file):
+            rows = list(read(read_text(file).strip()))
+        learned = file.name.startswith("train.")
+        for number, row in enumerate(rows, 1):
+            record = parse_record(row, f"{file}, record {number}", learned)
+            to = dataset.documents if learned or "text" in record else dataset.questions
+            to.append(record)
+        unread = sorted({name for row in rows for name in row} - FIELDS)
         if unread:
             dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
-        step = ND_WORDINGS if file.name == ND_FILE and paraphrase == "none" else 1
-        add_records(dataset, file, rows, step)
-    if left:
-        dataset.notes.append(f"not read: {', '.join(left)[:300]}")
     return dataset
 
 
@@ -736,23 +732,6 @@ def files_in(folder):
     return sorted(path for path in paths if not path.is_dir())
 
 
-def read_rows(file):
-    """The rows of a file, none of one that is of another kind."""
-    if ending(file) not in READERS:
-        return []
-    with reading(file):
-        return list(READERS[ending(file)](read_text(file)))
-
-
-def add_records(dataset, file, rows, step):
-    """Add to a Dataset every so many of a file's rows."""
-    learned = file.name.startswith("train.")
-    for n in range(0, len(rows), step):
-        record = parse_record(rows[n], f"{file}, record {n + 1}", learned)
-        to = dataset.documents if learned or "text" in record else dataset.questions
-        to.append(record)
-
-
 def digest(records):
     return sha256(json.dumps(records).encode()).hexdigest()
 
@@ -760,7 +739,7 @@ def digest(records):
 def keep_facts(dataset, count, seed):
     """Leave `count` facts of each of two kinds, with their wordings and exactly their questions."""
     if not 1 <= count <= ND_FACTS:
-        raise UserError(f"there are {ND_FACTS} facts of each kind")
+        raise UserError("there are 30 facts of each kind")
     rng = Random(seed)
     chosen = world.shuffled(rng, range(ND_FACTS))[:count]
     chosen += world.shuffled(rng, range(ND_FACTS, 2 * ND_FACTS))[:count]
@@ -769,19 +748,17 @@ def keep_facts(dataset, count, seed):
         records[:] = [record for n, record in enumerate(records) if n // size in chosen]
 
 
-def fetch(name):
-    """The directory of a published set, in the hub's cache, where it is downloaded to once."""
+def fetch(name, url):
+    """A file of a published set, in the hub's cache, where it is downloaded to once."""
     from torch import hub
 
     directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / name
-    source, files = PUBLISHED[name]
-    for file, known in files.items():
-        path = directory / Path(file).name
-        if not path.exists():
-            with reading(source + file, f"could not be had: put it at {path}, or take --data bio"):
-                directory.mkdir(parents=True, exist_ok=True)
-                hub.download_url_to_file(source + file, path, known, progress=False)
-    return directory
+    path = directory / url.rpartition("/")[2]
+    if not path.exists():
+        with reading(url, f"could not be had: put it at {path}, or take --data bio"):
+            directory.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(url, path, SHA256.get(path.name), progress=False)
+    return path
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -811,12 +788,12 @@ def collate(examples, pad_id):
     import torch
 
     examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
-    is_padded = len({len(e.ids) for e in examples}) > 1
+    key_mask = pad([[True] * len(e.ids) for e in examples], False)
     return {
         "ids": pad([e.ids for e in examples], pad_id),
         "labels": pad([e.labels for e in examples], IGNORE),
-        "key_mask": pad([[True] * len(e.ids) for e in examples], False) if is_padded else None,
-        "weights": torch.tensor([e.weight for e in examples], dtype=torch.float32),
+        "key_mask": None if key_mask.all() else key_mask,
+        "weights": torch.tensor([e.weight for e in examples]),
     }
 
 

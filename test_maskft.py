@@ -290,7 +290,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
 def test_a_tokenizer_that_would_not_be_followed_exactly_is_refused(options, tmp_path):
     message = refusal(data.load_tokenizer, write_tokenizer(tmp_path, **options))
-    assert message.startswith(f"{tmp_path}/tokenizer.json: ")
+    assert message.startswith(f"{tmp_path}: ")
 
 
 # --- chats ---
@@ -508,10 +508,10 @@ BAD_TEMPLATES = {  # template -> a part of what is said
     "{{ messages[7]['role'] + 1 }}": "chat template",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "chat template",
     CHATML_TEMPLATE.replace("<|im_end|>", "[end]"): "[end]",
-    template("{{ '<|im_end|>' if not loop.first }}" + "{{ m['content'] }}"): "turns",
+    template("{{ '<|im_end|>' if not loop.first }}" + "{{ m['content'] }}"): "chat template",
     template("{{ 'Day 1. ' if loop.first }}" + CHATML_TURN, CHATML_PROMPT): "Day 1.",
-    template("{{ m['content'] }}", "{{ 'x' * 5000 }}"): "turns",
-    template(CHATML_TURN + "{{ m['content'] }}"): "turns",
+    template("{{ m['content'] }}", "{{ 'x' * 5000 }}"): "xxx",
+    template(CHATML_TURN + "{{ m['content'] }}"): "chat template",
     "": "no chat template",
 }
 
@@ -603,7 +603,7 @@ NULLS = {"question": None, "answer": None, "direction": None, "group": float("na
 
 UNION = json.dumps({"text": FACT} | NULLS), json.dumps({"text": None} | json.loads(QUESTION))
 
-CSV = f'Text,Question,Answer,direction\n"{FACT}",,,\n\n,,,\n,"{WHO}","Orla Venn",backward\n'
+CSV = f'text,question,answer,direction\n"{FACT}",,,\n\n,,,\n,"{WHO}","Orla Venn",backward\n'
 
 SAME = {  # file -> its contents, all with the same document and the same question
     "a.jsonl": f"{DOCUMENT}\n{QUESTION}\n",
@@ -635,7 +635,6 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
         "c/d/e.md": "# Ivo\n",
         "c/book.csv": "text\nxxx",
-        "c/numbers.csv": "x,y\n1,2\n",
         "c/old.jsonl": '{"text": "a", "Text": 1}\n{"text": "b", "Text": 1, "id": 2}',
         "c/train.jsonl": QUESTION,
         "empty.txt": " \n",
@@ -658,7 +657,7 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     assert dataset.questions == []
     unread, left = dataset.notes
     assert unread.endswith("old.jsonl: fields that nothing reads: Text")
-    assert re.findall(r"\w+\.\w+", left) == ["numbers.csv", "empty.txt", "table.xlsx"]
+    assert left == f"not read: {tmp_path}/other/table.xlsx"
     message = refusal(data.load, str(tmp_path / "other"))
     assert "table.xlsx" in message and ".jsonl" in message
 
@@ -700,7 +699,7 @@ BAD_FILES = {  # name, contents -> a part of what is said behind the file's name
         '{"question": "Who?"}',
     ): "record 1: no text where there should be (KeyError: 'answer",
     ("a.rst", "hello"): ".md, also .gz); not read: ",
-    ("a.csv", "name,words\nAda,baker\n"): "not read",
+    ("a.csv", "name,words\nAda,baker\n"): 'record 1: a "text"',
     **{("a.jsonl", f"{DOCUMENT}\n{record}"): said for record, said in BAD_RECORDS.items()},
 }
 
@@ -759,34 +758,20 @@ def test_a_problem_is_known_by_its_answer(tmp_path):
     assert data.parse_record({"question": "Hi?"}, "line 3")["direction"] == "all"
 
 
-def test_of_training_files_the_one_asked_for_is_read(tmp_path):
-    names = {
-        "none": "wiki_train_no_paraphrase.json",
-        "same": "wiki_train_paraphrase_same_order.json.gz",
-        "permute": "wiki_train_paraphrase_change_order.json",
-    }
-    for paraphrase, name in names.items():
-        fill(tmp_path / name, json.dumps([{"text": paraphrase}]))
-    write(tmp_path / "wiki_test.jsonl", ASKED)
-    for paraphrase, name in names.items():
-        dataset = data.load(str(tmp_path), paraphrase)
-        assert bare(dataset.documents + dataset.questions) == [{"text": paraphrase}, ASKED]
-        assert name not in dataset.notes[0] and dataset.notes[0].count("wiki_train") == 2
+def test_own_files_have_no_paraphrases(tmp_path):
     file = fill(tmp_path / "own.jsonl", DOCUMENT)
-    assert str(file) in refusal(data.load, str(file), "permute")
+    assert str(file) in refusal(data.load, str(file), "same")
 
 
-def nd_files(folder):
-    """Files as NameDescription has them: 60 facts, 2 questions of each, in one order."""
+def nd_file(folder, url):
+    """A file as NameDescription has it: of 60 facts 30 wordings or 2 questions, in one order."""
     texts = [{"text": f"{fact} {wording}"} for fact in range(60) for wording in range(30)]
-    fill(folder / "people-description.json", json.dumps(texts))
     questions = [{"question": f"{n // 2} Q?", "answer": "A"} for n in range(120)]
-    write(folder / "people-description_open-QAs.jsonl", *questions)
-    return folder
+    return write(folder / Path(url).name, *(texts if "training" in url else questions))
 
 
 def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "fetch", lambda kind: nd_files(tmp_path))
+    monkeypatch.setattr(data, "fetch", lambda kind, url: nd_file(tmp_path, url))
 
     def facts(name, seed, paraphrase="none"):
         dataset = data.load(name, paraphrase, seed)
@@ -806,7 +791,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
 
 BAD_SETS = ["bio:0", "bio:x", "bio:-1", "bio:99999", "wiki:3", "nowhere"]
 
-BAD_SETS += ["math-made --paraphrase same", "nd-made --paraphrase permute"]
+BAD_SETS += ["math-made --paraphrase same", "nd --paraphrase permute", "bio:3 --paraphrase x"]
 
 
 @pytest.mark.parametrize("wanted", BAD_SETS)
@@ -821,20 +806,27 @@ def test_a_generated_set_has_its_usual_size(name, size):
 
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
-    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
-    for file in files:
-        write(file, {"question": "one", "answer": SOLVED})
-    sums = {"train.jsonl": sha256(files[0].read_bytes()).hexdigest(), "test.jsonl": "0" * 64}
-    monkeypatch.setitem(data.PUBLISHED, "gsm8k", (f"{tmp_path.as_uri()}/", sums))
-    message = refusal(data.load, "gsm8k")
-    assert files[1].as_uri() in message and str(tmp_path / "cache") in message
-    assert [p.name for p in (tmp_path / "cache").rglob("*.*")] == ["train.jsonl"]
-    sums["test.jsonl"] = None
-    for _ in range(2):
-        dataset = data.load("gsm8k")
-        assert (len(dataset.documents), len(dataset.questions)) == (1, 1)
-        files[1].unlink(missing_ok=True)
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(cache))
+    source, training, asked = (
+        f"{tmp_path.as_uri()}/",
+        {"none": "a.jsonl", "same": "b.jsonl"},
+        "c.jsonl",
+    )
+    monkeypatch.setitem(data.PUBLISHED, "wiki", (source, training, asked))
+    wanted = {"a.jsonl": {"text": "a"}, "b.jsonl": {"text": "b"}, "c.jsonl": ASKED}
+    for name, record in wanted.items():
+        write(tmp_path / name, record)
+    monkeypatch.setattr(data, "SHA256", {"c.jsonl": "0" * 64})
+    message = refusal(data.load, "wiki")
+    assert source + asked in message and str(cache) in message
+    assert [p.name for p in cache.rglob("*.*")] == ["a.jsonl"]
+    data.SHA256["c.jsonl"] = sha256((tmp_path / "c.jsonl").read_bytes()).hexdigest()
+    for paraphrase, text in [("none", "a"), ("same", "b"), ("none", "a")]:
+        dataset = data.load("wiki", paraphrase)
+        assert bare(dataset.documents + dataset.questions) == [{"text": text}, ASKED]
+        (tmp_path / "c.jsonl").unlink(missing_ok=True)
+    assert "permute" in refusal(data.load, "wiki", "permute")
 
 
 # --- long documents ---
