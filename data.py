@@ -28,7 +28,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from glob import glob
 from hashlib import sha256
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from random import Random
 
@@ -278,7 +278,8 @@ class Tokenizer:
         for piece in pieces:
             # The reference drops bytes without a token, and only now: the patterns must see them.
             known = piece.encode().translate(None, self.missing)
-            ids += self.encoding._encode_single_piece(known) if known else []
+            if known:
+                ids += self.encoding._encode_single_piece(known)
         return ids
 
     def decode(self, ids, special=False):
@@ -361,14 +362,19 @@ def load_tokenizer(path):
     path = Path(path)
     content = read_json(path / "tokenizer.json")
     settings, generation, config = [read_object(path / name) for name in DECLARING]
-    with reading(path, "not a tokenizer or a chat template as those of Llama 3, Qwen and SmolLM2"):
+    form = (
+        "not byte-level BPE as in Llama 3, Qwen and SmolLM2, or no chat template whose turns are "
+        "alike and end with a special token"
+    )
+    with reading(path, form):
         ranks, splits, nfc = read_bpe(content)
         tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
         known = {*ranks.values(), *tokens.values()}
-        if config and max(known) >= embeddings(config):
+        last = max(known)
+        if config and last >= embeddings(config):
             raise UserError(
-                f"no embedding for the token of id {max(known)}: transformers' "
-                "resize_token_embeddings makes more"
+                f"no embedding for the token of id {last}: transformers' resize_token_embeddings "
+                "makes more"
             )
         texts, ids = read_declared(settings, [generation, config], tokens, known)
         render = renderer(find_template(path, settings), texts)
@@ -519,36 +525,32 @@ def read_chat_form(render, tokens, bos):
 
     returns  frames; all that the template puts before a user's first word; the id of the special
              token that ends a turn"""
-    frames = read_frames(render, "user", "assistant", "user", "assistant")
+    opening, answer, question, prompt = around(render, "user", "assistant", "user")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
-    frames["assistant>"] = read_frames(render, "user", "assistant", "")["assistant>"]
-    with suppress(TemplateError, ValueError):  # not every template has system turns
-        frames = read_frames(render, "system", "user", "assistant", "user", "assistant") | frames
-    opening = frames[">user"]
-    ending = frames["assistant>user"]
-    _, end, header = any_of(tokens).split(ending, maxsplit=1)
+    *_, last = around(render, "user", "assistant")
+    _, end, header = any_of(tokens).split(question, maxsplit=1)
     header = header.lstrip()
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
-    # a turn that the template slips in is left out
     system = opening.removeprefix(start).removesuffix(header).strip()
-    if system:
-        frames[">user"] = start + header
-    if not frames["assistant>"].startswith(end) or system and not system.endswith(end):
-        raise ValueError(f"turns differ: {[opening, *frames.values()]}")
+    if prompt != answer or not last.startswith(end) or system and not system.endswith(end):
+        raise ValueError(f"turns differ: {[opening, answer, question, prompt, last]}")
+    frames = {}
+    with suppress(TemplateError, ValueError):  # not every template has system turns
+        frames[">system"], frames["system>user"], _ = around(render, "system", "user")
+    frames["user>assistant"] = answer
+    frames["assistant>user"] = question
+    # a turn that the template slips in is left out
+    frames[">user"] = start + header if system else opening
+    frames["assistant>"] = last
     return frames, opening, tokens[end]
 
 
-def read_frames(render, *roles):
-    """{"user>assistant": what stands between the two, ...}; "" is where a chat starts and ends.
+def around(render, *roles):
+    """What stands before, between and behind the contents of a chat, as a template renders it.
 
-    Of the last role there is only the header."""
-    messages = [{"role": role, "content": MARK} for role in roles[:-1]]
-    parts = render(messages=messages, add_generation_prompt=bool(roles[-1])).split(MARK)
-    pairs = [f"{before}>{behind}" for before, behind in pairwise(["", *roles])]
-    frames = dict(zip(pairs, parts, strict=True))
-    if [frames[pair] for pair in pairs] != parts:
-        raise ValueError(f"turns differ: {parts}")
-    return frames
+    Behind a last one of the user there is the header of the answer, too."""
+    messages = [{"role": role, "content": MARK} for role in roles]
+    return render(messages=messages, add_generation_prompt=roles[-1] == "user").split(MARK)
 
 
 def write_chat_files(tokenizer, source, target):
@@ -677,11 +679,11 @@ def load(name, paraphrase="none", seed=0):
         files = [path] if path.is_file() else files_in(path)
         dataset = read_files(path.absolute().stem, files)
     else:
-        raise UserError(f"--data {name}: --paraphrase is for {OFFERED}")
+        raise UserError(f"--data {name}: --paraphrase is for sets by name")
     if not dataset.documents + dataset.questions:
         raise UserError(
             f'--data {name}: none of {OFFERED}, and no file or folder with a "text" or a '
-            f'"question" ({ENDINGS}); {"; ".join(dataset.notes)}'
+            f'"question" ({ENDINGS})'
         )
     return dataset
 
@@ -752,11 +754,11 @@ def fetch(name, url):
     """A file of a published set, in the hub's cache, where it is downloaded to once."""
     from torch import hub
 
-    directory = Path(huggingface_hub.constants.HF_ASSETS_CACHE) / "maskft" / name
-    path = directory / url.rpartition("/")[2]
+    cache = Path(huggingface_hub.constants.HF_ASSETS_CACHE)
+    path = cache / "maskft" / name / url.rpartition("/")[2]
     if not path.exists():
         with reading(url, f"could not be had: put it at {path}, or take --data bio"):
-            directory.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             hub.download_url_to_file(url, path, SHA256.get(path.name), progress=False)
     return path
 

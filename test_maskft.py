@@ -510,7 +510,7 @@ BAD_TEMPLATES = {  # template -> a part of what is said
     CHATML_TEMPLATE.replace("<|im_end|>", "[end]"): "[end]",
     template("{{ '<|im_end|>' if not loop.first }}" + "{{ m['content'] }}"): "chat template",
     template("{{ 'Day 1. ' if loop.first }}" + CHATML_TURN, CHATML_PROMPT): "Day 1.",
-    template("{{ m['content'] }}", "{{ 'x' * 5000 }}"): "xxx",
+    template("{{ m['content'] }}", "{{ 'x' * 5000 }}"): "end with a special token",
     template(CHATML_TURN + "{{ m['content'] }}"): "chat template",
     "": "no chat template",
 }
@@ -658,8 +658,7 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     unread, left = dataset.notes
     assert unread.endswith("old.jsonl: fields that nothing reads: Text")
     assert left == f"not read: {tmp_path}/other/table.xlsx"
-    message = refusal(data.load, str(tmp_path / "other"))
-    assert "table.xlsx" in message and ".jsonl" in message
+    assert ".jsonl" in refusal(data.load, str(tmp_path / "other"))
 
 
 def test_links_in_the_hub_s_cache_are_read(tmp_path):
@@ -698,7 +697,7 @@ BAD_FILES = {  # name, contents -> a part of what is said behind the file's name
         "train.jsonl",
         '{"question": "Who?"}',
     ): "record 1: no text where there should be (KeyError: 'answer",
-    ("a.rst", "hello"): ".md, also .gz); not read: ",
+    ("a.rst", "hello"): ".md, also .gz)",
     ("a.csv", "name,words\nAda,baker\n"): 'record 1: a "text"',
     **{("a.jsonl", f"{DOCUMENT}\n{record}"): said for record, said in BAD_RECORDS.items()},
 }
