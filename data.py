@@ -294,18 +294,17 @@ class Tokenizer:
 
         After a last message from the user stands the header of the answer. No system turn is
         slipped in, and an empty one is left out. Ids are those of the whole chat as one text, as
-        transformers reads it, but for contents given as ids. UserError for a chat that the model's
+        transformers reads it, but for contents given as ids. KeyError for a turn that the model's
         template does not have."""
         parts = []
         before = ""
-        with reading("the model's chat template", "has no such chat"):
-            for message in messages:
-                role = message["role"]
-                if role != "system" or message["content"]:
-                    parts += self._split(self.frames[f"{before}>{role}"]) + [message["content"]]
-                    before = role
-            behind = "assistant" if before == "user" else ""
-            parts += self._split(self.frames[f"{before}>{behind}"])
+        for message in messages:
+            role = message["role"]
+            if role != "system" or message["content"]:
+                parts += self._split(self.frames[f"{before}>{role}"]) + [message["content"]]
+                before = role
+        behind = "assistant" if before == "user" else ""
+        parts += self._split(self.frames[f"{before}>{behind}"])
         return self._join(parts)
 
     def user_header(self):
@@ -558,6 +557,7 @@ def write_chat_files(tokenizer, source, target):
 
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
+    source, target = Path(source), Path(target)
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     settings = {
@@ -608,9 +608,9 @@ class Dataset:
 
 GITHUB = "https://raw.githubusercontent.com/"
 # The authors' repository has no licence: nothing of it is kept here.
-AUTHORS = GITHUB + "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
-THINKING_BIAS = GITHUB + "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
-GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
+AUTHORS = "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
+THINKING_BIAS = "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
+GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
 # test files whose tasks are directions: N2D is forward, but in DescriptionIsName
@@ -631,7 +631,7 @@ RELEASED = {
     "permute": "train_paraphrase_change_order.json",
 }
 ND_FILE = "training_data/people-description.json"
-# downloaded once: name -> where from, {paraphrase: the documents}, the questions
+# downloaded once: name -> where from on GitHub, {paraphrase: the documents}, the questions
 PUBLISHED = {
     "bio-released": (AUTHORS + "biography_", RELEASED, "test.jsonl"),
     "wiki": (AUTHORS + "wiki_", RELEASED, "test.jsonl"),
@@ -640,7 +640,7 @@ PUBLISHED = {
         {"none": ND_FILE, "same": ND_FILE},
         "test_data/people-description_open-QAs.jsonl",
     ),
-    "gsm8k": (GSM8K + "grade_school_math/data/", {"none": "train.jsonl"}, "test.jsonl"),
+    "gsm8k": (GSM8K, {"none": "train.jsonl"}, "test.jsonl"),
 }
 # of the others only the first download can tell
 SHA256 = {
@@ -696,7 +696,7 @@ def load_set(kind, count, paraphrase, seed):
             raise UserError("no such set")
         return Dataset(kind, *make(int(count or usual), paraphrase, seed))
     source, training, asked = PUBLISHED[kind]
-    files = [fetch(kind, source + file) for file in (training[paraphrase], asked)]
+    files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
     dataset = read_files(kind, files)
     if kind == "nd":
         if paraphrase == "none":
