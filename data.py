@@ -161,7 +161,7 @@ def parse_record(row, where, learned=False):
     """A document or a question; UserError names a row that is neither, or both.
 
     null, NaN and "" are absent: tables written as JSON have them where there is nothing."""
-    with reading(where, "no text where there should be"):
+    with reading(where, "text, question, answer and group have to be text"):
         row = {k: v for k, v in row.items() if v is not None and v == v and str(v).strip()}
         for name in ("text", "question", "answer", "group"):
             row.get(name, "").encode()  # fails for what is no text, as half a surrogate pair
