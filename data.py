@@ -375,11 +375,10 @@ def load_tokenizer(path):
                 f"no embedding for the token of id {last}: transformers' resize_token_embeddings "
                 "makes more"
             )
-        texts, ids = read_declared(settings, [generation, config], tokens, known)
+        texts, bos, eos, pad = read_declared(settings, [generation, config], tokens, known)
         render = renderer(find_template(path, settings), texts)
         frames, opening, eot = read_chat_form(render, tokens, texts.get("bos_token", ""))
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
-        bos, eos, pad = ids.values()
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
         is_base = eos and eot not in eos and "<|mdm_mask|>" not in special
         return Tokenizer(
@@ -395,7 +394,7 @@ def load_tokenizer(path):
             eot_id=eot,
             pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
-            notes=[f"{path}: a base model: it learns where a turn ends"] if is_base else [],
+            notes=["a base model: it learns where a turn ends"] if is_base else [],
         )
 
 
@@ -404,12 +403,12 @@ DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
 def read_declared(settings, configs, tokens, known):
-    """({"bos_token": its text, ...}, {"bos_token": its ids, ...}) as a model's files declare them.
+    """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a model's files declare them.
 
     tokens   text -> id of those that may be declared by text
     known    all ids: those of ordinary tokens may be declared, too"""
     texts = {}
-    ids = {}
+    ids = []
     for name in ("bos_token", "eos_token", "pad_token"):
         token = settings.get(name)
         if isinstance(token, dict):
@@ -420,8 +419,8 @@ def read_declared(settings, configs, tokens, known):
         for config in configs:
             more = config.get(f"{name}_id")
             given += more if isinstance(more, list) else [more]
-        ids[name] = [i for i in given if i in known]
-    return texts, ids
+        ids.append([i for i in given if i in known])
+    return texts, *ids
 
 
 def embeddings(config):
@@ -536,11 +535,13 @@ def read_chat_form(render, tokens, bos):
     frames = {}
     with suppress(TemplateError, ValueError):  # not every template has system turns
         frames[">system"], frames["system>user"], _ = around(render, "system", "user")
-    frames["user>assistant"] = answer
-    frames["assistant>user"] = question
-    # a turn that the template slips in is left out
-    frames[">user"] = start + header if system else opening
-    frames["assistant>"] = last
+    frames |= {
+        "user>assistant": answer,
+        "assistant>user": question,
+        # a turn that the template slips in is left out
+        ">user": start + header if system else opening,
+        "assistant>": last,
+    }
     return frames, opening, tokens[end]
 
 
