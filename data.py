@@ -339,9 +339,9 @@ class Tokenizer:
         used = {self.bos_id, self.pad_id, *self.stop_ids}
         # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
-            found = {i for token, i in self.special.items() if regex.search(pattern, token)}
-            if found - used:
-                return min(found - used)
+            found = {i for token, i in self.special.items() if regex.search(pattern, token)} - used
+            if found:
+                return min(found)
         raise UserError(
             "the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
             "tokenizer.json, or use a method that masks nothing (sft, raw)"
@@ -442,14 +442,17 @@ def read_bpe(content):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
-    normalizer = content["normalizer"] or {"normalizers": []}
-    normalizers = normalizer.get("normalizers", [normalizer])
-    if normalizers not in ([], [{"type": "NFC"}]):
-        raise ValueError(f"normalizer {normalizers}")
+    match content["normalizer"]:
+        case None | {"normalizers": []}:
+            nfc = False
+        case {"type": "NFC"} | {"normalizers": [{"type": "NFC"}]}:
+            nfc = True
+        case other:
+            raise ValueError(f"normalizer {other}")
     steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
     # the group: `split` gives the matches, too
     splits = [regex.compile(f"({pattern_of(step)})") for step in steps]
-    return ranks, splits, bool(normalizers)
+    return ranks, splits, nfc
 
 
 def pattern_of(step):
