@@ -148,7 +148,6 @@ READERS = {
     ".txt": text_rows,
     ".md": text_rows,
 }
-ENDINGS = ".json, .jsonl, .ndjson, .csv, .txt, .md, also .gz"
 FIELDS = {"text", "question", "answer", "direction", "task", "group", "id", "where", "problem"}
 
 
@@ -658,10 +657,10 @@ SHA256 = {
 SETS = GENERATED | PUBLISHED
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
-OFFERED = "bio, nd-made, math-made, bio-released, wiki, nd, gsm8k"
 DATA_HELP = (
-    f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
-    f"or directory ({ENDINGS})"
+    "bio, nd-made, math-made, bio-released, wiki, nd or gsm8k (generated ones also as bio:PEOPLE, "
+    "nd as nd:FACTS of each kind), or a custom file or directory (.json, .jsonl, .ndjson, .csv, "
+    ".txt, .md, also .gz)"
 )
 # the longest answer that is waited for [paper A.4]
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
@@ -686,8 +685,7 @@ def load(name, paraphrase="none", seed=0):
         raise UserError(f"--data {name}: --paraphrase is for sets by name")
     if not dataset.documents + dataset.questions:
         raise UserError(
-            f'--data {name}: none of {OFFERED}, and no file or folder with a "text" or a '
-            f'"question" ({ENDINGS})'
+            f'--data {name}: no "text" and no "question" there; --data takes {DATA_HELP}'
         )
     return dataset
 
