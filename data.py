@@ -606,6 +606,7 @@ class Dataset:
     name: str
     documents: list  # {"text": ..., "where": "FILE, record N"}
     questions: list  # {"question", "answer", "direction": "forward" | "backward" | ..., "group"}
+    learned: list = field(default_factory=list)  # questions to learn beside documents
     notes: list = field(default_factory=list)  # what the user should know about the files
 
 
@@ -722,11 +723,14 @@ def read_files(name, files):
         learned = file.name.startswith("train.")
         for number, row in enumerate(rows, 1):
             record = parse_record(row, f"{file}, record {number}", learned)
-            to = dataset.documents if learned or "text" in record else dataset.questions
+            to = dataset.learned if learned else dataset.questions
+            to = dataset.documents if "text" in record else to
             to.append(record)
         unread = sorted({name for row in rows for name in row} - FIELDS)
         if unread:
             dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+    if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
+        dataset.documents, dataset.learned = dataset.learned, []
     return dataset
 
 

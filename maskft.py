@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -1482,8 +1482,8 @@ class Settings:
         action=argparse.BooleanOptionalAction,
     )
     rehearse: int = flag(
-        "add N steps; half of their examples are chats that the model wrote (default: 0)",
-        0,
+        "add N steps with chats that the model wrote, and questions to learn (default: 0; of "
+        "documents with questions to learn 40)",
         type=above(-1),
         metavar="N",
     )
@@ -1625,10 +1625,6 @@ class Run:
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
-    @cached_property
-    def teaches_texts(self):
-        return any("text" in document for document in self.dataset.documents)
-
     @property
     def steps_per_epoch(self):
         return math.ceil(len(self.dataset.documents) / self.settings.batch_size)
@@ -1661,16 +1657,10 @@ def batches(documents, size, seed, epoch):
 
 
 def example_of(run, record, number, epoch):
-    """The Example of document `number` in one epoch; random by (seed, epoch, document) alone.
-
-    A question that is learned beside documents shows how they are asked about: it is an ordinary
-    chat. By itself it is a problem, whose answer a method may mask.
-    """
+    """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
     # + 1: numpy takes [a, b, 0] for [a, b], the seed of the order
     rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
-    shown = "question" in record and run.method.causal and run.teaches_texts
-    example = sft_example if shown else run.method.example
-    return example(record, run.tokenizer, run.settings.mask_ratio, rng)
+    return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
 
 
 def micro_batches(examples, tokens, rank, world_size):
@@ -1770,9 +1760,11 @@ def train(run):
 
 
 def lr_of_step(run, step):
-    """As the recipe's schedule has it; a lower one in the steps that rehearse."""
+    """As the recipe's schedule has it; a lower one in the steps behind the epochs."""
     if step < run.epoch_steps:
         return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
+    if run.dataset.learned:
+        return run.settings.lr / 2 * (run.steps - step) / run.settings.rehearse
     return run.settings.lr * run.recipe.rehearse
 
 
@@ -1796,7 +1788,8 @@ def examples_of_step(run, step):
         return examples
     # behind the last epoch, as many chats; each is learned from once
     first = CHATS_HELD_OUT + (step - run.epoch_steps) * chats_of_step(run)
-    return examples + [build_chat(run, first + n) for n in range(len(examples))]
+    examples += [build_chat(run, first + n) for n in range(len(examples))]
+    return examples + questions_of_step(run, step, [documents[number] for number in order[nth]])
 
 
 def update(run, examples, lr):
@@ -1989,6 +1982,58 @@ def build_chat(run, number):
     return example(chat["prompt"], chat["answer"], run.tokenizer, evaluation.USUAL_RATIO, rng)
 
 
+GAP = "___"
+GAPS = 3  # for each question that is learned
+
+
+def gap_question(text, rng):
+    """A question made of a document, without a word of any language: the document with a gap.
+
+    The answer is what stood there: a name or, as often, all that its sentence has on one side of
+    it. So either is asked for by the other, whichever comes first in the document.
+    """
+
+    def choose(some):
+        return some[rng.integers(len(some))]
+
+    text = " ".join(text.split())
+    sentences = regex.findall(r".+?(?:[.!?](?= )|[。！？]|$)", text)
+    sentence = choose([s for s in sentences if names_in(s)] or sentences).strip()
+    name = choose(names_in(sentence) or [*ENTITIES.finditer(sentence)])
+    side = max(sentence[: name.start()], sentence[name.end() :], key=len).strip(" ,.;:")
+    answer = side if side and rng.random() < 0.5 else name[0].removesuffix("'s")
+    before, after = (words.split() for words in text.split(answer, 1))
+    # what is far from the gap may be left out
+    before = before[int(0.4 * rng.random() * len(before)) :]
+    after = after[: len(after) - int(0.4 * rng.random() * len(after))]
+    return {"question": " ".join([*before, GAP, *after]), "answer": answer}
+
+
+def names_in(sentence):
+    """Its runs of capitalised words and of numbers; of one word that opens it, nothing tells."""
+    found = ENTITIES.finditer(sentence)
+    return [m for m in found if regex.match(r"[\p{Lu}\d]", m[0]) and (m.start() or " " in m[0])]
+
+
+def questions_of_step(run, step, documents):
+    """The Examples that show how to answer, behind the last epoch, where questions are learned.
+
+    For each document of the step one of these, as an ordinary chat, and some with a gap.
+    """
+    learned = run.dataset.learned
+    if not learned:
+        return []
+    rng = np.random.default_rng([run.settings.seed, step, 0, 3])
+    asked = [learned[rng.integers(len(learned))] for _ in documents]
+    asked += [gap_question(document["text"], rng) for document in documents for _ in range(GAPS)]
+    return [question_example(run, question, rng) for question in asked]
+
+
+def question_example(run, question, rng):
+    example = sft_example if run.method.causal else run.method.example
+    return example(question, run.tokenizer, run.settings.mask_ratio, rng)
+
+
 def chat_loss(run):
     """Mean negative log-likelihood of the held-out answers, in nats a token, over all ranks.
 
@@ -2077,6 +2122,8 @@ def prepare(given, method, device, stop):
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     decide_epochs(settings, recipe, len(dataset.documents))
+    if settings.rehearse is None:
+        settings.rehearse = 40 if dataset.learned else 0
     check_questions(dataset.questions, tokenizer, config.context)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")
@@ -2085,6 +2132,7 @@ def prepare(given, method, device, stop):
 
 def first_results(run):
     """What results.json has of a run before it trains."""
+    dataset = run.dataset
     return {
         "arguments": dataclasses.asdict(run.settings),
         "recipe": {
@@ -2092,7 +2140,7 @@ def first_results(run):
             "eps": run.recipe.eps,
             "rehearse": run.recipe.rehearse,
         },
-        "dataset": data.digest(run.dataset.documents + run.dataset.questions),
+        "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
         "environment": environment(run.device),
         "steps": run.steps,
         "evaluations": [],
@@ -2103,9 +2151,11 @@ def describe(run, why):
     """Say what will be trained; `why` is the reason for the dtype."""
     settings = run.settings
     documents = run.dataset.documents
-    learned = sum("question" in document for document in documents)
-    if learned and run.teaches_texts:
-        print0(f"{learned} questions are learned beside documents: as ordinary chats")
+    if run.dataset.learned:
+        print0(
+            f"behind the last epoch {settings.rehearse} steps (--rehearse) show how to answer, by "
+            f"{len(run.dataset.learned)} questions and by documents with gaps"
+        )
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} knows the words of its own people alone: give a --model")
     print0(
@@ -2129,19 +2179,25 @@ def native_dtype(device):
 def fit_documents(run):
     """Cut texts that are too long into passages, leave out answers that are; say how many."""
     limit = min(run.settings.max_len, run.model.config.context)
+    dataset = run.dataset
 
     def fits(document):
         return len(example_of(run, document, 0, epoch=0).ids) <= limit
 
-    parts = [data.passages(document, fits) for document in run.dataset.documents]
-    run.dataset.documents = [part for those in parts for part in those]
-    too_long = sum(len(those) != 1 for those in parts)
+    def fits_as_chat(question):
+        return len(question_example(run, question, np.random.default_rng(0)).ids) <= limit
+
+    parts = [data.passages(document, fits) for document in dataset.documents]
+    learned = list(filter(fits_as_chat, dataset.learned))
+    too_long = sum(len(those) != 1 for those in parts) + len(dataset.learned) - len(learned)
+    dataset.documents = [part for those in parts for part in those]
+    dataset.learned = learned
     if too_long:
         print0(
             f"{too_long} documents are longer than {limit} tokens (--max-len): texts are cut into "
-            f"passages, answers left out, which makes {len(run.dataset.documents)}"
+            f"passages, answers left out, which makes {len(dataset.documents) + len(learned)}"
         )
-    if not run.dataset.documents:
+    if not dataset.documents:
         raise UserError(
             f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "
             "learn; eval.py asks questions alone"
@@ -2150,9 +2206,10 @@ def fit_documents(run):
 
 def show_examples(run, number):
     """Print training examples as the model sees them: [tokens with loss], _ for a masked token."""
-    for n, document in enumerate(run.dataset.documents[:number]):
-        shown = data.show(example_of(run, document, n, epoch=0), run.tokenizer)
-        print0(f"{run.settings.method}:\n{shown}\n")
+    documents = run.dataset.documents[:number]
+    examples = [example_of(run, document, n, epoch=0) for n, document in enumerate(documents)]
+    for example in examples + questions_of_step(run, 0, documents[:1]):
+        print0(f"{run.settings.method}:\n{data.show(example, run.tokenizer)}\n")
     print0(f"the first question: {run.dataset.questions[:1]}")
 
 
