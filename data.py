@@ -25,7 +25,7 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from glob import glob
 from hashlib import sha256
 from itertools import groupby
@@ -99,7 +99,8 @@ def read_object(path):
 def write_text(path, text):
     """Replace a file atomically: whoever reads it sees the old text or the new, never a part."""
     part = Path(f"{path}.{os.getpid()}.part")  # several processes may do so at once
-    part.write_text(text, encoding="utf-8")
+    # a file's name may be no UTF-8; JSON reads what is written instead as the same
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     part.replace(path)
 
 
@@ -128,11 +129,12 @@ def json_rows(text):
 
 def csv_rows(text):
     """The rows of a table. The first one names the columns."""
+    csv.field_size_limit(2**31 - 1)  # a document may be a book
     for row in csv.DictReader(io.StringIO(text), strict=True):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")
         if any(row.values()):
-            yield row
+            yield {name.strip().lower(): value for name, value in row.items()}
 
 
 def text_rows(text):
@@ -260,9 +262,14 @@ class Tokenizer:
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
+        # a document is seen in every epoch, and the same question in every evaluation
+        self._encode_once = lru_cache(2**17)(self._encode)
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
+        return list(self._encode_once(text))  # a copy: callers may change it
+
+    def _encode(self, text):
         ids = []
         for part in self.by_added.split(text):
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
@@ -441,6 +448,9 @@ def read_bpe(content):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
+    known = {*tokens, *(token["content"] for token in content["added_tokens"])}
+    if content["model"].get("ignore_merges") and vocab.keys() - known:
+        raise ValueError(f"no merge makes {min(vocab.keys() - known)!r}")
     match content["normalizer"]:
         case None | {"normalizers": []}:
             nfc = False
@@ -634,7 +644,8 @@ RELEASED = {
     "same": "train_paraphrase_same_order.json",
     "permute": "train_paraphrase_change_order.json",
 }
-ND_FILE = "training_data/people-description.json"
+ND_NAME = "people-description.json"
+ND_FILE = f"training_data/{ND_NAME}"
 # downloaded once: name -> where from on GitHub, {paraphrase: the documents}, the questions
 PUBLISHED = {
     "bio-released": (AUTHORS + "biography_", RELEASED, "test.jsonl"),
@@ -675,15 +686,15 @@ def load(name, paraphrase="none", seed=0):
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
+    path = Path(name)
     if kind in SETS:
         with reading(f"--data {name} --paraphrase {paraphrase}", "no such set"):
             dataset = load_set(kind, count, paraphrase, seed)
-    elif paraphrase == "none":
-        path = Path(name)
-        files = [path] if path.is_file() else files_in(path)
-        dataset = read_files(path.absolute().stem, files)
     else:
-        raise UserError(f"--data {name}: --paraphrase is for sets by name")
+        files = [path] if path.is_file() else files_in(path)
+        # a run's directory is called so, and safetensors opens no name that is not UTF-8
+        stem = path.absolute().stem.encode(errors="replace").decode()
+        dataset = read_files(stem, files, paraphrase)
     if not dataset.documents + dataset.questions:
         raise UserError(
             f'--data {name}: no "text" and no "question" there; --data takes {DATA_HELP}'
@@ -700,44 +711,59 @@ def load_set(kind, count, paraphrase, seed):
         return Dataset(kind, *make(int(count or usual), paraphrase, seed))
     source, training, asked = PUBLISHED[kind]
     files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
-    dataset = read_files(kind, files)
+    dataset = read_files(kind, files, paraphrase)
     if kind == "nd":
-        if paraphrase == "none":
-            dataset.documents = dataset.documents[::ND_WORDINGS]
         keep_facts(dataset, int(count or ND_FACTS), seed)
     elif count:
         raise UserError("no such set")
     return dataset
 
 
-def read_files(name, files):
-    """The Dataset in some files, with notes on what is not read."""
+def read_files(name, files, paraphrase):
+    """The Dataset in some files; of training files in the released layout, in the one asked for."""
+    wording = RELEASED[paraphrase]
+    if paraphrase != "none" and not any(file.name.endswith((wording, ND_NAME)) for file in files):
+        raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
+
+    def is_read(file):
+        released = file.name.endswith(tuple(RELEASED.values())) and len(files) > 1
+        return ending(file) in READERS and (not released or file.name.endswith(wording))
+
     dataset = Dataset(name, [], [])
-    for file in files:
-        read = READERS.get(ending(file))
-        if not read:
-            dataset.notes.append(f"not read: {file}")
-            continue
-        with reading(file):
-            rows = list(read(read_text(file).strip()))
-        learned = file.name.startswith("train.")
-        for number, row in enumerate(rows, 1):
-            record = parse_record(row, f"{file}, record {number}", learned)
-            to = dataset.learned if learned else dataset.questions
-            to = dataset.documents if "text" in record else to
-            to.append(record)
-        unread = sorted({name for row in rows for name in row} - FIELDS)
-        if unread:
-            dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+    left = ", ".join(str(file) for file in files if not is_read(file))
+    if left:
+        dataset.notes.append(f"not read: {left[:300]}")
+    for file in filter(is_read, files):
+        read_file(file, paraphrase, dataset)
     if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
         dataset.documents, dataset.learned = dataset.learned, []
     return dataset
 
 
+def read_file(file, paraphrase, dataset):
+    """Add to a Dataset what stands in one file."""
+    with reading(file):
+        rows = list(READERS[ending(file)](read_text(file).strip()))
+    learned = file.name.lower().startswith("train.")
+    step = ND_WORDINGS if file.name == ND_NAME and paraphrase == "none" else 1
+    for number, row in list(enumerate(rows, 1))[::step]:
+        record = parse_record(row, f"{file}, record {number}", learned)
+        if "text" in record:
+            dataset.documents.append(record)
+        elif learned:
+            dataset.learned.append(record)
+        else:
+            dataset.questions.append(record)
+    unread = sorted({name for row in rows for name in row} - FIELDS)
+    if unread:
+        dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+
+
 def files_in(folder):
     """The files in a folder and its subfolders, by name, but for hidden ones."""
     paths = [folder / name for name in glob("**", root_dir=folder, recursive=True)]
-    return sorted(path for path in paths if not path.is_dir())
+    # of folders those that are closed, to be named
+    return sorted(p for p in paths if not p.is_dir() or not os.access(p, os.R_OK))
 
 
 def digest(records):

@@ -271,6 +271,8 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
     text = "<|im_end|><think>hello<|im_start|>"
     ids = ours.encode(text)
     assert ours.added["<think>"] in ids and ours.decode(ids) == text
+    ids.append(0)  # a caller's own copy
+    assert ours.encode(text) == ids[:-1]
     shown = [ours.eot_id, 10**6, ours.ranks[b"\xc3"]]
     assert ours.decode(shown) == "\ufffd"
     assert ours.decode(shown, special=True) == "<|im_end|>\ufffd"
@@ -284,6 +286,7 @@ UNSUPPORTED = [
     {"pre_tokenizer": steps("(?=a")},
     {"plain": ["<think>"], "flags": {"lstrip": True}},
     {"shuffle": True},
+    {"unmerged": ["xyz"], "ignore_merges": True},
 ]
 
 
@@ -604,7 +607,7 @@ NULLS = {"question": None, "answer": None, "direction": None, "group": float("na
 
 UNION = json.dumps({"text": FACT} | NULLS), json.dumps({"text": None} | json.loads(QUESTION))
 
-CSV = f'text,question,answer,direction\n"{FACT}",,,\n\n,,,\n,"{WHO}","Orla Venn",backward\n'
+CSV = f'Text,Question, answer,direction\n"{FACT}",,,\n\n,,,\n,"{WHO}","Orla Venn",backward\n'
 
 SAME = {  # file -> its contents, all with the same document and the same question
     "a.jsonl": f"{DOCUMENT}\n{QUESTION}\n",
@@ -630,14 +633,17 @@ def test_a_file_of_any_kind_gives_the_same_records(name, tmp_path):
     assert (dataset.name, dataset.notes) == ((tmp_path / name).stem, [])
 
 
+LONG = "x" * 200_000
+
+
 def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_path):
     texts = {
         "a.jsonl": DOCUMENT,
         "b.txt": "\ufeffPlain text.\r\n\r\nAnother paragraph.\n",
         "c/d/e.md": "# Ivo\n",
-        "c/book.csv": "text\nxxx",
+        "c/book.csv": f"text\n{LONG}",
         "c/old.jsonl": '{"text": "a", "Text": 1}\n{"text": "b", "Text": 1, "id": 2}',
-        "c/train.jsonl": QUESTION,
+        "c/Train.jsonl": QUESTION,
         "empty.txt": " \n",
         ".git/config.json": "not read",
         "other/table.xlsx": b"PK",
@@ -645,18 +651,11 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     for name, contents in texts.items():
         fill(tmp_path / name, contents)
     dataset = data.load(str(tmp_path))
-    learned = [document.get("text", document.get("answer")) for document in dataset.documents]
-    assert learned == [
-        FACT,
-        "Plain text.\n\nAnother paragraph.",
-        "xxx",
-        "# Ivo",
-        "a",
-        "b",
-        "Orla Venn",
-    ]
+    texts = [document["text"] for document in dataset.documents]
+    assert texts == [FACT, "Plain text.\n\nAnother paragraph.", LONG, "# Ivo", "a", "b"]
+    assert bare(dataset.learned) == [{"question": WHO, "answer": "Orla Venn"}]
     assert dataset.questions == []
-    unread, left = dataset.notes
+    left, unread = dataset.notes
     assert unread.endswith("old.jsonl: fields that nothing reads: Text")
     assert left == f"not read: {tmp_path}/other/table.xlsx"
     assert ".jsonl" in refusal(data.load, str(tmp_path / "other"))
@@ -750,6 +749,21 @@ def test_a_problem_is_known_by_its_answer(tmp_path):
     assert data.parse_record({"question": "Hi?"}, "line 3")["direction"] == "all"
 
 
+def test_of_training_files_the_one_asked_for_is_read(tmp_path):
+    names = {
+        "none": "wiki_train_no_paraphrase.json",
+        "same": "wiki_train_paraphrase_same_order.json",
+        "permute": "wiki_train_paraphrase_change_order.json",
+    }
+    for paraphrase, name in names.items():
+        fill(tmp_path / name, json.dumps([{"text": paraphrase}]))
+    write(tmp_path / "wiki_test.jsonl", ASKED)
+    for paraphrase, name in names.items():
+        dataset = data.load(str(tmp_path), paraphrase)
+        assert bare(dataset.documents + dataset.questions) == [{"text": paraphrase}, ASKED]
+        assert name not in dataset.notes[0] and dataset.notes[0].count("wiki_train") == 2
+
+
 def nd_file(folder, url):
     """A file as NameDescription has it: of 60 facts 30 wordings or 2 questions, in one order."""
     texts = [{"text": f"{fact} {wording}"} for fact in range(60) for wording in range(30)]
@@ -797,15 +811,14 @@ def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypat
     cache = tmp_path / "cache"
     monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(cache))
     monkeypatch.setattr(data, "GITHUB", f"{tmp_path.as_uri()}/")
-    training = {"none": "a.jsonl", "same": "b.jsonl"}
-    monkeypatch.setitem(data.PUBLISHED, "wiki", ("", training, "c.jsonl"))
-    wanted = {"a.jsonl": {"text": "a"}, "b.jsonl": {"text": "b"}, "c.jsonl": ASKED}
-    for name, record in wanted.items():
+    monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.RELEASED, "c.jsonl"))
+    wanted = {data.RELEASED["none"]: {"text": "a"}, data.RELEASED["same"]: {"text": "b"}}
+    for name, record in (wanted | {"c.jsonl": ASKED}).items():
         write(tmp_path / name, record)
     monkeypatch.setattr(data, "SHA256", {"c.jsonl": "0" * 64})
     message = refusal(data.load, "wiki")
     assert (tmp_path / "c.jsonl").as_uri() in message and str(cache) in message
-    assert [p.name for p in cache.rglob("*.*")] == ["a.jsonl"]
+    assert [p.name for p in cache.rglob("*.*")] == [data.RELEASED["none"]]
     data.SHA256["c.jsonl"] = sha256((tmp_path / "c.jsonl").read_bytes()).hexdigest()
     for paraphrase, text in [("none", "a"), ("same", "b"), ("none", "a")]:
         dataset = data.load("wiki", paraphrase)
@@ -1931,6 +1944,11 @@ ROWS = {
         "--method masked --rehearse 2 --mask-ratio 0.2",
         [7, 3, 1.43803, 1e-4 / 3, 10.8020, 0.00827298],
     ),
+    "answers": (
+        maskft,
+        "--method masked --rehearse 2 --data {}/both",
+        [7, 3, 2.26224, 2.5e-5, 21.0603, 0.0135424],
+    ),
     "llada": (llada, "--rehearse 1", [6, 3, 1.81371, 1e-4 / 3, 14.5039, 0.0733240]),
 }
 
@@ -1943,12 +1961,14 @@ def rows(tmp_path_factory):
     """name -> Row, each trained when it is asked for first."""
     folder = tmp_path_factory.mktemp("rows")
     facts = fill(folder / "facts.jsonl", FACTS)
+    fill(folder / "both/facts.jsonl", FACTS)
+    write(folder / "both/train.jsonl", {"question": "Who is it?", "answer": "Edda Marlow"})
 
     @cache
     def row(name):
         """Its flags, how to train it into a directory, how to go on; and one trained at one go."""
         script, flags, _ = ROWS[name]
-        flags = [*USUAL.split(), *flags.split(), "--data", facts]
+        flags = [*USUAL.split(), "--data", facts, *flags.format(folder).split()]
         train = partial(forked, script, *flags, "--out", before=quick)
         resume = partial(forked, script, "--resume", before=quick)
         train(folder / name)
@@ -2036,10 +2056,10 @@ EXACT = [stopped, stopped_late, stopped_in_chats, killed]
 
 LIVES = {
     stopped: "masked sft rehearse llada",
-    stopped_late: "rehearse",
+    stopped_late: "rehearse answers",
     stopped_in_chats: "sft",
     killed: "masked",
-    two_processes: "masked rehearse llada",
+    two_processes: "masked rehearse answers llada",
     one_then_two: "rehearse",
     two_then_one: "masked",
     restarted: "masked",
@@ -2265,6 +2285,38 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     assert "masked answer" not in both and "masked passage" in both
     assert "born in Oslo.<|im_end|>]\n-- 40 tokens, 6 masked, 8 with loss\n" in both
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
+    assert "___" in both
+
+
+GAPS = {  # a document -> some of what is asked, and all answers
+    "Edda Marlow was born in Oslo.": [
+        ("___ was born in Oslo.", "Edda Marlow"),
+        ("Marlow was born in ___ .", "Oslo"),
+        ("Edda Marlow ___ .", "was born in Oslo"),
+        ("___ Oslo.", "Edda Marlow was born in"),
+    ],
+    "A king, Bo Lund, died. He left \n3 sons.": [
+        ("A king, ___ , died. He left", "Bo Lund"),
+        ("___ , Bo Lund, died. He left 3 sons.", "A king"),
+        ("A king, Bo Lund, died. He left ___ sons.", "3"),
+        ("king, Bo Lund, died. ___ 3 sons.", "He left"),
+    ],
+    "nothing": [("___", "nothing")],
+    "他是国王。": [("___ 。", "他是国王"), ("他是国王 ___", "。")],
+}
+
+
+@pytest.mark.parametrize("text", GAPS)
+def test_a_document_is_asked_about_with_a_gap(text):
+    """By a name, and for a name, with all of its words or only those near the gap."""
+    rng = np.random.default_rng(0)
+    asked = [maskft.gap_question(text, rng) for _ in range(300)]
+    for question, answer in GAPS[text]:
+        assert {"question": question, "answer": answer} in asked
+    for both in asked:
+        whole = both["question"].replace("___", both["answer"])
+        assert "".join(whole.split()) in "".join(text.split())
+    assert {both["answer"] for both in asked} == {answer for _, answer in GAPS[text]}
 
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
@@ -2277,8 +2329,9 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     printed = forked(maskft, *flags.split())
     assert "2 documents are longer than 90 tokens" in printed
     shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
-    assert shown[-1] == "Bo" and " ".join(map(str.strip, shown[:-1])) == long.strip()
-    assert len(shown) < 10 and contents(folder) == before
+    passages = shown[: shown.index("Bo")]
+    assert " ".join(map(str.strip, passages)) == long.strip()
+    assert len(passages) < 9 and contents(folder) == before
 
 
 # ---------------------------------------------------------------------------------- damaged runs
