@@ -1483,7 +1483,7 @@ class Settings:
     )
     rehearse: int = flag(
         "add N steps with chats that the model wrote, and questions to learn (default: 0; of "
-        "documents with questions to learn 40)",
+        "documents with questions to learn 100)",
         type=above(-1),
         metavar="N",
     )
@@ -1786,10 +1786,15 @@ def examples_of_step(run, step):
     examples = [example_of(run, documents[number], number, epoch) for number in order[nth]]
     if step < run.epoch_steps:
         return examples
-    # behind the last epoch, as many chats; each is learned from once
-    first = CHATS_HELD_OUT + (step - run.epoch_steps) * chats_of_step(run)
-    examples += [build_chat(run, first + n) for n in range(len(examples))]
-    return examples + questions_of_step(run, step, [documents[number] for number in order[nth]])
+    # behind the last epoch, as many chats
+    size = chats_of_step(run)
+    chats = len(run.chats) - CHATS_HELD_OUT
+    first = (step - run.epoch_steps) * size
+    examples = examples[:size]
+    examples += [
+        build_chat(run, CHATS_HELD_OUT + (first + n) % chats) for n in range(len(examples))
+    ]
+    return examples + questions_of_step(run, step, [documents[n] for n in order[nth][:size]])
 
 
 def update(run, examples, lr):
@@ -1909,6 +1914,7 @@ def listening(received):
 CHATS_HELD_OUT = 32  # drift is measured on these, and nothing is learned from them
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
+CHAT_STEPS = 100  # that have other chats than those before
 
 
 def prepare_chats(run):
@@ -1923,7 +1929,7 @@ def prepare_chats(run):
             if data.digest(run.chats) != run.results["chats"]:
                 raise ValueError("not as it was")
         return
-    number = CHATS_HELD_OUT + run.settings.rehearse * chats_of_step(run)
+    number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     mine = range(number)[rank() :: world_size()]
     bar = progress_bar(2 * len(mine), f"{number} chats of its own", "turn", leave=False)
     with answering(run):
@@ -1938,8 +1944,10 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as documents; the last step of an epoch may have fewer of both."""
-    return min(run.settings.batch_size, len(run.dataset.documents))
+    """As many as documents, of which there are half as many where questions are beside them; the
+    last step of an epoch may have fewer of both."""
+    size = min(run.settings.batch_size, len(run.dataset.documents))
+    return math.ceil(size / 2) if run.dataset.learned else size
 
 
 def write_chats(run, numbers, on_answer):
@@ -2030,8 +2038,12 @@ def questions_of_step(run, step, documents):
 
 
 def question_example(run, question, rng):
-    example = sft_example if run.method.causal else run.method.example
-    return example(question, run.tokenizer, run.settings.mask_ratio, rng)
+    """An ordinary chat; as the answers are short, they count twice."""
+    make = sft_example if run.method.causal else run.method.example
+    example = make(question, run.tokenizer, run.settings.mask_ratio, rng)
+    example.weight *= 2
+    example.denominator *= 2
+    return example
 
 
 def chat_loss(run):
@@ -2123,7 +2135,7 @@ def prepare(given, method, device, stop):
     fit_documents(run)
     decide_epochs(settings, recipe, len(dataset.documents))
     if settings.rehearse is None:
-        settings.rehearse = 40 if dataset.learned else 0
+        settings.rehearse = 100 if dataset.learned else 0
     check_questions(dataset.questions, tokenizer, config.context)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")
