@@ -7,7 +7,8 @@
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), methods, config, model, weights,
-generation, FSDP2, checkpoints, a run's directory, settings, the training loop, chats, main.
+generation, FSDP2, checkpoints, a run's directory, settings, the training loop, what comes behind
+the last epoch, main.
 """
 
 import argparse
@@ -241,7 +242,8 @@ class Recipe:
     eps: float = 1e-8  # AdamW's
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
-    rehearse: float = 1 / 3  # the share of the learning rate in the steps that rehearse
+    rehearse: int = 0  # steps behind the last epoch, with chats that the model wrote before
+    rehearse_lr: float = 1 / 3  # the share of the learning rate in these
 
 
 # for models of less than 10 M parameters, of less than 1 B, and for all others
@@ -251,7 +253,14 @@ PAPER = partial(Recipe, "the paper's, A.4", 64)
 # differs from masked_arLLM, whose models have 3 B and 8 B: what taught SmolLM2-135M most
 # (results/README.md)
 SMALL_MASKED = SMALL(
-    6e-4, epochs=80, mask_ratio=(0.5, 0.95), eps=1e-5, mlp_only=True, schedule=fall, rehearse=1 / 6
+    6e-4,
+    epochs=120,
+    mask_ratio=(0.5, 0.95),
+    eps=1e-5,
+    mlp_only=True,
+    schedule=fall,
+    rehearse=8,
+    rehearse_lr=1 / 6,
 )
 
 
@@ -1482,8 +1491,8 @@ class Settings:
         action=argparse.BooleanOptionalAction,
     )
     rehearse: int = flag(
-        "add N steps with chats that the model wrote, and questions to learn (default: 0; of "
-        "documents with questions to learn 100)",
+        "add N steps with chats that the model wrote, and questions to learn (default: masked "
+        "below 1 B parameters 8; of documents with questions to learn 100; else 0)",
         type=above(-1),
         metavar="N",
     )
@@ -1581,7 +1590,8 @@ def recipe_of(method, model):
 
 def decide(given, method, recipe):
     """The Settings with what no flag gave as the recipe has it, but for the epochs."""
-    usual = {name: getattr(recipe, name) for name in ("batch_size", "lr", "mask_ratio", "mlp_only")}
+    decided = ("batch_size", "lr", "mask_ratio", "mlp_only", "rehearse")
+    usual = {name: getattr(recipe, name) for name in decided}
     flags = {name: value for name, value in vars(given).items() if value is not None}
     settings = Settings(**usual | flags)
     settings.mask_ratio = list(settings.mask_ratio) if method.masks else None
@@ -1765,7 +1775,7 @@ def lr_of_step(run, step):
         return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
     if run.dataset.learned:
         return run.settings.lr / 2 * (run.steps - step) / run.settings.rehearse
-    return run.settings.lr * run.recipe.rehearse
+    return run.settings.lr * run.recipe.rehearse_lr
 
 
 def check_finite(loss, norm, step):
@@ -1783,18 +1793,18 @@ def examples_of_step(run, step):
     epoch, nth = divmod(step, run.steps_per_epoch)
     documents = run.dataset.documents
     order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
-    examples = [example_of(run, documents[number], number, epoch) for number in order[nth]]
     if step < run.epoch_steps:
-        return examples
-    # behind the last epoch, as many chats
+        return [example_of(run, documents[number], number, epoch) for number in order[nth]]
+    # behind the last epoch beside documents as many chats, and questions where some are learned
     size = chats_of_step(run)
-    chats = len(run.chats) - CHATS_HELD_OUT
+    numbers = order[nth][:size]
     first = (step - run.epoch_steps) * size
-    examples = examples[:size]
-    examples += [
-        build_chat(run, CHATS_HELD_OUT + (first + n) % chats) for n in range(len(examples))
+    written = len(run.chats) - CHATS_HELD_OUT
+    return [
+        *(example_of(run, documents[number], number, epoch) for number in numbers),
+        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))),
+        *questions_of_step(run, step, [documents[number] for number in numbers]),
     ]
-    return examples + questions_of_step(run, step, [documents[n] for n in order[nth][:size]])
 
 
 def update(run, examples, lr):
@@ -1904,7 +1914,7 @@ def listening(received):
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------- what it knew before: chats of its own
+# -------------------------------- behind the last epoch: what it knew before, and how to answer
 
 # Out of nothing but the header of a user's turn, a chat model draws what a user might say, and then
 # answers it (Magpie, arXiv 2406.08464). That is what it knew, and to train on it beside new
@@ -1914,7 +1924,7 @@ def listening(received):
 CHATS_HELD_OUT = 32  # drift is measured on these, and nothing is learned from them
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
-CHAT_STEPS = 100  # that have other chats than those before
+CHAT_STEPS = 100  # the steps that chats are written for; later ones have the same again
 
 
 def prepare_chats(run):
@@ -1944,8 +1954,8 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as documents, of which there are half as many where questions are beside them; the
-    last step of an epoch may have fewer of both."""
+    """As many as documents: a batch, or half of one where questions stand beside them. The last
+    step of an epoch may have fewer of both."""
     size = min(run.settings.batch_size, len(run.dataset.documents))
     return math.ceil(size / 2) if run.dataset.learned else size
 
@@ -2000,27 +2010,23 @@ def gap_question(text, rng):
     The answer is what stood there: a name or, as often, all that its sentence has on one side of
     it. So either is asked for by the other, whichever comes first in the document.
     """
-
-    def choose(some):
-        return some[rng.integers(len(some))]
-
     text = " ".join(text.split())
     sentences = regex.findall(r".+?(?:[.!?](?= )|[。！？]|$)", text)
-    sentence = choose([s for s in sentences if names_in(s)] or sentences).strip()
-    name = choose(names_in(sentence) or [*ENTITIES.finditer(sentence)])
-    side = max(sentence[: name.start()], sentence[name.end() :], key=len).strip(" ,.;:")
-    answer = side if side and rng.random() < 0.5 else name[0].removesuffix("'s")
+    sentence = rng.choice([s for s in sentences if names_in(s)] or sentences).strip()
+    name = rng.choice(names_in(sentence) or ENTITIES.findall(sentence))
+    side = max(sentence.split(name, 1), key=len).strip(" ,.;:")
+    answer = side if side and rng.random() < 0.5 else name.removesuffix("'s")
     before, after = (words.split() for words in text.split(answer, 1))
     # what is far from the gap may be left out
     before = before[int(0.4 * rng.random() * len(before)) :]
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
-    return {"question": " ".join([*before, GAP, *after]), "answer": answer}
+    return {"question": " ".join([*before, GAP, *after]), "answer": str(answer)}
 
 
 def names_in(sentence):
     """Its runs of capitalised words and of numbers; of one word that opens it, nothing tells."""
     found = ENTITIES.finditer(sentence)
-    return [m for m in found if regex.match(r"[\p{Lu}\d]", m[0]) and (m.start() or " " in m[0])]
+    return [m[0] for m in found if regex.match(r"[\p{Lu}\d]", m[0]) and (m.start() or " " in m[0])]
 
 
 def questions_of_step(run, step, documents):
@@ -2134,8 +2140,8 @@ def prepare(given, method, device, stop):
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     decide_epochs(settings, recipe, len(dataset.documents))
-    if settings.rehearse is None:
-        settings.rehearse = 100 if dataset.learned else 0
+    if given.rehearse is None and dataset.learned:
+        settings.rehearse = 100
     check_questions(dataset.questions, tokenizer, config.context)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")
@@ -2150,7 +2156,7 @@ def first_results(run):
         "recipe": {
             "schedule": run.recipe.schedule.__name__,
             "eps": run.recipe.eps,
-            "rehearse": run.recipe.rehearse,
+            "rehearse_lr": run.recipe.rehearse_lr,
         },
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
         "environment": environment(run.device),
@@ -2196,24 +2202,23 @@ def fit_documents(run):
     def fits(document):
         return len(example_of(run, document, 0, epoch=0).ids) <= limit
 
-    def fits_as_chat(question):
-        return len(question_example(run, question, np.random.default_rng(0)).ids) <= limit
-
     parts = [data.passages(document, fits) for document in dataset.documents]
-    learned = list(filter(fits_as_chat, dataset.learned))
-    too_long = sum(len(those) != 1 for those in parts) + len(dataset.learned) - len(learned)
+    too_long = sum(len(those) != 1 for those in parts)
     dataset.documents = [part for those in parts for part in those]
-    dataset.learned = learned
     if too_long:
         print0(
             f"{too_long} documents are longer than {limit} tokens (--max-len): texts are cut into "
-            f"passages, answers left out, which makes {len(dataset.documents) + len(learned)}"
+            f"passages, answers left out, which makes {len(dataset.documents)}"
         )
     if not dataset.documents:
         raise UserError(
             f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "
             "learn; eval.py asks questions alone"
         )
+    for question in dataset.learned:
+        with data.reading(question["where"]):
+            example = question_example(run, question, np.random.default_rng(0))
+            run.model.check_length(len(example.ids))
 
 
 def show_examples(run, number):

@@ -2234,6 +2234,7 @@ TRAINING_MISTAKES = {
     "--model tiny --data questions.jsonl": "questions.jsonl",
     "--model tiny --data long.jsonl": "long.jsonl, record 2",
     "--model tiny --data wordless.jsonl": "wordless.jsonl, record 2",
+    "--model tiny --data learned": "learned/train.jsonl, record 1",
     "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
     "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
@@ -2250,6 +2251,8 @@ FOLDER = {
     "questions.jsonl": '{"question": "Who?", "answer": "Edda"}',
     "long.jsonl": '{"text": "Edda."}\n{"question": "%s", "answer": "Edda"}' % ("Who? " * 999),
     "wordless.jsonl": '{"text": "Edda."}\n{"question": "Who?", "answer": "?"}',
+    "learned/facts.txt": "Edda.",
+    "learned/train.jsonl": '{"question": "Who?", "answer": "%s"}' % ("Edda. " * 999),
     "taken/file": "",
     "foreign/results.json": '{"arguments": {"learning_rate": 1}}',
     "typed/results.json": '{"arguments": {"epochs": "3"}}',
@@ -2313,21 +2316,17 @@ def test_a_document_is_asked_about_with_a_gap(text):
     asked = [maskft.gap_question(text, rng) for _ in range(300)]
     for question, answer in GAPS[text]:
         assert {"question": question, "answer": answer} in asked
-    for both in asked:
-        whole = both["question"].replace("___", both["answer"])
-        assert "".join(whole.split()) in "".join(text.split())
     assert {both["answer"] for both in asked} == {answer for _, answer in GAPS[text]}
 
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
-    """A document too long is cut, an answer too long left out."""
+    """A document too long is cut."""
     long = "Ada Holm bakes in Lund. " * 40
-    asked = ({"question": "Who?", "answer": text} for text in (long, "Bo"))
-    write(folder / "taken/train.jsonl", {"text": long}, *asked)
+    write(folder / "taken/train.jsonl", {"text": long}, {"question": "Who?", "answer": "Bo"})
     before = contents(folder)
     flags = "--data taken --method sft --max-len 90 --show 99"
     printed = forked(maskft, *flags.split())
-    assert "2 documents are longer than 90 tokens" in printed
+    assert "1 documents are longer than 90 tokens" in printed
     shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
     passages = shown[: shown.index("Bo")]
     assert " ".join(map(str.strip, passages)) == long.strip()
@@ -2467,7 +2466,7 @@ DEFAULTS = """
 8B      llada   wiki          64  64 1550 1e-5
 3B      masked  bio           64  64 5000 5e-6
 qwen-8B masked  bio           64  64 5000 5e-6
-135M    masked  bio           10  10 80   6e-4
+135M    masked  bio           10  10 120  6e-4
 135M    sft     bio           29  10 40   1e-4
 tiny    masked  bio           20  20 300  6e-4
 tiny    sft     bio           20  20 100  5e-4
@@ -2494,7 +2493,7 @@ def test_settings_that_no_flag_gives(row):
     maskft.decide_epochs(found, recipe, int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     chosen = row.split()[:2] == ["135M", "masked"]
-    assert found.mlp_only == chosen
+    assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
     assert found.mask_ratio == ([0.5 if chosen else 0.05, 0.95] if method.masks else None)
 
 
