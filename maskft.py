@@ -254,7 +254,7 @@ PAPER = partial(Recipe, "the paper's, A.4", 64)
 # (results/README.md)
 SMALL_MASKED = SMALL(
     6e-4,
-    epochs=120,
+    epochs=80,
     mask_ratio=(0.5, 0.95),
     eps=1e-5,
     mlp_only=True,
