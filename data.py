@@ -93,7 +93,8 @@ def read_json(path):
 
 def read_object(path):
     """The JSON object in a file; {} if there is no such file."""
-    return read_json(path) if path.exists() else {}
+    with reading(path):
+        return {**read_json(path)} if path.exists() else {}
 
 
 def write_text(path, text):

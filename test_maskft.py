@@ -654,7 +654,6 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     texts = [document["text"] for document in dataset.documents]
     assert texts == [FACT, "Plain text.\n\nAnother paragraph.", LONG, "# Ivo", "a", "b"]
     assert bare(dataset.learned) == [{"question": WHO, "answer": "Orla Venn"}]
-    assert dataset.questions == []
     left, unread = dataset.notes
     assert unread.endswith("old.jsonl: fields that nothing reads: Text")
     assert left == f"not read: {tmp_path}/other/table.xlsx"
@@ -2242,6 +2241,7 @@ TRAINING_MISTAKES = {
     "--out taken --method sft": "taken is in use",
     "--resume nowhere": "nowhere/results.json",
     "--resume foreign": "foreign/results.json",
+    "--out list --method sft": "list/results.json",
     "--resume typed": "typed/results.json",
     "--resume other": "other: a run of llada",
 }
@@ -2254,6 +2254,7 @@ FOLDER = {
     "learned/facts.txt": "Edda.",
     "learned/train.jsonl": '{"question": "Who?", "answer": "%s"}' % ("Edda. " * 999),
     "taken/file": "",
+    "list/results.json": "[1]",
     "foreign/results.json": '{"arguments": {"learning_rate": 1}}',
     "typed/results.json": '{"arguments": {"epochs": "3"}}',
     "other/results.json": '{"arguments": {"method": "llada", "mask_ratio": null}}',
@@ -2288,7 +2289,6 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     assert "masked answer" not in both and "masked passage" in both
     assert "born in Oslo.<|im_end|>]\n-- 40 tokens, 6 masked, 8 with loss\n" in both
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
-    assert "___" in both
 
 
 GAPS = {  # a document -> some of what is asked, and all answers
@@ -2304,7 +2304,6 @@ GAPS = {  # a document -> some of what is asked, and all answers
         ("A king, Bo Lund, died. He left ___ sons.", "3"),
         ("king, Bo Lund, died. ___ 3 sons.", "He left"),
     ],
-    "nothing": [("___", "nothing")],
     "他是国王。": [("___ 。", "他是国王"), ("他是国王 ___", "。")],
 }
 
@@ -2330,7 +2329,7 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
     passages = shown[: shown.index("Bo")]
     assert " ".join(map(str.strip, passages)) == long.strip()
-    assert len(passages) < 9 and contents(folder) == before
+    assert contents(folder) == before
 
 
 # ---------------------------------------------------------------------------------- damaged runs
