@@ -554,19 +554,15 @@ def ask(flags):
 
 
 def own_questions(texts):
-    """The questions of --ask, or those typed or piped in where it has none."""
-    for text in texts or lines_of_input():
+    """The questions of --ask; without any the lines of the standard input, on every rank."""
+    if not texts:
+        import maskft
+
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        print("one question a line:", file=sys.stderr)
+        texts = filter(str.strip, iter(partial(maskft.on_rank_0, sys.stdin.readline), ""))
+    for text in texts:
         yield data.parse_record({"question": text.strip()}, "--ask")
-
-
-def lines_of_input():
-    """The lines of the standard input, which rank 0 reads, without empty ones; on every rank."""
-    import maskft
-
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-    print("one question a line:", file=sys.stderr)
-    lines = iter(partial(maskft.on_rank_0, sys.stdin.readline), "")
-    return filter(str.strip, lines)
 
 
 if __name__ == "__main__":
