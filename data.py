@@ -697,9 +697,8 @@ def load(name, paraphrase="none", seed=0):
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files, paraphrase)
     if not dataset.documents + dataset.questions:
-        raise UserError(
-            f'--data {name}: no "text" and no "question" there; --data takes {DATA_HELP}'
-        )
+        why = ['no "text" and no "question" there', *dataset.notes, f"it takes {DATA_HELP}"]
+        raise UserError(f"--data {name}: {'; '.join(why)}")
     return dataset
 
 
