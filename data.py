@@ -697,7 +697,11 @@ def load(name, paraphrase="none", seed=0):
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files, paraphrase)
     if not dataset.documents + dataset.questions:
-        why = ['no "text" and no "question" there', *dataset.notes, f"it takes {DATA_HELP}"]
+        why = [
+            'no set, and no file or folder with a "text" or a "question"',
+            *dataset.notes,
+            f"it takes {DATA_HELP}",
+        ]
         raise UserError(f"--data {name}: {'; '.join(why)}")
     return dataset
 
