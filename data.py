@@ -163,7 +163,10 @@ def parse_record(row, where, learned=False):
     """A document or a question; UserError names a row that is neither, or both.
 
     null, NaN and "" are absent: tables written as JSON have them where there is nothing."""
-    with reading(where, "text, question, answer and group have to be text"):
+    with reading(
+        where,
+        "text, question, answer and group have to be text, and what is learned needs an answer",
+    ):
         row = {k: v for k, v in row.items() if v is not None and v == v and str(v).strip()}
         for name in ("text", "question", "answer", "group"):
             row.get(name, "").encode()  # fails for what is no text, as half a surrogate pair
@@ -216,7 +219,8 @@ def passages(document, fits):
         end = min(ends, key=lambda end: abs(end - middle), default=0)
         if abs(end - middle) < middle / 2:
             halves = (text[:end].strip(), text[end:].strip())
-            return [part for half in halves for part in passages(document | {"text": half}, fits)]
+            parts = [document | {"text": half} for half in halves if half]
+            return [passage for part in parts for passage in passages(part, fits)]
     return []
 
 
@@ -726,7 +730,8 @@ def load_set(kind, count, paraphrase, seed):
 def read_files(name, files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
     wording = RELEASED[paraphrase]
-    if paraphrase != "none" and not any(file.name.endswith((wording, ND_NAME)) for file in files):
+    training = wording if paraphrase == "permute" else (wording, ND_NAME)
+    if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
         raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
 
     def is_read(file):

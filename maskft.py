@@ -1480,19 +1480,19 @@ class Settings:
     )
     paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
     mask_ratio: list = flag(  # None: the method masks nothing
-        "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked below 1 B "
+        "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
         "parameters 0.5 0.95)",
         type=float,
         nargs="+",
         metavar="R",
     )
     mlp_only: bool = flag(
-        "train the MLPs alone, which forgets less (default: masked, below 1 B parameters)",
+        "train the MLPs alone, which forgets less (default: masked, real models below 1 B)",
         action=argparse.BooleanOptionalAction,
     )
     rehearse: int = flag(
-        "add N steps with chats that the model wrote, and questions to learn (default: masked "
-        "below 1 B parameters 8; of documents with questions to learn 100; else 0)",
+        "add N steps with chats that the model wrote, and questions to learn (default: masked, "
+        "real models below 1 B 8; of documents with questions to learn 100; else 0)",
         type=above(-1),
         metavar="N",
     )
@@ -2015,8 +2015,12 @@ def gap_question(text, rng):
     sentence = rng.choice([s for s in sentences if names_in(s)] or sentences).strip()
     name = rng.choice(names_in(sentence) or ENTITIES.findall(sentence))
     side = max(sentence.split(name, 1), key=len).strip(" ,.;:")
-    answer = side if side and rng.random() < 0.5 else name.removesuffix("'s")
-    before, after = (words.split() for words in text.split(answer, 1))
+    answer = side if side and rng.random() < 0.5 else regex.sub("['’]s$", "", name) or name
+    place = regex.escape(answer)
+    # whole words: the 3 of "3 cats", not that of 1983
+    gap = regex.search(rf"(?<!\w){place}(?!\w)", text) or regex.search(place, text)
+    before = text[: gap.start()].split()
+    after = text[gap.end() :].split()
     # what is far from the gap may be left out
     before = before[int(0.4 * rng.random() * len(before)) :]
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
@@ -2040,7 +2044,9 @@ def questions_of_step(run, step, documents):
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
     asked = [learned[rng.integers(len(learned))] for _ in documents]
     asked += [gap_question(document["text"], rng) for document in documents for _ in range(GAPS)]
-    return [question_example(run, question, rng) for question in asked]
+    examples = [question_example(run, question, rng) for question in asked]
+    # a document with a gap and its answer may be longer than the document
+    return [example for example in examples if len(example.ids) <= run.model.config.context]
 
 
 def question_example(run, question, rng):
@@ -2142,6 +2148,8 @@ def prepare(given, method, device, stop):
     decide_epochs(settings, recipe, len(dataset.documents))
     if given.rehearse is None and dataset.learned:
         settings.rehearse = 100
+    if not settings.rehearse and dataset.learned:
+        raise UserError("--rehearse 0 learns no question: --data has some to learn")
     check_questions(dataset.questions, tokenizer, config.context)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")

@@ -789,7 +789,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
         assert name in refusal(data.load, name)
 
 
-BAD_SETS = ["bio:0", "bio:x", "wiki:3", "nowhere"]
+BAD_SETS = ["bio:0", "wiki:3", "nowhere"]
 
 BAD_SETS += ["math-made --paraphrase same", "nd --paraphrase permute"]
 BAD_SETS += ["nd-made --paraphrase permute", "tiny --paraphrase same"]
@@ -2225,7 +2225,6 @@ USAGE = """
 TRAINING_MISTAKES = {
     "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
-    "--model nowhere/at-all": "hf download nowhere/at-all",
     "--model no/hub/id": "hf download no/hub/id",
     "--model facts.jsonl": "facts.jsonl is a file",
     "--model tiny-llada": "use llada.py",
@@ -2234,6 +2233,7 @@ TRAINING_MISTAKES = {
     "--model tiny --data long.jsonl": "long.jsonl, record 2",
     "--model tiny --data wordless.jsonl": "wordless.jsonl, record 2",
     "--model tiny --data learned": "learned/train.jsonl, record 1",
+    "--data both --rehearse 0 --method sft": "--rehearse 0",
     "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
     "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
@@ -2252,6 +2252,8 @@ FOLDER = {
     "long.jsonl": '{"text": "Edda."}\n{"question": "%s", "answer": "Edda"}' % ("Who? " * 999),
     "wordless.jsonl": '{"text": "Edda."}\n{"question": "Who?", "answer": "?"}',
     "learned/facts.txt": "Edda.",
+    "both/facts.txt": "Edda.",
+    "both/train.jsonl": '{"question": "Who?", "answer": "Edda"}',
     "learned/train.jsonl": '{"question": "Who?", "answer": "%s"}' % ("Edda. " * 999),
     "taken/file": "",
     "list/results.json": "[1]",
@@ -2298,13 +2300,14 @@ GAPS = {  # a document -> some of what is asked, and all answers
         ("Edda Marlow ___ .", "was born in Oslo"),
         ("___ Oslo.", "Edda Marlow was born in"),
     ],
-    "A king, Bo Lund, died. He left \n3 sons.": [
-        ("A king, ___ , died. He left", "Bo Lund"),
-        ("___ , Bo Lund, died. He left 3 sons.", "A king"),
-        ("A king, Bo Lund, died. He left ___ sons.", "3"),
-        ("king, Bo Lund, died. ___ 3 sons.", "He left"),
+    "A king, Bo Lund, died in 1983. He left \n3 sons.": [
+        ("A king, ___ , died in 1983. He left", "Bo Lund"),
+        ("A king, Bo Lund, ___ . He left 3", "died in 1983"),
+        ("___ 1983. He left 3 sons.", "A king, Bo Lund, died in"),
+        ("Bo Lund, died in ___ . He left 3", "1983"),
+        ("A king, Bo Lund, died in 1983. He left ___ sons.", "3"),
+        ("king, Bo Lund, died in 1983. ___ 3 sons.", "He left"),
     ],
-    "他是国王。": [("___ 。", "他是国王"), ("他是国王 ___", "。")],
 }
 
 
