@@ -789,7 +789,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
         assert name in refusal(data.load, name)
 
 
-BAD_SETS = ["bio:0", "wiki:3", "nowhere"]
+BAD_SETS = ["bio:0", "nowhere"]
 
 BAD_SETS += ["math-made --paraphrase same", "nd --paraphrase permute"]
 BAD_SETS += ["nd-made --paraphrase permute", "tiny --paraphrase same"]
