@@ -674,10 +674,11 @@ SHA256 = {
 SETS = GENERATED | PUBLISHED
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
+OFFERED = ", ".join(name for name in SETS if name != "world")
+ENDINGS = f"{', '.join(READERS)}, also .gz"
 DATA_HELP = (
-    "bio, nd-made, math-made, bio-released, wiki, nd or gsm8k (generated ones also as bio:PEOPLE, "
-    "nd as nd:FACTS of each kind), or a custom file or directory (.json, .jsonl, .ndjson, .csv, "
-    ".txt, .md, also .gz)"
+    f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
+    f"or directory ({ENDINGS})"
 )
 # the longest answer that is waited for [paper A.4]
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
@@ -782,7 +783,7 @@ def digest(records):
 def keep_facts(dataset, count, seed):
     """Leave `count` facts of each of two kinds, with their wordings and exactly their questions."""
     if not 1 <= count <= ND_FACTS:
-        raise UserError("there are 30 facts of each kind")
+        raise UserError(f"there are {ND_FACTS} facts of each kind")
     rng = Random(seed)
     chosen = world.shuffled(rng, range(ND_FACTS))[:count]
     chosen += world.shuffled(rng, range(ND_FACTS, 2 * ND_FACTS))[:count]
@@ -831,11 +832,11 @@ def collate(examples, pad_id):
     import torch
 
     examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
-    key_mask = pad([[True] * len(e.ids) for e in examples], False)
+    is_padded = len({len(e.ids) for e in examples}) > 1
     return {
         "ids": pad([e.ids for e in examples], pad_id),
         "labels": pad([e.labels for e in examples], IGNORE),
-        "key_mask": None if key_mask.all() else key_mask,
+        "key_mask": pad([[True] * len(e.ids) for e in examples], False) if is_padded else None,
         "weights": torch.tensor([e.weight for e in examples]),
     }
 
@@ -853,15 +854,16 @@ def pad(rows, value):
 
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
+    mask_id = None
+    with suppress(UserError):  # what masks nothing needs no mask
+        mask_id = tokenizer.mask_id
+    mask = tokenizer.decode([mask_id], special=True) or MARK
     text = ""
     # runs of tokens with or without loss, decoded together: a character may be several tokens
     pairs = zip(example.ids, example.labels, strict=True)
     for has_loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        part = tokenizer.decode([token for token, _ in run], special=True)
+        part = tokenizer.decode([token for token, _ in run], special=True).replace(mask, "_")
         text += f"[{part}]" if has_loss else part
-    masked = 0
-    with suppress(UserError):  # what masks nothing needs no mask
-        masked = example.ids.count(tokenizer.mask_id)
-        text = text.replace(tokenizer.decode([tokenizer.mask_id], special=True), "_")
+    masked = example.ids.count(mask_id)
     supervised = len(example.labels) - example.labels.count(IGNORE)
     return f"{text}\n-- {len(example.ids)} tokens, {masked} masked, {supervised} with loss"

@@ -1589,8 +1589,8 @@ def recipe_of(method, model):
 
 
 def decide(given, method, recipe):
-    """The Settings with what no flag gave as the recipe has it, but for the epochs."""
-    decided = ("batch_size", "lr", "mask_ratio", "mlp_only", "rehearse")
+    """The Settings with what no flag gave as the recipe has it, but for the steps."""
+    decided = ("batch_size", "lr", "mask_ratio", "mlp_only")
     usual = {name: getattr(recipe, name) for name in decided}
     flags = {name: value for name, value in vars(given).items() if value is not None}
     settings = Settings(**usual | flags)
@@ -1600,8 +1600,9 @@ def decide(given, method, recipe):
     return settings
 
 
-def decide_epochs(settings, recipe, documents):
-    """Set how often so many documents are seen, and when questions are asked."""
+def decide_steps(settings, recipe, documents, questions=0):
+    """Set how often so many documents are seen, when the model is evaluated, and how many steps
+    come behind the last epoch, with so many questions to learn."""
     steps = recipe.steps or STEPS.get(settings.data.partition(":")[0], STEPS["wiki"])
     enough = math.ceil(steps / math.ceil(documents / settings.batch_size))
     settings.epochs = settings.epochs or min(recipe.epochs, enough)
@@ -1609,6 +1610,10 @@ def decide_epochs(settings, recipe, documents):
     settings.eval_at = settings.eval_at or [0, *powers]
     if max(settings.eval_at) > settings.epochs:
         raise UserError(f"--eval-at {max(settings.eval_at)}: there are {settings.epochs} epochs")
+    if settings.rehearse is None:
+        settings.rehearse = ANSWER_STEPS if questions else recipe.rehearse
+    if not settings.rehearse and questions:
+        raise UserError("--rehearse 0 learns no question: --data has some to learn")
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -2000,8 +2005,9 @@ def build_chat(run, number):
     return example(chat["prompt"], chat["answer"], run.tokenizer, evaluation.USUAL_RATIO, rng)
 
 
+ANSWER_STEPS = 100  # by default, where questions are learned
 GAP = "___"
-GAPS = 3  # for each question that is learned
+GAPS = 3  # for each document of such a step
 
 
 def gap_question(text, rng):
@@ -2145,11 +2151,7 @@ def prepare(given, method, device, stop):
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
-    decide_epochs(settings, recipe, len(dataset.documents))
-    if given.rehearse is None and dataset.learned:
-        settings.rehearse = 100
-    if not settings.rehearse and dataset.learned:
-        raise UserError("--rehearse 0 learns no question: --data has some to learn")
+    decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
     check_questions(dataset.questions, tokenizer, config.context)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")

@@ -789,13 +789,21 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
         assert name in refusal(data.load, name)
 
 
-BAD_SETS = ["bio:0", "nowhere"]
+BAD_SETS = """
+bio:0
+bio:x
+bio:-1
+bio:99999
+wiki:3
+nowhere
+math-made --paraphrase same
+nd --paraphrase permute
+nd-made --paraphrase permute
+tiny --paraphrase same
+"""
 
-BAD_SETS += ["math-made --paraphrase same", "nd --paraphrase permute"]
-BAD_SETS += ["nd-made --paraphrase permute", "tiny --paraphrase same"]
 
-
-@pytest.mark.parametrize("wanted", BAD_SETS)
+@pytest.mark.parametrize("wanted", BAD_SETS.strip().splitlines())
 def test_a_set_that_there_is_not_is_refused(wanted):
     name, _, paraphrase = wanted.partition(" --paraphrase ")
     assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
@@ -2225,6 +2233,7 @@ USAGE = """
 TRAINING_MISTAKES = {
     "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
+    "--model nowhere/at-all": "hf download nowhere/at-all",
     "--model no/hub/id": "hf download no/hub/id",
     "--model facts.jsonl": "facts.jsonl is a file",
     "--model tiny-llada": "use llada.py",
@@ -2492,7 +2501,7 @@ def test_settings_that_no_flag_gives(row):
     method = (maskft.METHODS | llada.METHODS)[name]
     recipe = maskft.recipe_of(method, meta_model(size))
     found = maskft.decide(maskft.Settings("tiny", dataset, name), method, recipe)
-    maskft.decide_epochs(found, recipe, int(documents))
+    maskft.decide_steps(found, recipe, int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     chosen = row.split()[:2] == ["135M", "masked"]
     assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
