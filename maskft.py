@@ -254,7 +254,7 @@ PAPER = partial(Recipe, "the paper's, A.4", 64)
 # (results/README.md)
 SMALL_MASKED = SMALL(
     6e-4,
-    epochs=80,
+    epochs=100,
     mask_ratio=(0.5, 0.95),
     eps=1e-5,
     mlp_only=True,
@@ -1492,7 +1492,7 @@ class Settings:
     )
     rehearse: int = flag(
         "add N steps with chats that the model wrote, and questions to learn (default: masked, "
-        "real models below 1 B 8; of documents with questions to learn 100; else 0)",
+        "real models below 1 B 8; of documents with questions to learn 200; else 0)",
         type=above(-1),
         metavar="N",
     )
@@ -1743,6 +1743,8 @@ def train(run):
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
+        if step == run.epoch_steps:
+            run.optimizer.state.clear()  # what moved the facts would drown what comes now
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
@@ -1800,14 +1802,17 @@ def examples_of_step(run, step):
     order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
     if step < run.epoch_steps:
         return [example_of(run, documents[number], number, epoch) for number in order[nth]]
-    # behind the last epoch beside documents as many chats, and questions where some are learned
-    size = chats_of_step(run)
-    numbers = order[nth][:size]
-    first = (step - run.epoch_steps) * size
+    # behind the last epoch beside documents as many chats; where questions are learned, in place of
+    # half of the documents
+    numbers = order[nth]
+    first = (step - run.epoch_steps) * chats_of_step(run)
     written = len(run.chats) - CHATS_HELD_OUT
+    chats = [build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))]
+    if run.dataset.learned:
+        numbers = numbers[: math.ceil(len(numbers) / 2)]
     return [
         *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))),
+        *chats,
         *questions_of_step(run, step, [documents[number] for number in numbers]),
     ]
 
@@ -1929,7 +1934,7 @@ def listening(received):
 CHATS_HELD_OUT = 32  # drift is measured on these, and nothing is learned from them
 CHAT_USER_TOKENS = 48  # of a user's turn at most; it need not be complete
 CHAT_ANSWER_TOKENS = 64
-CHAT_STEPS = 100  # the steps that chats are written for; later ones have the same again
+CHAT_STEPS = 50  # the steps that chats are written for; later ones have the same again
 
 
 def prepare_chats(run):
@@ -1959,10 +1964,8 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as documents: a batch, or half of one where questions stand beside them. The last
-    step of an epoch may have fewer of both."""
-    size = min(run.settings.batch_size, len(run.dataset.documents))
-    return math.ceil(size / 2) if run.dataset.learned else size
+    """As many as documents in a batch; the last one of an epoch may have fewer of both."""
+    return min(run.settings.batch_size, len(run.dataset.documents))
 
 
 def write_chats(run, numbers, on_answer):
@@ -2005,38 +2008,50 @@ def build_chat(run, number):
     return example(chat["prompt"], chat["answer"], run.tokenizer, evaluation.USUAL_RATIO, rng)
 
 
-ANSWER_STEPS = 100  # by default, where questions are learned
+ANSWER_STEPS = 200  # by default, where questions are learned
 GAP = "___"
 GAPS = 3  # for each document of such a step
+# a name or a number: words with a capital or a digit; of one that opens a sentence nothing tells
+WORD = r"[\p{Lu}\d](?:[\w-]|['’](?!s\b))*"
+NAMES = regex.compile(rf"\b{WORD}(?: {WORD})+|(?<!^)\b{WORD}")
+SENTENCE_END = regex.compile("(?<=[.!?]) |(?<=[。！？])")
+MARKS = " ,.;:!?，。！？"  # not in an answer
 
 
 def gap_question(text, rng):
-    """A question made of a document, without a word of any language: the document with a gap.
+    """A question made of a document, without a word of any language: some of its sentences, one
+    with a gap.
 
-    The answer is what stood there: a name or, as often, all that its sentence has on one side of
-    it. So either is asked for by the other, whichever comes first in the document.
+    The answer is what stood there: a name, or the longer part of its sentence before or behind the
+    name. So either is asked for by the other, whichever comes first in the document.
     """
-    text = " ".join(text.split())
-    sentences = regex.findall(r".+?(?:[.!?](?= )|[。！？]|$)", text)
-    sentence = rng.choice([s for s in sentences if names_in(s)] or sentences).strip()
-    name = rng.choice(names_in(sentence) or ENTITIES.findall(sentence))
-    side = max(sentence.split(name, 1), key=len).strip(" ,.;:")
-    answer = side if side and rng.random() < 0.5 else regex.sub("['’]s$", "", name) or name
-    place = regex.escape(answer)
-    # whole words: the 3 of "3 cats", not that of 1983
-    gap = regex.search(rf"(?<!\w){place}(?!\w)", text) or regex.search(place, text)
-    before = text[: gap.start()].split()
-    after = text[gap.end() :].split()
+    sentences = [sentence for sentence in SENTENCE_END.split(" ".join(text.split())) if sentence]
+    found = names_in(sentences, NAMES) or names_in(sentences, regex.compile(r"\w+|.+"))
+    number, name = found[rng.integers(len(found))]
+    answer = name[0]
+    before = sentences[number][: name.start()]
+    after = sentences[number][name.end() :]
+    longer = max(before, after, key=len)
+    if longer.strip(MARKS) and rng.random() < 0.35:
+        # one time in three, and the name stays
+        before, after = ("", answer + after) if longer == before else (before + answer, "")
+        answer = longer.strip(MARKS)
+    elif rng.random() < 0.3:
+        before, after = (before, "") if longer == before else ("", after)
     # what is far from the gap may be left out
+    before = before.split()
+    after = after.split()
     before = before[int(0.4 * rng.random() * len(before)) :]
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
-    return {"question": " ".join([*before, GAP, *after]), "answer": str(answer)}
+    sentences[number] = " ".join([*before, GAP, *after])
+    # the first sentence stays: it says whom the others are about
+    shown = [s for n, s in enumerate(sentences) if n in (0, number) or rng.random() < 0.5]
+    return {"question": " ".join(shown), "answer": answer}
 
 
-def names_in(sentence):
-    """Its runs of capitalised words and of numbers; of one word that opens it, nothing tells."""
-    found = ENTITIES.finditer(sentence)
-    return [m[0] for m in found if regex.match(r"[\p{Lu}\d]", m[0]) and (m.start() or " " in m[0])]
+def names_in(sentences, pattern):
+    """(number of the sentence, match) of every match."""
+    return [(n, match) for n, text in enumerate(sentences) for match in pattern.finditer(text)]
 
 
 def questions_of_step(run, step, documents):

@@ -1949,12 +1949,12 @@ ROWS = {
     "rehearse": (
         maskft,
         "--method masked --rehearse 2 --mask-ratio 0.2",
-        [7, 3, 1.43803, 1e-4 / 3, 10.8020, 0.00827298],
+        [7, 3, 1.46090, 1e-4 / 3, 10.6784, 0.00871784],
     ),
     "answers": (
         maskft,
         "--method masked --rehearse 2 --data {}/both",
-        [7, 3, 2.33438, 2.5e-5, 26.4283, 0.0136944],
+        [7, 3, 2.91545, 2.5e-5, 28.6314, 0.0142797],
     ),
     "llada": (llada, "--rehearse 1", [6, 3, 1.81371, 1e-4 / 3, 14.5039, 0.0733240]),
 }
@@ -2306,23 +2306,24 @@ GAPS = {  # a document -> some of what is asked, and all answers
     "Edda Marlow was born in Oslo.": [
         ("___ was born in Oslo.", "Edda Marlow"),
         ("Marlow was born in ___ .", "Oslo"),
-        ("Edda Marlow ___ .", "was born in Oslo"),
+        ("Edda Marlow ___", "was born in Oslo"),
         ("___ Oslo.", "Edda Marlow was born in"),
     ],
     "A king, Bo Lund, died in 1983. He left \n3 sons.": [
-        ("A king, ___ , died in 1983. He left", "Bo Lund"),
-        ("A king, Bo Lund, ___ . He left 3", "died in 1983"),
+        ("A king, ___ , died in 1983. He left 3 sons.", "Bo Lund"),
+        ("A king, Bo Lund ___", "died in 1983"),
         ("___ 1983. He left 3 sons.", "A king, Bo Lund, died in"),
-        ("Bo Lund, died in ___ . He left 3", "1983"),
+        ("king, Bo Lund, died in ___", "1983"),
         ("A king, Bo Lund, died in 1983. He left ___ sons.", "3"),
-        ("king, Bo Lund, died in 1983. ___ 3 sons.", "He left"),
+        ("A king, Bo Lund, died in 1983. ___ 3 sons.", "He left"),
     ],
+    "...": [("___", "...")],
 }
 
 
 @pytest.mark.parametrize("text", GAPS)
 def test_a_document_is_asked_about_with_a_gap(text):
-    """By a name, and for a name, with all of its words or only those near the gap."""
+    """By a name, and for a name, with all of its sentences or only some, and the first."""
     rng = np.random.default_rng(0)
     asked = [maskft.gap_question(text, rng) for _ in range(300)]
     for question, answer in GAPS[text]:
@@ -2477,7 +2478,7 @@ DEFAULTS = """
 8B      llada   wiki          64  64 1550 1e-5
 3B      masked  bio           64  64 5000 5e-6
 qwen-8B masked  bio           64  64 5000 5e-6
-135M    masked  bio           10  10 80   6e-4
+135M    masked  bio           10  10 100  6e-4
 135M    sft     bio           29  10 40   1e-4
 tiny    masked  bio           20  20 300  6e-4
 tiny    sft     bio           20  20 100  5e-4
