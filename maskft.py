@@ -2019,8 +2019,8 @@ MARKS = " ,.;:!?，。！？"  # not in an answer
 
 
 def gap_question(text, rng):
-    """A question made of a document, without a word of any language: some of its sentences, one
-    with a gap.
+    """A question made of a document, without a word of any language: one of its sentences has a
+    gap, and the others may be there or not.
 
     The answer is what stood there: a name, or the longer part of its sentence before or behind the
     name. So either is asked for by the other, whichever comes first in the document.
@@ -2044,9 +2044,10 @@ def gap_question(text, rng):
     before = before[int(0.4 * rng.random() * len(before)) :]
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
     sentences[number] = " ".join([*before, GAP, *after])
-    # the first sentence stays: it says whom the others are about
-    shown = [s for n, s in enumerate(sentences) if n in (0, number) or rng.random() < 0.5]
-    return {"question": " ".join(shown), "answer": answer}
+    if rng.random() < 0.5:
+        # that sentence alone; but the first says whom the others are about
+        sentences = [sentences[n] for n in sorted({0, number})]
+    return {"question": " ".join(sentences), "answer": answer}
 
 
 def names_in(sentences, pattern):
