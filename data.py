@@ -361,8 +361,8 @@ class Tokenizer:
 
 def any_of(tokens):
     """A pattern that splits a text into the tokens, of two the longer, and what is between."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or NOWHERE})")
+    pattern = r"(\L<tokens>)" if tokens else NOWHERE  # a list of nothing is found everywhere
+    return regex.compile(pattern, ignore_unused=True, tokens=tokens)
 
 
 def load_tokenizer(path):
