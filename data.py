@@ -377,8 +377,8 @@ def load_tokenizer(path):
         "alike and end with a special token"
     )
     with reading(path, form):
-        ranks, splits, nfc = read_bpe(content)
         tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+        ranks, splits, nfc = read_bpe(content, tokens)
         known = {*ranks.values(), *tokens.values()}
         last = max(known)
         if config and last >= embeddings(config):
@@ -439,23 +439,24 @@ def embeddings(config):
     return config.get("embedding_size") or config["vocab_size"]  # LLaDA's may be more
 
 
-def read_bpe(content):
+def read_bpe(content, added):
     """(ranks, splits, nfc) of a Tokenizer, from tokenizer.json, whose post-processor is left aside.
 
     tiktoken joins two neighbours whose bytes are a token, the one with the lowest id first; the
     reference those that its list has first. They agree where ids follow the merges, as training
     numbers them."""
-    vocab = content["model"]["vocab"]
+    model = content["model"]
+    vocab = model["vocab"]
     # "a b" or ["a", "b"]
-    merged = ["".join(pair).replace(" ", "") for pair in content["model"]["merges"]]
+    merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
-    known = {*tokens, *(token["content"] for token in content["added_tokens"])}
-    if content["model"].get("ignore_merges") and vocab.keys() - known:
-        raise ValueError(f"no merge makes {min(vocab.keys() - known)!r}")
+    unmade = vocab.keys() - {*tokens, *added}
+    if model.get("ignore_merges") and unmade:
+        raise ValueError(f"no merge makes {min(unmade)!r}")
     match content["normalizer"]:
         case None | {"normalizers": []}:
             nfc = False
