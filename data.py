@@ -231,7 +231,7 @@ GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
 # seen, as one from 256 on.
 SEEN = {chr(byte): byte for byte in range(33, 256) if chr(byte).isprintable()}
-UNSEEN = sorted({*range(256)} - {*SEEN.values()})
+UNSEEN = [byte for byte in range(256) if chr(byte) not in SEEN]
 ALPHABET = SEEN | {chr(256 + n): byte for n, byte in enumerate(UNSEEN)}
 
 
