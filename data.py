@@ -124,7 +124,7 @@ def json_rows(text):
     decode = json.JSONDecoder().raw_decode
     end = 0
     while end < len(text):
-        value, end = decode(text, regex.compile(r"\s*").match(text, end).end())
+        value, end = decode(text, regex.match(r"\s*", text, pos=end).end())
         yield from value if isinstance(value, list) else [value]
 
 
@@ -219,8 +219,12 @@ def passages(document, fits):
         end = min(ends, key=lambda end: abs(end - middle), default=0)
         if abs(end - middle) < middle / 2:
             halves = (text[:end].strip(), text[end:].strip())
-            parts = [document | {"text": half} for half in halves if half]
-            return [passage for part in parts for passage in passages(part, fits)]
+            return [
+                passage
+                for half in halves
+                if half
+                for passage in passages(document | {"text": half}, fits)
+            ]
     return []
 
 
