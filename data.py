@@ -580,7 +580,6 @@ def write_chat_files(tokenizer, source, target):
 
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
-    source, target = Path(source), Path(target)
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     settings = {
@@ -680,10 +679,9 @@ SETS = GENERATED | PUBLISHED
 # what training is offered: `world` is there to make and to examine the built-in models, in
 # tiny/pretrain.py and eval.py
 OFFERED = ", ".join(name for name in SETS if name != "world")
-ENDINGS = f"{', '.join(READERS)}, also .gz"
 DATA_HELP = (
     f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
-    f"or directory ({ENDINGS})"
+    f"or directory ({', '.join(READERS)}, also .gz)"
 )
 # the longest answer that is waited for [paper A.4]
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
@@ -802,7 +800,7 @@ def fetch(name, url):
     from torch import hub
 
     cache = Path(huggingface_hub.constants.HF_ASSETS_CACHE)
-    path = cache / "maskft" / name / url.rpartition("/")[2]
+    path = cache / "maskft" / name / Path(url).name
     if not path.exists():
         with reading(url, f"could not be had: put it at {path}, or take --data bio"):
             path.parent.mkdir(parents=True, exist_ok=True)
