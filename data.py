@@ -733,21 +733,21 @@ def load_set(kind, count, paraphrase, seed):
 
 def read_files(name, files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
+    dataset = Dataset(name, [], [])
     wording = RELEASED[paraphrase]
     training = wording if paraphrase == "permute" else (wording, ND_NAME)
     if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
         raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
-
-    def is_read(file):
-        released = file.name.endswith(tuple(RELEASED.values())) and len(files) > 1
-        return ending(file) in READERS and (not released or file.name.endswith(wording))
-
-    dataset = Dataset(name, [], [])
-    left = ", ".join(str(file) for file in files if not is_read(file))
+    # what else the released layout has; of one file alone the name does not matter
+    others = tuple({*RELEASED.values()} - {wording}) if len(files) > 1 else ()
+    left = []
+    for file in files:
+        if ending(file) in READERS and not file.name.endswith(others):
+            read_file(file, paraphrase, dataset)
+        else:
+            left.append(str(file))
     if left:
-        dataset.notes.append(f"not read: {left[:300]}")
-    for file in filter(is_read, files):
-        read_file(file, paraphrase, dataset)
+        dataset.notes.insert(0, f"not read: {', '.join(left)[:300]}")
     if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
         dataset.documents, dataset.learned = dataset.learned, []
     return dataset
