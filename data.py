@@ -799,8 +799,7 @@ def fetch(name, url):
     """A file of a published set, in the hub's cache, where it is downloaded to once."""
     from torch import hub
 
-    cache = Path(huggingface_hub.constants.HF_ASSETS_CACHE)
-    path = cache / "maskft" / name / Path(url).name
+    path = Path(huggingface_hub.constants.HF_ASSETS_CACHE, "maskft", name, Path(url).name)
     if not path.exists():
         with reading(url, f"could not be had: put it at {path}, or take --data bio"):
             path.parent.mkdir(parents=True, exist_ok=True)
