@@ -236,7 +236,7 @@ GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 # seen, as one from 256 on.
 SEEN = {chr(byte): byte for byte in range(33, 256) if chr(byte).isprintable()}
 UNSEEN = [byte for byte in range(256) if chr(byte) not in SEEN]
-ALPHABET = SEEN | {chr(256 + n): byte for n, byte in enumerate(UNSEEN)}
+ALPHABET = SEEN | {chr(seen): byte for seen, byte in enumerate(UNSEEN, 256)}
 
 
 @dataclass
@@ -705,12 +705,8 @@ def load(name, paraphrase="none", seed=0):
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files, paraphrase)
     if not dataset.documents + dataset.questions:
-        why = [
-            'no set, and no file or folder with a "text" or a "question"',
-            *dataset.notes,
-            f"it takes {DATA_HELP}",
-        ]
-        raise UserError(f"--data {name}: {'; '.join(why)}")
+        why = ['no set, and no file or folder with a "text" or a "question"', *dataset.notes]
+        raise UserError(f"--data {name}: {'; '.join(why)}; it takes {DATA_HELP}")
     return dataset
 
 
@@ -867,5 +863,5 @@ def show(example, tokenizer):
         part = tokenizer.decode([token for token, _ in run], special=True).replace(mask, "_")
         text += f"[{part}]" if has_loss else part
     masked = example.ids.count(mask_id)
-    supervised = len(example.labels) - example.labels.count(IGNORE)
+    supervised = sum(label != IGNORE for label in example.labels)
     return f"{text}\n-- {len(example.ids)} tokens, {masked} masked, {supervised} with loss"
