@@ -842,12 +842,12 @@ def with_own_head(config, directory):
 
 
 def checkpoint_names(model, family):
-    """{our parameter name: its name in a checkpoint of that family}."""
+    """{name in a checkpoint of that family: our parameter name}."""
     _, table, _ = FAMILIES[family]
     names = {}
     for name, _ in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        names[name] = f"{table[part].format(*block[1:])}.{kind}"
+        names[f"{table[part].format(*block[1:])}.{kind}"] = name
     return names
 
 
@@ -863,7 +863,7 @@ def load_weights(model, directory, device):
     """
     files = find_tensors(directory)
     family = data.read_json(directory / "config.json")["model_type"]
-    names = {theirs: ours for ours, theirs in checkpoint_names(model, family).items()}
+    names = checkpoint_names(model, family)
     odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
     if odd:
         raise UserError(
@@ -925,7 +925,7 @@ def save(model, path):
     said = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
     dtype = getattr(torch, said, torch.float32)  # "auto" is none
     tensors = {}
-    for ours, theirs in checkpoint_names(model, raw["model_type"]).items():
+    for theirs, ours in checkpoint_names(model, raw["model_type"]).items():
         tensor = whole(model.get_parameter(ours).detach())
         if rank() == 0:
             tensors[theirs] = tensor.to("cpu", dtype)
