@@ -970,8 +970,8 @@ def generate(
     generators    of random numbers, one a prompt, so that no draw depends on other prompts
     on_answer     called behind every token with the number of answers that it completed
     """
-    model.check_length(max(map(len, prompts), default=0) + max_new_tokens)
     room = [len(prompt) + max_new_tokens for prompt in prompts]
+    model.check_length(max(room, default=0))
     answers = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
     going = []  # the prompt that each row of the cache belongs to
