@@ -1064,9 +1064,16 @@ def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None)
 
 def random_answer(model, tokenizer, prompts, max_new_tokens, generators, on_answer=None):
     """Answers of an autoregressive model drawn at temperature 1 from all but the least likely."""
-    stop_ids = tokenizer.stop_ids
-    how = {"temperature": 1.0, "top_p": 0.95, "generators": generators, "on_answer": on_answer}
-    return generate(model, prompts, max_new_tokens, stop_ids, **how)
+    return generate(
+        model,
+        prompts,
+        max_new_tokens,
+        tokenizer.stop_ids,
+        temperature=1.0,
+        top_p=0.95,
+        generators=generators,
+        on_answer=on_answer,
+    )
 
 
 # ------------------------------------------------------------------ answering, dealt over the ranks
