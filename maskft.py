@@ -711,13 +711,13 @@ class Model(nn.Module):
         if key_mask is None:
             return None, torch.arange(T, device=ids.device).expand(B, T)
         positions = (key_mask.cumsum(1) - 1).clamp(min=0)
-        mask = key_mask[:, None, None, :].expand(B, 1, T, T)
+        mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
         earlier = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
         if self.config.causal:
             mask = mask & earlier
         # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN spreads
         # in backward
-        return mask | earlier.triu(), positions
+        return mask | earlier.triu(), positions  # (B, 1, T, T), (B, T)
 
     def check_length(self, tokens):
         if tokens > self.config.context:
