@@ -1227,8 +1227,8 @@ def on_rank_0(body):
 
 def sum_over_ranks(*numbers):
     """Numbers and vectors summed over the ranks, as floats, in one collective."""
-    numbers = [torch.as_tensor(number, dtype=torch.float64).flatten() for number in numbers]
-    packed = torch.cat([number.cpu() for number in numbers])
+    vectors = [torch.as_tensor(x, dtype=torch.float64, device="cpu").flatten() for x in numbers]
+    packed = torch.cat(vectors)
     dist.all_reduce(packed)
     return packed.tolist()
 
