@@ -1402,13 +1402,12 @@ def free_directory(run):
     had."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     newest = None
-    Path("out").mkdir(exist_ok=True)
     for n in count(1):
         out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
         if not out.exists() and again and newest and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir()
+            out.mkdir(parents=True)
             return out
         newest = out
 
