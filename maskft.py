@@ -1284,7 +1284,6 @@ def save_checkpoint(run, step):
     part = run.out / "ckpt" / "part"
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)  # cut short before
-        part.mkdir(parents=True)
     dist.barrier()
     try:
         with dcp_errors():
