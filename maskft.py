@@ -209,7 +209,7 @@ def loss_sum(x, norm, head, labels, weights):
         logits = F.linear(norm(x), head)  # (CHUNK, V)
         return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
-    rows = [x.split(CHUNK), labels.split(CHUNK), weights.split(CHUNK)]
+    rows = [values.split(CHUNK) for values in (x, labels, weights)]
     *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
     total = sum(checkpoint(chunk_loss, *chunk, **RECOMPUTE) for chunk in chunks)
     return total + chunk_loss(*last)  # not made again: backward begins with it
