@@ -191,8 +191,8 @@ def supervise(prompt, target):
     return Example(prompt + target, labels, weight=1.0, denominator=len(target))
 
 
-# how `checkpoint` is called: no dropout here, so there is no state of random numbers to keep
-RECOMPUTE = {"use_reentrant": False, "preserve_rng_state": False}
+# no dropout here, so there is no state of random numbers to keep
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
 
 
@@ -211,7 +211,7 @@ def loss_sum(x, norm, head, labels, weights):
 
     rows = [values.split(CHUNK) for values in (x, labels, weights)]
     *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
-    total = sum(checkpoint(chunk_loss, *chunk, **RECOMPUTE) for chunk in chunks)
+    total = sum(recompute(chunk_loss, *chunk) for chunk in chunks)
     return total + chunk_loss(*last)  # not made again: backward begins with it
 
 
@@ -621,7 +621,7 @@ class Block(nn.Module):
             # silu(gate) and the product are made again in backward, not kept: half of what is as
             # wide as the MLP, for no matmul (checkpoint stops running again once it has the input
             # of `down`, the last thing that backward needs)
-            return x + checkpoint(self.activate, gate, up, **RECOMPUTE)
+            return x + recompute(self.activate, gate, up)
         return x + self.activate(gate, up)  # (B, T, D)
 
     def activate(self, gate, up):
