@@ -2324,13 +2324,12 @@ def explained(run):
 
 
 def finish(run):
-    """Write the model card, the curves and the model; delete the checkpoints, free the memory."""
-    if rank() == 0:
-        data.write_text(run.out / "README.md", model_card(run))
-        draw(run)
+    """Write the model, its card and the curves; delete the checkpoints, free the memory."""
     save(run.model, run.out)
     run.results["finished"] = True
     if rank() == 0:
+        data.write_text(run.out / "README.md", model_card(run))
+        draw(run)
         evaluation.write_results(run.out, run.results, run.predictions)
         shutil.rmtree(run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
