@@ -2199,7 +2199,6 @@ def first_results(run):
 def describe(run, why):
     """Say what will be trained; `why` is the reason for the dtype."""
     settings = run.settings
-    documents = run.dataset.documents
     if run.dataset.learned:
         print0(
             f"behind the last epoch {settings.rehearse} steps (--rehearse) show how to answer, by "
@@ -2212,7 +2211,7 @@ def describe(run, why):
         "float32"
     )
     print0(
-        f"{settings.method}: learns {len(documents)} records and asks "
+        f"{settings.method}: learns {len(run.dataset.documents)} records and asks "
         f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
         f"{settings.epochs} epochs, lr {settings.lr:g} (defaults: {run.recipe.why})"
     )
@@ -2393,8 +2392,6 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def model_card(run):
     """The README.md of a run's directory, with the head that the hub reads."""
-    settings = run.settings
-    scores = run.results["evaluations"][-1]["scores"]
     base = hub_name(run.directory)
     return CARD.format(
         base=f"\nbase_model: {base}" if base else "",
@@ -2402,8 +2399,8 @@ def model_card(run):
         out=run.out,
         ask=ask_command(run.out),
         documents=len(run.dataset.documents),
-        settings="\n".join(f"- {name}: {value}" for name, value in vars(settings).items()),
-        scores=evaluation.score_table(scores),
+        settings="\n".join(f"- {name}: {value}" for name, value in vars(run.settings).items()),
+        scores=evaluation.score_table(run.results["evaluations"][-1]["scores"]),
         chat=CARD_CHAT.format(out=run.out) if run.model.config.causal else "",
     )
 
