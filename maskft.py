@@ -2448,12 +2448,13 @@ def entry_point(body):
     try:
         body()
     except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
-        message = f"[rank {rank()}] error: {error}" if rank() else f"error: {error}"
+        message = f"error: {error}"
     except KeyboardInterrupt:
         message = "interrupted"
     except Stopped:
         status = 130  # what to do was said
     if message and rank():
+        message = f"[rank {rank()}] {message}"
         time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
     # else a thread of the group's may abort at exit; with an error, other ranks may not come along
     if dist.is_initialized() and (message is None or world_size() == 1):
