@@ -17,6 +17,7 @@ import gc
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -2288,7 +2289,7 @@ def environment(device):
         "device": name,
         "processes": world_size(),
         "torch": torch.__version__,
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "maskft": commit(),
     }
 
