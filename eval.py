@@ -535,7 +535,7 @@ def ask(flags):
     longest = flags.get("max_new_tokens")
 
     def answered(questions):
-        maskft.check_questions(questions, tokenizer, model.config.context, longest)
+        maskft.check_questions(questions, tokenizer, model, longest)
         return maskft.evaluate(answer, tokenizer, questions, longest)
 
     if "ask" in flags:

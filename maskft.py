@@ -722,7 +722,10 @@ class Model(nn.Module):
 
     def check_length(self, tokens):
         if tokens > self.config.context:
-            raise UserError(f"{tokens} tokens are more than the model takes, {self.config.context}")
+            raise UserError(
+                f"{tokens} tokens, with any answer, are more than the model takes, "
+                f"{self.config.context}"
+            )
 
 
 # ---------------------------------------------------------------------------------- weights in, out
@@ -1116,16 +1119,12 @@ def prompt_of(question, tokenizer):
     return tokenizer.chat([{"role": "user", "content": question["question"]}])
 
 
-def check_questions(questions, tokenizer, context, max_new_tokens=None):
+def check_questions(questions, tokenizer, model, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
         with data.reading(question.get("where", question["question"][:80])):
-            tokens = len(prompt_of(question, tokenizer)) + longest
-            if tokens > context:
-                raise UserError(
-                    f"{tokens} tokens with its answer, more than the model takes, {context}"
-                )
+            model.check_length(len(prompt_of(question, tokenizer)) + longest)
             if not evaluation.words(question.get("answer", "unscored")):
                 raise UserError("its answer has no word to score")
 
@@ -2174,7 +2173,7 @@ def prepare(given, method, device, stop):
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
     fit_documents(run)
     decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
-    check_questions(dataset.questions, tokenizer, config.context)
+    check_questions(dataset.questions, tokenizer, model)
     run.results = first_results(run)
     describe(run, "as set" if given.dtype else "native here")
     return run
