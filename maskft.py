@@ -1226,9 +1226,8 @@ def on_rank_0(body):
 
 
 def sum_over_ranks(*numbers):
-    """Numbers and vectors summed over the ranks, as floats, in one collective."""
-    vectors = [torch.as_tensor(x, dtype=torch.float64, device="cpu").flatten() for x in numbers]
-    packed = torch.cat(vectors)
+    """Numbers summed over the ranks, as floats, in one collective."""
+    packed = torch.tensor(list(map(float, numbers)), dtype=torch.float64)
     dist.all_reduce(packed)
     return packed.tolist()
 
@@ -1754,12 +1753,12 @@ def train(run):
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
         lr = lr_of_step(run, step)
-        loss_and_norm = update(run, examples, lr)
+        loss, norm = update(run, examples, lr)
         # 3. the next batch, while a GPU still computes
         examples = examples_of_step(run, step + 1)
         # 4. all ranks learn the loss, and whether to stop or save: the one place that waits
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.settings.save_every
-        loss, norm, stopping, saving = sum_over_ranks(loss_and_norm, len(run.stop), due)
+        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(run.stop), due)
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
         # 5. log
@@ -1824,14 +1823,14 @@ def examples_of_step(run, step):
 
 def update(run, examples, lr):
     """A step of the optimizer on a global batch: this rank's part of the loss, and the gradient's
-    norm before clipping, (2,) fp32 on the device.
+    norm before clipping, which a GPU may still compute.
 
     Every rank builds the whole global batch, so the loss denominator is known without asking.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     denominator = max(1, sum(example.denominator for example in examples))
-    total = torch.zeros((), device=run.device)
+    total = 0
     for loss in summed_losses(run, examples):
         loss = loss / denominator
         # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the
@@ -1841,7 +1840,7 @@ def update(run, examples, lr):
     norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return torch.stack([total, norm.to(run.device)])  # with --offload gradients are not there
+    return total, norm
 
 
 def summed_losses(run, examples):
