@@ -908,8 +908,7 @@ def local_rows(parameter):
         return local, 0
     # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
     rows = parameter.shape[0]
-    mesh = parameter.device_mesh
-    start = min(mesh.get_local_rank() * math.ceil(rows / mesh.size()), rows)
+    start = min(rank() * math.ceil(rows / world_size()), rows)
     return local.to_local(), start
 
 
