@@ -1747,7 +1747,8 @@ def train(run):
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
         if step == run.epoch_steps:
-            run.optimizer.state.clear()  # what moved the facts would drown what comes now
+            # with averages of the last, tiny gradients the first of a few steps would be too small
+            run.optimizer.state.clear()
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
         tokens = sum(len(example.ids) for example in examples)
