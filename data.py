@@ -318,6 +318,10 @@ class Tokenizer:
         parts += self._split(self.frames[f"{before}>{behind}"])
         return self._join(parts)
 
+    def prompt(self, content):
+        """The ids of a chat of one user's turn, text or ids, up to the answer."""
+        return self.chat([{"role": "user", "content": content}])
+
     def user_header(self):
         """The ids of a chat up to the first word of a user, as the model was made to see it: with
         the system turn of its own template. Without, few models draw what a user would say."""

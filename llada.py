@@ -30,7 +30,7 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
     A question with its answer is a chat: its prompt is never masked, its end of turn may be.
     """
     if "question" in record:
-        prompt = tokenizer.chat([{"role": "user", "content": record["question"]}])
+        prompt = tokenizer.prompt(record["question"])
         target = tokenizer.encode(record["answer"]) + [tokenizer.eot_id]
     else:
         prompt = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -104,7 +104,7 @@ def recover_document(shown, document, tokenizer):
     The loss is on every token of the document, masked or not, and on the end of turn behind it.
     """
     user = shown + tokenizer.encode(RECOVER)
-    prompt = tokenizer.chat([{"role": "user", "content": user}])
+    prompt = tokenizer.prompt(user)
     return supervise(prompt + tokenizer.encode(LEAD_IN), document + [tokenizer.eot_id])
 
 
@@ -115,7 +115,7 @@ def recover_answer(record, shown, masked, answer, tokenizer):
     """
     question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
     user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
-    prompt = tokenizer.chat([{"role": "user", "content": user}])
+    prompt = tokenizer.prompt(user)
     labels = [token if m else IGNORE for token, m in zip(answer, masked, strict=True)]
     labels = [IGNORE] * len(prompt) + labels
     return Example(prompt + answer, labels, weight=1.0, denominator=int(masked.sum()))
@@ -140,7 +140,7 @@ def sft_example(record, tokenizer, mask_ratio, rng):
     else:
         user = TELL
         target = text_of(record)
-    prompt = tokenizer.chat([{"role": "user", "content": user}])
+    prompt = tokenizer.prompt(user)
     return supervise(prompt, tokenizer.encode(target) + [tokenizer.eot_id])
 
 
@@ -1113,17 +1113,12 @@ def longest_answer(questions):
     return max((data.ANSWER_TOKENS[q["direction"]] for q in questions), default=None)
 
 
-def prompt_of(question, tokenizer):
-    """The ids of a chat up to the answer to this question."""
-    return tokenizer.chat([{"role": "user", "content": question["question"]}])
-
-
 def check_questions(questions, tokenizer, model, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
         with data.reading(question.get("where", question["question"][:80])):
-            model.check_length(len(prompt_of(question, tokenizer)) + longest)
+            model.check_length(len(tokenizer.prompt(question["question"])) + longest)
             if not evaluation.words(question.get("answer", "unscored")):
                 raise UserError("its answer has no word to score")
 
@@ -1140,7 +1135,7 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     if not questions:
         return {}, []
     max_new_tokens = max_new_tokens or longest_answer(questions)
-    prompts = [prompt_of(question, tokenizer) for question in questions]
+    prompts = [tokenizer.prompt(question["question"]) for question in questions]
     # by length: every rank gets its part of short and long, and neighbors make a good batch
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[rank() :: world_size()]
@@ -1986,7 +1981,7 @@ def write_chats(run, numbers, on_answer):
     generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
     headers = [tokenizer.user_header()] * len(numbers)
     users = draw(headers, CHAT_USER_TOKENS, generators, on_answer)
-    prompts = [tokenizer.chat([{"role": "user", "content": user}]) for user in users]
+    prompts = [tokenizer.prompt(user) for user in users]
     answers = answer(prompts, max_new_tokens=CHAT_ANSWER_TOKENS, on_answer=on_answer)
     chats = []
     for user, prompt, ids in zip(users, prompts, answers, strict=True):

@@ -296,7 +296,7 @@ def uneven_prompts(tokenizer):
     the longest first."""
     texts = [f"{question} Answer in one word." for question in FACTS.splitlines()]
     texts += [f"Write a paragraph about {topic}." for topic in TOPICS.splitlines()]
-    prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    prompts = [tokenizer.prompt(text) for text in texts]
     return sorted(prompts, key=len, reverse=True)
 
 

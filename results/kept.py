@@ -68,7 +68,7 @@ def measure(args, device="cpu"):
     tokenizer = data.load_tokenizer(base)
     asked = data.load(str(ORDINARY)).questions
     questions = [question for question in asked if "answer" in question]
-    prompts = [maskft.prompt_of(q, tokenizer) for q in asked if "answer" not in q]
+    prompts = [tokenizer.prompt(q["question"]) for q in asked if "answer" not in q]
     said = maskft.greedy_answer(old, tokenizer, prompts, REQUEST_TOKENS)
     said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
 
