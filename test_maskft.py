@@ -2302,33 +2302,33 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
 
 
-GAPS = {  # a document -> some of what is asked, and all answers
-    "Edda Marlow was born in Oslo.": [
-        ("___ was born in Oslo.", "Edda Marlow"),
-        ("Marlow was born in ___ .", "Oslo"),
-        ("Edda Marlow ___", "was born in Oslo"),
-        ("___ Oslo.", "Edda Marlow was born in"),
-    ],
-    "A king, Bo Lund, died in 1983. He left \n3 sons.": [
-        ("A king, ___ , died in 1983. He left 3 sons.", "Bo Lund"),
-        ("A king, Bo Lund ___", "died in 1983"),
-        ("___ 1983. He left 3 sons.", "A king, Bo Lund, died in"),
-        ("king, Bo Lund, died in ___", "1983"),
-        ("A king, Bo Lund, died in 1983. He left ___ sons.", "3"),
-        ("A king, Bo Lund, died in 1983. ___ 3 sons.", "He left"),
-    ],
-    "...": [("___", "...")],
+GAPS = {  # a document -> all answers, and one of the questions for each
+    "Edda Marlow was born in Oslo.": {
+        "Edda Marlow": "___ was born in Oslo.",
+        "Oslo": "Marlow was born in ___ .",
+        "was born in Oslo": "Edda Marlow ___",
+        "Edda Marlow was born in": "___ Oslo.",
+    },
+    "A king, Bo Lund, died in 1983. He left \n3 sons.": {
+        "Bo Lund": "A king, ___ , died in 1983. He left 3 sons.",
+        "died in 1983": "A king, Bo Lund ___",
+        "A king, Bo Lund, died in": "___ 1983. He left 3 sons.",
+        "1983": "king, Bo Lund, died in ___",
+        "3": "A king, Bo Lund, died in 1983. He left ___ sons.",
+        "He left": "A king, Bo Lund, died in 1983. ___ 3 sons.",
+    },
+    "...": {"...": "___"},
 }
 
 
 @pytest.mark.parametrize("text", GAPS)
 def test_a_document_is_asked_about_with_a_gap(text):
-    """By a name, and for a name, with all of its sentences or only some, and the first."""
+    """By a name, and for a name, with all of its sentences or only that one and the first."""
     rng = np.random.default_rng(0)
     asked = [maskft.gap_question(text, rng) for _ in range(300)]
-    for question, answer in GAPS[text]:
+    for answer, question in GAPS[text].items():
         assert {"question": question, "answer": answer} in asked
-    assert {both["answer"] for both in asked} == {answer for _, answer in GAPS[text]}
+    assert {both["answer"] for both in asked} == GAPS[text].keys()
 
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
