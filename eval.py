@@ -398,7 +398,7 @@ def read_run(path, before):
     """The results of a finished run that go into one table with those before."""
     with data.reading(path, "not a training run of this version"):
         run = data.read_json(path)
-        if run["evaluations"][-1]["step"] != run["steps"]:
+        if not run.get("finished"):
             raise UserError("not finished")
         table(summarize([*before, run]))  # an error if anything is missing
     return run

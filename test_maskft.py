@@ -1083,7 +1083,7 @@ def write_run(folder, *scores, start=0, metric="rouge1", **arguments):
         }
         evaluations.append({"step": 10 * n, "scores": groups, "drift": n / 4})
     folder.mkdir()
-    results = {"arguments": usual | arguments, "steps": 20, "evaluations": evaluations}
+    results = {"arguments": usual | arguments, "finished": n == 2, "evaluations": evaluations}
     evaluation.write_results(folder, results, [])
     return folder
 
