@@ -244,7 +244,7 @@ class Recipe:
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     rehearse: int = 0  # steps behind the last epoch, with chats that the model wrote before
-    rehearse_lr: float = 1 / 3  # the share of the learning rate in these
+    rehearse_lr: float = 1 / 3  # the share of the learning rate in these, without questions
 
 
 # for models of less than 10 M parameters, of less than 1 B, and for all others
@@ -723,7 +723,7 @@ class Model(nn.Module):
     def check_length(self, tokens):
         if tokens > self.config.context:
             raise UserError(
-                f"{tokens} tokens, with any answer, are more than the model takes, "
+                f"{tokens} tokens, an answer included, are more than the model takes, "
                 f"{self.config.context}"
             )
 
@@ -1278,9 +1278,10 @@ def save_checkpoint(run, step):
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)  # cut short before
     dist.barrier()
+    state = state_of(run)
     try:
         with dcp_errors():
-            dcp.save(state_of(run), checkpoint_id=part)
+            dcp.save(state, checkpoint_id=part)
     except RuntimeError:  # torch hides what the system said of a full disk, a file does not
         (part / "probe").write_bytes(bytes(2**20))
         raise
@@ -1394,12 +1395,13 @@ def free_directory(run):
     had."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     newest = None
+    Path("out").mkdir(exist_ok=True)
     for n in count(1):
         out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
         if not out.exists() and again and newest and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir(parents=True)
+            out.mkdir()
             return out
         newest = out
 
@@ -1742,7 +1744,7 @@ def train(run):
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
         if step == run.epoch_steps:
-            # with averages of the last, tiny gradients the first of a few steps would be too small
+            # Adam's averages are of the last, tiny gradients: they would halve these first steps
             run.optimizer.state.clear()
         # 2. gradients and step, at this step's learning rate
         began = time.monotonic()
@@ -1801,17 +1803,15 @@ def examples_of_step(run, step):
     order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
     if step < run.epoch_steps:
         return [example_of(run, documents[number], number, epoch) for number in order[nth]]
-    # behind the last epoch beside documents as many chats; where questions are learned, in place of
-    # half of the documents
-    numbers = order[nth]
+    # behind the last epoch a batch of chats beside one of documents; where questions are learned,
+    # beside half of one and questions
+    size = len(order[nth])
+    numbers = order[nth][: math.ceil(size / 2) if run.dataset.learned else size]
     first = (step - run.epoch_steps) * chats_of_step(run)
     written = len(run.chats) - CHATS_HELD_OUT
-    chats = [build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))]
-    if run.dataset.learned:
-        numbers = numbers[: math.ceil(len(numbers) / 2)]
     return [
         *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *chats,
+        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(size)),
         *questions_of_step(run, step, [documents[number] for number in numbers]),
     ]
 
@@ -1963,7 +1963,7 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as documents in a batch; the last one of an epoch may have fewer of both."""
+    """As many as a batch has documents; the last step of an epoch may have fewer."""
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
@@ -2010,32 +2010,35 @@ def build_chat(run, number):
 ANSWER_STEPS = 200  # by default, where questions are learned
 GAP = "___"
 GAPS = 3  # for each document of such a step
-# a name or a number: words with a capital or a digit; of one that opens a sentence nothing tells
-WORD = r"[\p{Lu}\d](?:[\w-]|['’](?!s\b))*"
+# A name or a number: words with a capital or a digit. One word that opens a sentence need not be
+# one. Where a script has no capitals, any word is taken.
+WORD = r"[\p{Lu}\d](?:\w|[-'’]\b(?!s\b)|(?<=\d)[.,](?=\d))*"
 NAMES = regex.compile(rf"\b{WORD}(?: {WORD})+|(?<!^)\b{WORD}")
-SENTENCE_END = regex.compile("(?<=[.!?]) |(?<=[。！？])")
-MARKS = " ,.;:!?，。！？"  # not in an answer
+WORDS = regex.compile(r"\w+|^\W+$")
+SENTENCE_END = regex.compile(r"(?<=\w{3}[.!?]) |(?<=[。！？।]) ?")  # none behind "Dr." or "J."
+EDGES = " ,.;:!?。，、！？"  # not in an answer
 
 
 def gap_question(text, rng):
-    """A question made of a document, without a word of any language: one of its sentences has a
-    gap, and the others may be there or not.
+    """A question made of a document: one of its sentences has a gap, and the answer is what stood
+    there, a name or the longer part of its sentence before or behind the name.
 
-    The answer is what stood there: a name, or the longer part of its sentence before or behind the
-    name. So either is asked for by the other, whichever comes first in the document.
+    So either is asked for by the other, whichever comes first in the document. What else stands
+    around the gap varies, as questions do.
     """
     sentences = [sentence for sentence in SENTENCE_END.split(" ".join(text.split())) if sentence]
-    found = names_in(sentences, NAMES) or names_in(sentences, regex.compile(r"\w+|.+"))
+    found = names_in(sentences, NAMES) or names_in(sentences, WORDS)
     number, name = found[rng.integers(len(found))]
     answer = name[0]
     before = sentences[number][: name.start()]
     after = sentences[number][name.end() :]
     longer = max(before, after, key=len)
-    if longer.strip(MARKS) and rng.random() < 0.35:
-        # one time in three, and the name stays
+    if longer.strip(EDGES) and rng.random() < 0.35:
+        # the longer part is asked for, by the name alone
         before, after = ("", answer + after) if longer == before else (before + answer, "")
-        answer = longer.strip(MARKS)
+        answer = longer.strip(EDGES)
     elif rng.random() < 0.3:
+        # the name is asked for, by the longer part alone
         before, after = (before, "") if longer == before else ("", after)
     # what is far from the gap may be left out
     before = before.split()
@@ -2044,7 +2047,7 @@ def gap_question(text, rng):
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
     sentences[number] = " ".join([*before, GAP, *after])
     if rng.random() < 0.5:
-        # that sentence alone; but the first says whom the others are about
+        # of the other sentences none, but the first, which says whom they are about
         sentences = [sentences[n] for n in sorted({0, number})]
     return {"question": " ".join(sentences), "answer": answer}
 
@@ -2065,6 +2068,7 @@ def questions_of_step(run, step, documents):
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
     asked = [learned[rng.integers(len(learned))] for _ in documents]
     asked += [gap_question(document["text"], rng) for document in documents for _ in range(GAPS)]
+    asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
     return [example for example in examples if len(example.ids) <= run.model.config.context]

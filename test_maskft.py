@@ -1984,18 +1984,23 @@ def rows(tmp_path_factory):
     return row
 
 
+ctrl_c = partial(partial, signalled, signal.SIGINT)  # before which of its calls, and of what
+
+
 def stopped(row, out):
     """By SIGTERM, the same command again, by Ctrl-C, then --resume."""
     printed = row.train(out, before=partial(signalled, signal.SIGTERM, 1), status=130)
     assert f"--resume {out}" in printed
-    row.train(out, before=partial(signalled, signal.SIGINT, 4), status=130)
+    row.train(out, before=ctrl_c(4), status=130)
     assert len(losses(out)) == 5
     row.resume(out)
 
 
 def stopped_late(row, out):
-    """Behind the epochs, where it rehearses, and with a line of its log torn by a crash."""
-    row.train(out, before=partial(signalled, signal.SIGINT, 7), status=130)
+    """Where it begins to rehearse, and behind, and with a line of its log torn by a crash."""
+    row.train(out, before=ctrl_c(6), status=130)
+    assert os.listdir(out / "ckpt") == ["step-6"]
+    row.resume(out, before=ctrl_c(1), status=130)
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "epoch": 3, "loss": 9, "seconds": 9}\n{"step": 7, "lo')
     row.resume(out)
@@ -2003,7 +2008,7 @@ def stopped_late(row, out):
 
 def stopped_in_chats(row, out):
     """While it writes chats, before the first step."""
-    draw = partial(signalled, signal.SIGINT, 2, torch.Tensor, "multinomial")
+    draw = ctrl_c(2, torch.Tensor, "multinomial")
     row.train(out, before=draw, status=130)
     assert len(losses(out)) == 1
     row.resume(out)
@@ -2302,33 +2307,34 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
 
 
-GAPS = {  # a document -> all answers, and one of the questions for each
-    "Edda Marlow was born in Oslo.": {
-        "Edda Marlow": "___ was born in Oslo.",
-        "Oslo": "Marlow was born in ___ .",
-        "was born in Oslo": "Edda Marlow ___",
-        "Edda Marlow was born in": "___ Oslo.",
-    },
-    "A king, Bo Lund, died in 1983. He left \n3 sons.": {
-        "Bo Lund": "A king, ___ , died in 1983. He left 3 sons.",
-        "died in 1983": "A king, Bo Lund ___",
-        "A king, Bo Lund, died in": "___ 1983. He left 3 sons.",
-        "1983": "king, Bo Lund, died in ___",
-        "3": "A king, Bo Lund, died in 1983. He left ___ sons.",
-        "He left": "A king, Bo Lund, died in 1983. ___ 3 sons.",
-    },
-    "...": {"...": "___"},
+ASKED = {  # a document -> all answers, and one of the questions for each
+    "Refunds take days.": """
+        Refunds | ___ take days.
+        take | Refunds ___ days.
+        days | Refunds take ___ .
+        take days | Refunds ___
+        Refunds take | ___ days.
+    """,
+    "A king, Bo Lund, died in 1983. He left \n3 sons.": """
+        Bo Lund | A king, ___ , died in 1983. He left 3 sons.
+        died in 1983 | A king, Bo Lund ___
+        A king, Bo Lund, died in | ___ 1983. He left 3 sons.
+        1983 | king, Bo Lund, died in ___
+        3 | A king, Bo Lund, died in 1983. He left ___ sons.
+        He left | A king, Bo Lund, died in 1983. ___ 3 sons.
+    """,
 }
 
 
-@pytest.mark.parametrize("text", GAPS)
+@pytest.mark.parametrize("text", ASKED)
 def test_a_document_is_asked_about_with_a_gap(text):
     """By a name, and for a name, with all of its sentences or only that one and the first."""
     rng = np.random.default_rng(0)
     asked = [maskft.gap_question(text, rng) for _ in range(300)]
-    for answer, question in GAPS[text].items():
-        assert {"question": question, "answer": answer} in asked
-    assert {both["answer"] for both in asked} == GAPS[text].keys()
+    asked = {(both["answer"], both["question"]) for both in asked}
+    expected = [line.strip().split(" | ") for line in ASKED[text].strip().splitlines()]
+    assert asked >= set(map(tuple, expected))
+    assert dict(asked).keys() == dict(expected).keys()
 
 
 def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
@@ -2352,7 +2358,7 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
 def begun(rows, tmp_path_factory):
     """A run that rehearses, with checkpoints of its second and third step."""
     out = tmp_path_factory.mktemp("begun") / "run"
-    stop = partial(signalled, signal.SIGINT, 3)
+    stop = ctrl_c(3)
     rows("rehearse").train(out, "--save-every", "1e-9", before=stop, status=130)
     return out
 
