@@ -1984,7 +1984,7 @@ def rows(tmp_path_factory):
     return row
 
 
-ctrl_c = partial(partial, signalled, signal.SIGINT)  # before which of its calls, and of what
+ctrl_c = partial(partial, signalled, signal.SIGINT)  # at the end of which call, and of what
 
 
 def stopped(row, out):
