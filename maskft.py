@@ -1803,15 +1803,14 @@ def examples_of_step(run, step):
     order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
     if step < run.epoch_steps:
         return [example_of(run, documents[number], number, epoch) for number in order[nth]]
-    # behind the last epoch a batch of chats beside one of documents; where questions are learned,
-    # beside half of one and questions
-    size = len(order[nth])
-    numbers = order[nth][: math.ceil(size / 2) if run.dataset.learned else size]
-    first = (step - run.epoch_steps) * chats_of_step(run)
+    # behind the last epoch beside documents as many chats, and questions where some are learned
+    size = chats_of_step(run)
+    numbers = order[nth][:size]
+    first = (step - run.epoch_steps) * size
     written = len(run.chats) - CHATS_HELD_OUT
     return [
         *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(size)),
+        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))),
         *questions_of_step(run, step, [documents[number] for number in numbers]),
     ]
 
@@ -1963,8 +1962,10 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as a batch has documents; the last step of an epoch may have fewer."""
-    return min(run.settings.batch_size, len(run.dataset.documents))
+    """As many as documents: a batch, or half of one where questions stand beside them. The last
+    step of an epoch may have fewer of both."""
+    size = min(run.settings.batch_size, len(run.dataset.documents))
+    return math.ceil(size / 2) if run.dataset.learned else size
 
 
 def write_chats(run, numbers, on_answer):
