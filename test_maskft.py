@@ -2307,7 +2307,7 @@ def test_questions_learned_beside_documents_are_ordinary_chats(tmp_path):
     assert "Who is it?<|im_end|>\n<|im_start|>assistant\n[Edda Marlow<|im_end|>]" in both
 
 
-ASKED = {  # a document -> all answers, and one of the questions for each
+WITH_GAPS = {  # a document -> all answers, and one of the questions for each
     "Refunds take days.": """
         Refunds | ___ take days.
         take | Refunds ___ days.
@@ -2326,13 +2326,13 @@ ASKED = {  # a document -> all answers, and one of the questions for each
 }
 
 
-@pytest.mark.parametrize("text", ASKED)
+@pytest.mark.parametrize("text", WITH_GAPS)
 def test_a_document_is_asked_about_with_a_gap(text):
     """By a name, and for a name, with all of its sentences or only that one and the first."""
     rng = np.random.default_rng(0)
     asked = [maskft.gap_question(text, rng) for _ in range(300)]
     asked = {(both["answer"], both["question"]) for both in asked}
-    expected = [line.strip().split(" | ") for line in ASKED[text].strip().splitlines()]
+    expected = [line.strip().split(" | ") for line in WITH_GAPS[text].strip().splitlines()]
     assert asked >= set(map(tuple, expected))
     assert dict(asked).keys() == dict(expected).keys()
 
