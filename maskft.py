@@ -544,49 +544,6 @@ def rotate(x, cos, sin):
     return (x * cos + other * sin).type_as(x)
 
 
-class KVCache:
-    """Keys and values of the tokens already seen: a (2, rows, G, columns, K) for each layer.
-
-    Every row is filled from its first column on, however long the others are: a row can be given
-    to another text at any time. Columns are added as texts grow, to `size` or a few more.
-    """
-
-    def __init__(self, layers, rows, size):
-        self.layers = [None] * layers
-        self.rows = rows
-        self.size = size
-
-    def place(self, first, past, T, device):
-        """Say what the next forward is: T tokens more in each of the rows from `first` on.
-
-        past  B numbers, how many tokens each of these rows has
-        """
-        self.chosen = torch.arange(first, first + len(past), device=device)[:, None]  # (B, 1)
-        self.first = first
-        self.columns = torch.tensor(past, device=device)[:, None] + torch.arange(T, device=device)
-        self.end = max(past) + T  # S
-        self.is_new = not any(past)
-
-    def extend(self, layer, k, v):
-        """Write (B, G, T, K) into a layer; all keys and values of these rows, (B, G, S, K)."""
-        B, G, _, K = k.shape
-        kept = self.layers[layer]
-        if kept is None:
-            kept = k.new_empty(2, self.rows, G, 0, K)
-        if self.end > kept.shape[3]:
-            # zeros: what is masked counts nothing, but nothing times NaN is NaN
-            kept = F.pad(kept, (0, 0, 0, self.end + 31 - kept.shape[3]))
-            self.layers[layer] = kept
-        for whole, new in zip(kept, (k, v), strict=True):
-            whole[self.chosen, :, self.columns] = new.transpose(1, 2)  # (B, T, G, K)
-        return kept[:, self.first : self.first + B, :, : self.end]  # a view
-
-    def move(self, source, target):
-        """Give a row the contents of another."""
-        for kept in self.layers:
-            kept[:, target] = kept[:, source]
-
-
 # Numbers as wide as the MLP that a layer keeps rather than making them again, which costs Python
 # time: of 8 B parameters, those of 292 tokens, in 32 layers 1 GiB in bf16.
 KEPT = 2**22
@@ -613,8 +570,8 @@ class Block(nn.Module):
         self.up = nn.Linear(D, config.mlp_width, bias=False)
         self.down = nn.Linear(config.mlp_width, D, bias=False)
 
-    def forward(self, x, rope, mask, cache=None, layer=0):
-        x = x + self.attention(self.attn_norm(x), rope, mask, cache, layer)
+    def forward(self, x, positions, rope, mask, cache=None):
+        x = x + self.attention(self.attn_norm(x), positions, rope, mask, cache)
         h = self.mlp_norm(x)
         gate = self.gate(h)  # (B, T, F)
         up = self.up(h)  # (B, T, F)
@@ -628,7 +585,7 @@ class Block(nn.Module):
     def activate(self, gate, up):
         return self.down(F.silu(gate) * up)
 
-    def attention(self, x, rope, mask, cache, layer):
+    def attention(self, x, positions, rope, mask, cache):
         B, T, _ = x.shape
         K = self.config.head_size
         q = self.q_norm(self.q(x).view(B, T, -1, K)).transpose(1, 2)  # (B, H, T, K)
@@ -637,7 +594,10 @@ class Block(nn.Module):
         q = rotate(q, *rope)
         k = rotate(k, *rope)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, G, S, K)
+            # put where they belong; what comes back is the cache, all keys and values of these rows
+            at = positions[:, None, :, None].expand_as(k)  # (B, G, T, K)
+            k = cache[:, 0].scatter_(2, at, k)  # (B, G, S, K)
+            v = cache[:, 1].scatter_(2, at, v)  # (B, G, S, K)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -664,7 +624,9 @@ class Model(nn.Module):
         # and FSDP
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
 
-    def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None):
+    def forward(
+        self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None, past=None
+    ):
         """Logits, or with `labels` the summed loss.
 
         ids       (B, T) int64
@@ -676,15 +638,17 @@ class Model(nn.Module):
                   moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
         pick      (B, T) bool: logits only there
-        cache     a KVCache that was told where the ids stand; their padding is on the right
+        cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
+                  those of ids, whose padding is on the right, are written behind them
+        past      (B,) int64, how many tokens each row of the cache has
         returns   logits (B, T, V), or (N, V) with `pick`; or with `labels` the weighted sum of
                   cross entropies, a scalar
         """
-        mask, positions = self.mask_and_positions(ids, key_mask, cache)
+        mask, positions = self.mask_and_positions(ids, key_mask, cache, past)
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = block(x, positions, rope, mask, None if cache is None else cache[:, layer])
         head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
         if labels is not None:
             if self.config.causal:
@@ -701,16 +665,19 @@ class Model(nn.Module):
             x = x[pick]  # (N, D)
         return checked(F.linear(self.norm(x), head))
 
-    def mask_and_positions(self, ids, key_mask, cache):
+    def mask_and_positions(self, ids, key_mask, cache, past):
         """Attention mask (B, 1, T, S) bool, None where SDPA needs none; positions (B, T)."""
         B, T = ids.shape
         self.check_length(T)
+        positions = torch.arange(T, device=ids.device).expand(B, T)
         if cache is not None:
-            columns = torch.arange(cache.end, device=ids.device)
-            mask = None if cache.is_new else columns <= cache.columns[:, None, :, None]
-            return mask, cache.columns
+            positions = positions + past[:, None]
+            columns = torch.arange(cache.shape[4], device=ids.device)  # (S,)
+            # S = T: there is no past
+            mask = None if len(columns) == T else columns <= positions[:, None, :, None]
+            return mask, positions
         if key_mask is None:
-            return None, torch.arange(T, device=ids.device).expand(B, T)
+            return None, positions
         positions = (key_mask.cumsum(1) - 1).clamp(min=0)
         mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
         earlier = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
@@ -975,72 +942,71 @@ def generate(
     """
     room = [len(prompt) + max_new_tokens for prompt in prompts]
     model.check_length(max(room, default=0))
+    generators = generators or [None] * len(prompts)
     answers = [[] for _ in prompts]
+    cached = [0] * len(prompts)  # how many tokens of a prompt and its answer the cache has
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
     going = []  # the prompt that each row of the cache belongs to
     while waiting or going:
         # 1. free rows are taken by the next prompts, which are computed beside the other rows
         if not going:
             cache = new_cache(model, room[waiting[-1]], cache_bytes)
-        first = len(going)
-        take_rows(cache, going, waiting, room)
-        if first == len(going):
-            first = 0  # no prompt is new: all rows go on
-        # 2. the next token of these rows
-        numbers = going[first:]
+        numbers = take_rows(cache, going, waiting, room) or going
+        # 2. the next token of these rows, or if no prompt is new, of all
+        past = [cached[i] for i in numbers]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
-        seen = [len(prompts[i]) + len(answers[i]) for i in numbers]
-        past = [n - len(new) for n, new in zip(seen, ids, strict=True)]
-        logits = last_logits(model, cache, first, past, ids)  # (B, V)
-        random = generators and [generators[i] for i in numbers]
-        chosen = choose(logits, temperature, top_p, random).tolist()
-        for i, token in zip(numbers, chosen, strict=True):
+        logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
+        chosen = choose(logits, temperature, top_p, [generators[i] for i in numbers])
+        for i, new, token in zip(numbers, ids, chosen.tolist(), strict=True):
+            cached[i] += len(new)
             answers[i].append(token)
-        # 3. rows whose answers have ended are free
-        ended = free_rows(cache, going, answers, max_new_tokens, stop_ids)
+        # 3. the last row takes the place of one whose answer has ended
+        before = len(going)
+        for row in reversed(range(before)):
+            answer = answers[going[row]]
+            if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
+                cache[row] = cache[len(going) - 1]
+                going[row] = going[-1]
+                going.pop()
         if on_answer:
-            on_answer(ended)
+            on_answer(before - len(going))
     return [until_stop(answer, stop_ids) for answer in answers]
 
 
 def new_cache(model, size, cache_bytes):
-    """A cache for texts of `size` tokens, of as many rows as the bytes allow, and one at least."""
+    """Room for keys and values, (rows, layers, 2, G, size, K), of as many texts of `size` tokens as
+    the bytes allow, and of one at least."""
     config = model.config
-    numbers = 2 * config.layers * config.kv_heads * config.head_size * size
-    rows = cache_bytes // (numbers * next(model.parameters()).dtype.itemsize)
-    return KVCache(config.layers, max(1, min(rows, ANSWER_ROWS)), size)
+    shape = (config.layers, 2, config.kv_heads, size, config.head_size)  # of a row
+    key = model.blocks[0].k(model.embed.weight[:1])  # one, for its dtype and device
+    rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
+    # zeros: what is masked counts nothing, but nothing times NaN is NaN
+    return key.new_zeros(max(1, min(rows, ANSWER_ROWS)), *shape)
 
 
 def take_rows(cache, going, waiting, room):
-    """Give free rows to waiting prompts; several at a time, as together they cost less."""
-    free = cache.rows - len(going)
-    if free < min(len(waiting), cache.rows // 8):
-        return
-    # much shorter ones wait, until there can be more and shorter rows
-    while waiting and len(going) < cache.rows and 2 * room[waiting[-1]] > cache.size:
-        going.append(waiting.pop())
+    """Give free rows to waiting prompts, which are returned; several at a time, as together they
+    cost less."""
+    rows, _, _, _, size, _ = cache.shape
+    first = len(going)
+    if rows - first >= min(len(waiting), rows // 8):
+        # much shorter ones wait, until there can be more and shorter rows
+        while waiting and len(going) < rows and 2 * room[waiting[-1]] > size:
+            going.append(waiting.pop())
+    return going[first:]
 
 
-def free_rows(cache, going, answers, max_new_tokens, stop_ids):
-    """Put the last row in place of one whose answer has ended; how many have."""
-    before = len(going)
-    for row in reversed(range(before)):
-        answer = answers[going[row]]
-        if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
-            cache.move(len(going) - 1, row)
-            going[row] = going[-1]
-            going.pop()
-    return before - len(going)
-
-
-def last_logits(model, cache, first, past, ids):
-    """Logits (B, V) behind `ids`, B lists of tokens that the cache's rows from `first` on lack."""
-    device = next(model.parameters()).device
-    padded = data.pad(ids, 0)  # (B, T)
-    length = torch.tensor([len(row) for row in ids])
-    last = torch.arange(padded.shape[1]) == length[:, None] - 1  # (B, T)
-    cache.place(first, past, padded.shape[1], device)
-    return model(padded.to(device), pick=last.to(device), cache=cache)
+def last_logits(model, cache, past, ids):
+    """Logits (B, V) behind `ids`, B lists of tokens that the rows of the cache lack; they have
+    `past` tokens each."""
+    padded = data.pad(ids, 0).to(cache.device)  # (B, T)
+    last = data.pad([[False] * (len(row) - 1) + [True] for row in ids], False)  # (B, T)
+    return model(
+        padded,
+        pick=last.to(cache.device),
+        cache=cache[..., : max(past) + padded.shape[1], :],
+        past=torch.tensor(past, device=cache.device),
+    )
 
 
 def choose(logits, temperature, top_p, generators):
@@ -1050,7 +1016,7 @@ def choose(logits, temperature, top_p, generators):
     probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all before it
     kept = probabilities.where(likelier < top_p, 0)
-    rows = zip(kept, generators or [None] * len(kept), strict=True)
+    rows = zip(kept, generators, strict=True)
     drawn = torch.stack([row.multinomial(1, generator=random) for row, random in rows])  # (B, 1)
     return ids.gather(1, drawn)[:, 0]
 
