@@ -384,10 +384,9 @@ def parse_llama(raw):
     heads = raw["num_attention_heads"]
     bias = raw.get("attention_bias", False)
     context = raw.get("max_position_embeddings", 2048)
-    original = {"original_max_position_embeddings": context}
     # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
-    rope = original | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    rope |= {name: raw[name] for name in original if name in raw}
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | raw | scaling
     rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
     refuse_unless(rope, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
@@ -403,7 +402,7 @@ def parse_llama(raw):
         mlp_width=raw["intermediate_size"],
         context=context,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+        rope_theta=float(rope["rope_theta"]),
         rope_scaling=rope,
         tied=raw.get("tie_word_embeddings", False),
         qkv_bias=bias or family == "qwen2",
