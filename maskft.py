@@ -844,38 +844,32 @@ def load_weights(model, directory, device):
         model.to_empty(device=device)
     for theirs, ours in names.items():
         with data.reading(files[theirs]):
-            read_tensor(files[theirs], theirs, model.get_parameter(ours))
+            read_rows(files[theirs], theirs, model.get_parameter(ours))
 
 
-def read_tensor(path, name, parameter):
+def read_rows(path, name, parameter):
     """Fill what this rank holds of a parameter.
 
     The file is opened for each tensor anew: what was read stays mapped until it is closed.
     """
-    local, start = local_rows(parameter)
+    local = parameter.detach()
+    start = 0
+    if hasattr(parameter, "to_local"):
+        # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
+        local = local.to_local()
+        start = min(rank() * math.ceil(len(parameter) / world_size()), len(parameter))
     with safetensors.safe_open(path, "pt") as file:
         rows = file.get_slice(name)
-        if rows.get_shape() != list(parameter.shape):
-            raise UserError(f"{name} has shape {rows.get_shape()}, unlike config.json")
-        if rows.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{name} is quantized, to {rows.get_dtype()}")
-        local.copy_(rows[start : start + local.shape[0]])
+        kind = rows.get_dtype()
+        shape = rows.get_shape()
+        if shape != list(parameter.shape) or kind not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{name} is {kind} {shape}: quantized, or not of this config.json")
+        local.copy_(rows[start : start + len(local)])
     if not (local.abs() < 1e12).all():  # a flipped bit makes 1e38 of 1
         raise UserError(
             f"{name} holds NaN, infinite or absurdly large numbers (as {local.dtype}): download "
             "it again, or use another checkpoint"
         )
-
-
-def local_rows(parameter):
-    """(what this rank holds of a parameter, the number of its first row)."""
-    local = parameter.detach()
-    if not hasattr(parameter, "to_local"):  # FSDP2 did not share it out
-        return local, 0
-    # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
-    rows = parameter.shape[0]
-    start = min(rank() * math.ceil(rows / world_size()), rows)
-    return local.to_local(), start
 
 
 def whole(tensor):
