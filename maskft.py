@@ -1234,17 +1234,13 @@ def save_checkpoint(run, step):
     import torch.distributed.checkpoint as dcp
 
     part = run.out / "ckpt" / "part"
-    if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)  # cut short before
-    dist.barrier()
-    state = state_of(run)
+    on_rank_0(partial(shutil.rmtree, part, ignore_errors=True))  # cut short before
     try:
         with dcp_errors():
-            dcp.save(state, checkpoint_id=part)
+            dcp.save(state_of(run), checkpoint_id=part)  # ends when all ranks have written
     except RuntimeError:  # torch hides what the system said of a full disk, a file does not
         (part / "probe").write_bytes(bytes(2**20))
         raise
-    dist.barrier()
     if rank() == 0:
         part.replace(part.with_name(f"step-{step}"))
         for old in checkpoints(run.out)[:-2]:
