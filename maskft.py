@@ -1091,31 +1091,43 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
                   "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
     """
-    if not questions:
-        return {}, []
     max_new_tokens = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.prompt(question["question"]) for question in questions]
+
+    def ask(numbers, on_answer):
+        asked = [prompts[i] for i in numbers]
+        answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=on_answer)
+        return [
+            scored(questions[i], tokenizer.decode(ids).strip())
+            for i, ids in zip(numbers, answers, strict=True)
+        ]
+
     # by length: every rank gets its part of short and long, and neighbors make a good batch
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    mine = order[rank() :: world_size()]
-    bar = progress_bar(len(mine), "questions", "question", leave=False, position=0)
-    asked = [prompts[i] for i in mine]
-    answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=bar.update)
-    bar.close()
-    answered = {}  # number of the question -> its prediction
-    for i, ids in zip(mine, answers, strict=True):
-        text = tokenizer.decode(ids).strip()
-        scores = evaluation.score(text, questions[i]) if "answer" in questions[i] else {}
-        answered[i] = {**questions[i], "prediction": text, **scores}
-    predictions = in_order(answered)
+    predictions = dealt(order, ask, "questions", "question")
     return evaluation.average(predictions), predictions
 
 
-def in_order(mine):
-    """The values of all ranks' dicts {number: value}, by number, on every rank."""
-    parts = [mine] * world_size()
+def scored(question, text):
+    """The prediction that an answer is: its question, the text and, if there is one to compare it
+    with, how good it is."""
+    scores = evaluation.score(text, question) if "answer" in question else {}
+    return question | {"prediction": text} | scores
+
+
+def dealt(numbers, work, what, unit, units=1):
+    """The values that all ranks make of 0, 1, ..., by number, on every rank.
+
+    numbers  these, in the order in which they are dealt: neighbors go to different ranks
+    work     numbers, on_answer -> a value for each; it calls on_answer(n) for n more `units`
+    """
+    mine = numbers[rank() :: world_size()]
+    bar = progress_bar(units * len(mine), what, unit, leave=False, position=0)
+    done = dict(zip(mine, work(mine, bar.update), strict=True))
+    bar.close()
+    parts = [done] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, mine)
+        dist.all_gather_object(parts, done)
     everything = {number: value for part in parts for number, value in part.items()}
     return [everything[number] for number in sorted(everything)]
 
@@ -1903,12 +1915,9 @@ def prepare_chats(run):
                 raise ValueError("not as it was")
         return
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
-    mine = range(number)[rank() :: world_size()]
-    bar = progress_bar(2 * len(mine), f"{number} chats of its own", "turn", leave=False)
+    write = partial(write_chats, run)
     with answering(run):
-        chats = write_chats(run, mine, bar.update)
-        bar.close()
-        run.chats = in_order(dict(zip(mine, chats, strict=True)))
+        run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", units=2)
         run.results["chats"] = data.digest(run.chats)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
