@@ -586,12 +586,13 @@ class Block(nn.Module):
 
     def attention(self, x, positions, rope, mask, cache):
         B, T, _ = x.shape
-        K = self.config.head_size
-        q = self.q_norm(self.q(x).view(B, T, -1, K)).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_norm(self.k(x).view(B, T, -1, K)).transpose(1, 2)  # (B, G, T, K)
-        v = self.v(x).view(B, T, -1, K).transpose(1, 2)  # (B, G, T, K)
-        q = rotate(q, *rope)
-        k = rotate(k, *rope)
+
+        def heads(linear):
+            return linear(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
+
+        q = rotate(self.q_norm(heads(self.q)), *rope)  # (B, H, T, K)
+        k = rotate(self.k_norm(heads(self.k)), *rope)  # (B, G, T, K)
+        v = heads(self.v)  # (B, G, T, K)
         if cache is not None:
             # put where they belong; what comes back is the cache, all keys and values of these rows
             at = positions[:, None, :, None].expand_as(k)  # (B, G, T, K)
@@ -648,7 +649,7 @@ class Model(nn.Module):
         x = self.embed(ids)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, rope, mask, None if cache is None else cache[:, layer])
-        head = self.embed.weight if self.head is None else self.head.weight  # (V, D)
+        head = (self.head or self.embed).weight  # (V, D)
         if labels is not None:
             if self.config.causal:
                 x = x[:, :-1]
