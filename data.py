@@ -391,8 +391,7 @@ def load_tokenizer(path):
                 "makes more"
             )
         texts, bos, eos, pad = read_declared(settings, [generation, config], tokens, known)
-        render = renderer(find_template(path, settings), texts)
-        frames, opening, eot = read_chat_form(render, tokens, texts.get("bos_token", ""))
+        frames, opening, eot = read_chat_form(find_template(path, settings), texts, tokens)
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
         is_base = eos and eot not in eos and "<|mdm_mask|>" not in special
@@ -524,39 +523,27 @@ def find_template(path, settings):
     return template
 
 
-def renderer(template, texts):
-    """A function that renders messages by a Jinja template of unknown origin, as transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    # raise_exception stays undefined: to call it fails, too
-    # always the same day: chats that a model writes must not depend on it
-    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-    # transformers' mark of answers renders nothing; nor does `with`
-    template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return partial(environment.from_string(template).render, texts, tools=None)
-
-
-MARK = "\ue000"  # stands for a content; for private use, so in no template's text
-
-
-def read_chat_form(render, tokens, bos):
+def read_chat_form(template, texts, tokens):
     """What stands before, between and behind the contents of chats that a template renders.
 
+    texts    special tokens by the names that a template has for them
+    tokens   text -> id, of which one ends a turn
     returns  frames; all that the template puts before a user's first word; the id of the special
              token that ends a turn"""
-    opening, answer, question, prompt = around(render, "user", "assistant", "user")
+    around = partial(render, template, texts)
+    opening, answer, question, prompt = around("user", "assistant", "user")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
-    *_, last = around(render, "user", "assistant")
+    *_, last = around("user", "assistant")
     _, end, header = any_of(tokens).split(question, maxsplit=1)
     header = header.lstrip()
+    bos = texts.get("bos_token", "")
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
     system = opening.removeprefix(start).removesuffix(header).strip()
     if prompt != answer or not last.startswith(end) or system and not system.endswith(end):
         raise ValueError(f"turns differ: {[opening, answer, question, prompt, last]}")
     frames = {}
     with suppress(TemplateError, ValueError):  # not every template has system turns
-        frames[">system"], frames["system>user"], _ = around(render, "system", "user")
+        frames[">system"], frames["system>user"], _ = around("system", "user")
     frames |= {
         "user>assistant": answer,
         "assistant>user": question,
@@ -567,12 +554,28 @@ def read_chat_form(render, tokens, bos):
     return frames, opening, tokens[end]
 
 
-def around(render, *roles):
-    """What stands before, between and behind the contents of a chat, as a template renders it.
+MARK = "\ue000"  # stands for a content; for private use, so in no template's text
 
-    Behind a last one of the user there is the header of the answer, too."""
-    messages = [{"role": role, "content": MARK} for role in roles]
-    return render(messages=messages, add_generation_prompt=roles[-1] == "user").split(MARK)
+
+def render(template, texts, *roles):
+    """What stands before, between and behind the contents of a chat, as transformers renders it.
+
+    Behind a last one of the user there is the header of the answer, too. A template is code of
+    unknown origin, and raise_exception stays undefined: to call it fails, too."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    # transformers' mark of answers renders nothing; nor does `with`
+    template = regex.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
+    chat = environment.from_string(template).render(
+        texts,
+        messages=[{"role": role, "content": MARK} for role in roles],
+        add_generation_prompt=roles[-1] == "user",
+        tools=None,
+        # always the same day: chats that a model writes must not depend on it
+        strftime_now=datetime(2024, 7, 26).strftime,
+    )
+    return chat.split(MARK)
 
 
 def write_chat_files(tokenizer, source, target):
