@@ -244,8 +244,7 @@ class Tokenizer:
     combining marks newer than 9."""
 
     ranks: dict  # bytes -> id of what can be merged; ids grow with the merges: tiktoken's ranks
-    splits: list  # patterns, each splits what the one before left: its matches, what is between
-    nfc: bool
+    steps: list  # functions, each takes what the one before left apart: text -> pieces
     special: dict  # text -> id of tokens that text never becomes
     added: dict  # the same of other added tokens (Qwen's <think>), which text does become
     frames: dict  # "user>assistant" -> what stands between the contents of the two
@@ -281,10 +280,10 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text):
-        """Ids of text without added tokens: split it into pieces, then merge within each."""
-        pieces = [unicodedata.normalize("NFC", text) if self.nfc else text]
-        for split in self.splits:
-            pieces = [new for piece in pieces for new in split.split(piece)]
+        """Ids of text without added tokens: take it apart into pieces, then merge within each."""
+        pieces = [text]
+        for step in self.steps:
+            pieces = [new for piece in pieces for new in step(piece)]
         ids = []
         for piece in pieces:
             # The reference drops bytes without a token, and only now: the patterns must see them.
@@ -382,7 +381,7 @@ def load_tokenizer(path):
     )
     with reading(path, form):
         tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
-        ranks, splits, nfc = read_bpe(content, tokens)
+        ranks = read_ranks(content["model"], tokens)
         known = {*ranks.values(), *tokens.values()}
         last = max(known)
         if config and last >= embeddings(config):
@@ -397,8 +396,7 @@ def load_tokenizer(path):
         is_base = eos and eot not in eos and "<|mdm_mask|>" not in special
         return Tokenizer(
             ranks,
-            splits,
-            nfc,
+            read_steps(content),
             special,
             added,
             frames,
@@ -442,13 +440,12 @@ def embeddings(config):
     return config.get("embedding_size") or config["vocab_size"]  # LLaDA's may be more
 
 
-def read_bpe(content, added):
-    """(ranks, splits, nfc) of a Tokenizer, from tokenizer.json, whose post-processor is left aside.
+def read_ranks(model, added):
+    """The ranks of a Tokenizer, from its model in tokenizer.json.
 
     tiktoken joins two neighbours whose bytes are a token, the one with the lowest id first; the
     reference those that its list has first. They agree where ids follow the merges, as training
     numbers them."""
-    model = content["model"]
     vocab = model["vocab"]
     # "a b" or ["a", "b"]
     merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
@@ -456,33 +453,38 @@ def read_bpe(content, added):
     if ids != sorted(ids):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
-    ranks = {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
     unmade = vocab.keys() - {*tokens, *added}
     if model.get("ignore_merges") and unmade:
         raise ValueError(f"no merge makes {min(unmade)!r}")
-    match content["normalizer"]:
-        case None | {"normalizers": []}:
-            nfc = False
-        case {"type": "NFC"} | {"normalizers": [{"type": "NFC"}]}:
-            nfc = True
-        case other:
-            raise ValueError(f"normalizer {other}")
-    steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
-    # the group: `split` gives the matches, too
-    splits = [regex.compile(f"({pattern_of(step)})") for step in steps]
-    return ranks, splits, nfc
+    return {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
 
 
-def pattern_of(step):
-    """The regular expression by which a step of a pre-tokenizer splits a text."""
+def read_steps(content):
+    """The steps of a Tokenizer, from tokenizer.json, whose post-processor is left aside."""
+    steps = []
+    for given in (content["normalizer"] or {"normalizers": []}, content["pre_tokenizer"]):
+        match given:
+            case {"normalizers": several} | {"pretokenizers": several}:
+                steps += several
+            case one:
+                steps.append(one)
+    return [step_of(step) for step in steps]
+
+
+def step_of(step):
+    """What a step of a normalizer or of a pre-tokenizer does: text -> pieces."""
     match step:
+        case {"type": "NFC"}:
+            return lambda text: [unicodedata.normalize("NFC", text)]
         case {"type": "Digits", "individual_digits": one}:
-            return r"\p{N}" if one else r"\p{N}+"
+            pattern = r"\p{N}" if one else r"\p{N}+"
         case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
-            return pattern
+            pass
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            return GPT2_PIECES if step.get("use_regex", True) else NOWHERE
-    raise ValueError(f"pre-tokenizer {step}")
+            pattern = GPT2_PIECES if step.get("use_regex", True) else NOWHERE
+        case other:
+            raise ValueError(f"step {other}")
+    return regex.compile(f"({pattern})").split  # the group: `split` gives the matches, too
 
 
 # special whatever a tokenizer's file says: nothing in a text may mask
