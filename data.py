@@ -835,11 +835,11 @@ def collate(examples, pad_id):
     import torch
 
     examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
-    is_padded = len({len(e.ids) for e in examples}) > 1
+    key_mask = pad([[True] * len(e.ids) for e in examples], False)
     return {
         "ids": pad([e.ids for e in examples], pad_id),
         "labels": pad([e.labels for e in examples], IGNORE),
-        "key_mask": pad([[True] * len(e.ids) for e in examples], False) if is_padded else None,
+        "key_mask": None if key_mask.all() else key_mask,
         "weights": torch.tensor([e.weight for e in examples]),
     }
 
