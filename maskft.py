@@ -1535,7 +1535,7 @@ def arguments(description, methods):
     for setting in dataclasses.fields(Settings):
         choices = {"choices": methods} if setting.name == "method" else {}
         name = f"--{setting.name.replace('_', '-')}"
-        add(name, default=setting.default, **setting.metadata, **choices)
+        add(name, **setting.metadata, **choices)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     show = "print what the model would see of N documents (3), and train nothing"
@@ -1544,18 +1544,16 @@ def arguments(description, methods):
 
 
 def parse_flags(parser, words=None):
-    """The parsed command line, or `words` of one in a notebook.
+    """The command line, or `words` of one in a notebook, as Settings that have all flags.
 
     --resume takes all settings from its run, so it stands alone.
     """
-    args = parser.parse_args(words)
-    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
+    args = parser.parse_args(words, Settings())
+    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume], Settings())):
         parser.error("--resume takes its settings from the run: give no other flag with it")
-    if args.mask_ratio:
-        low, *high = args.mask_ratio
-        args.mask_ratio = [low, *(high or [low])]
-        if len(high) > 1 or not 0 <= low <= args.mask_ratio[-1] <= 1:
-            parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
+    ratios = args.mask_ratio or [0]
+    if len(ratios) > 2 or not 0 <= ratios[0] <= ratios[-1] <= 1:
+        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
     return args
 
 
@@ -1588,13 +1586,13 @@ def recipe_of(method, model):
     return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
-def decide(given, method, recipe):
-    """The Settings with what no flag gave as the recipe has it, but for the steps."""
-    decided = ("batch_size", "lr", "mask_ratio", "mlp_only")
-    usual = {name: getattr(recipe, name) for name in decided}
-    flags = {name: value for name, value in vars(given).items() if value is not None}
-    settings = Settings(**usual | flags)
-    settings.mask_ratio = list(settings.mask_ratio) if method.masks else None
+def decide(settings, method, recipe):
+    """Settings with what no flag gave as the recipe has it, but for the steps."""
+    for name in ("batch_size", "lr", "mask_ratio", "mlp_only"):
+        if getattr(settings, name) is None:
+            setattr(settings, name, getattr(recipe, name))
+    ratios = settings.mask_ratio  # R alone is both ends
+    settings.mask_ratio = [ratios[0], ratios[-1]] if method.masks else None
     if not method.causal and settings.mask_ratio[-1] == 0:
         raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return settings
@@ -2103,7 +2101,7 @@ BUILT_IN = ("tiny", "tiny-llada")
 def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     """Train with every method that is asked for, in turn, and print one table.
 
-    args     of a parser that `arguments` made
+    args     what `parse_flags` made of the flags of `arguments`
     methods  {name: Method}, of the method of the paper or of your own
     models   where --model names none: of a plain process, and of torchrun on GPUs
     """
@@ -2144,8 +2142,7 @@ def wanted_settings(args, methods, models, device):
     demo = args.model in BUILT_IN
     args.data = args.data or ("bio:40" if demo else "bio")
     names = args.method or list(methods)[-2 if demo else -1 :]
-    given = {setting.name: getattr(args, setting.name) for setting in dataclasses.fields(Settings)}
-    return [Settings(**given | {"method": name}) for name in names]
+    return [dataclasses.replace(args, method=name) for name in names]
 
 
 def prepare(given, method, device, stop):
