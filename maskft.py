@@ -1725,7 +1725,7 @@ def make_optimizer(model, lr, eps=1e-8):
 
 
 def train(run):
-    """Fine-tune run.model; Stopped if a signal comes.
+    """Fine-tune run.model; if a signal comes, save and raise KeyboardInterrupt.
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
     eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
@@ -1770,7 +1770,7 @@ def train(run):
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
         if stopping and step + 1 < run.steps:  # in the last step there is nothing left to stop
-            raise Stopped
+            raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
 
@@ -1893,14 +1893,10 @@ def log(run, line):
             file.write(json.dumps(line) + "\n")
 
 
-class Stopped(Exception):
-    """A signal asked for the end, and all that is needed to go on is saved."""
-
-
-@contextmanager
-def listening(received):
-    """Inside, a Ctrl-C, a SIGTERM or a closed terminal is put into `received`: stop after the
-    current step. A second one ends the program at once."""
+def listen(ends):
+    """A list that gets each Ctrl-C, SIGTERM or closing of the terminal, until `ends` close: to stop
+    after the current step. A second one ends the program at once."""
+    received = []
 
     def ask(number, frame):
         received.append(number)
@@ -1908,16 +1904,13 @@ def listening(received):
         if rank() == 0:
             os.write(2, b"\nstopping as soon as all is saved; once more ends at once\n")
 
-    before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored is what nohup asks for
+        before = signal.getsignal(number)
+        if before != signal.SIG_IGN:  # ignored is what nohup asks for
             with suppress(ValueError):  # a thread hears none
-                before[number] = signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                signal.signal(number, ask)
+                ends.callback(signal.signal, number, before)
+    return received
 
 
 # -------------------------------- behind the last epoch: what it knew before, and how to answer
@@ -2106,8 +2099,8 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     models   where --model names none: of a plain process, and of torchrun on GPUs
     """
     device = start_processes()
-    stop = []
-    with listening(stop), ExitStack() as locks:
+    with ExitStack() as ends:
+        stop = listen(ends)
         # all methods first, so that a mistake in the last one does not wait for the training of
         # others
         wanted = wanted_settings(args, methods, models, device)
@@ -2120,7 +2113,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             out = args.out or args.resume
             if args.out and len(runs) > 1:
                 out = f"{args.out}-{run.settings.method}"
-            run.out, run.results = on_rank_0(partial(claim, run, out, locks))
+            run.out, run.results = on_rank_0(partial(claim, run, out, ends))
         for run in runs:
             if run.results.get("finished"):
                 print0(f"{run.out}: finished before, with these settings and data")
@@ -2303,9 +2296,6 @@ def explained(run):
     advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
-    except Stopped:
-        print0(f"stopped; {advice}")
-        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({error}); begin again with --offload, with a lower "
@@ -2313,8 +2303,8 @@ def explained(run):
         ) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{run.out} cannot be written to ({error}); {advice}") from None
-    except RuntimeError:  # another rank is gone, and that may be rank 0
-        print(f"[rank {rank()}] {advice}", file=sys.stderr)
+    except (KeyboardInterrupt, RuntimeError):  # a signal; another rank is gone
+        print0(advice)
         raise
 
 
@@ -2436,26 +2426,24 @@ def print_where(runs):
 @elastic.record
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1, a stop with
-    that of a Ctrl-C, so that no script takes the run for done."""
+    130, so that no script takes the run for done."""
     with suppress(AttributeError):  # a notebook's output has no such method, a closed one is None
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    message = None
     status = 0
+    mistake = None
     try:
         body()
-    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
-        message = f"error: {error}"
     except KeyboardInterrupt:
-        message = "interrupted"
-    except Stopped:
-        status = 130  # what to do was said
-    if message and rank():
-        message = f"[rank {rank()}] {message}"
-        time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+        status = 130
+    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
+        mistake = f"error: {error}"
+        if rank():
+            time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+            mistake = f"[rank {rank()}] {mistake}"
     # else a thread of the group's may abort at exit; with an error, other ranks may not come along
-    if dist.is_initialized() and (message is None or world_size() == 1):
+    if dist.is_initialized() and (world_size() == 1 or not mistake):
         dist.destroy_process_group()
-    sys.exit(message or status)
+    sys.exit(mistake or status)
 
 
 def main():
