@@ -1351,12 +1351,12 @@ def step_of(path):
 # --------------------------------------------------------------------------- the directory of a run
 
 
-@contextmanager
-def locked(out):
-    """Hold the lock of a run's directory. The system takes it back however the process ends."""
-    lock = FileLock(out / ".lock")
+def lock(out, ends):
+    """Lock a run's directory until `ends` close. The system takes the lock back however the process
+    ends."""
+    file = out / ".lock"
     try:
-        lock.acquire(timeout=0)
+        ends.enter_context(FileLock(file, timeout=0))
     except Timeout:
         raise UserError(f"{out} is in use by another process: wait for its end") from None
     except (OSError, NotImplementedError) as error:
@@ -1364,23 +1364,19 @@ def locked(out):
             raise
         # the file system has no locks
         print(f"{out} cannot be locked ({error}): start no second process there")
-    try:
-        yield
-    finally:
-        (out / ".lock").unlink(missing_ok=True)  # who waits for it sees that it is gone
-        lock.release()
+    ends.callback(file.unlink, missing_ok=True)  # before its release: who waits sees it is gone
 
 
-def claim(run, out, locks):
-    """The directory of a run, locked until `locks` end, and the run's results so far.
+def claim(run, out, ends):
+    """The directory of a run, locked until `ends` close, and the run's results so far.
 
     out      its path; None = the next free out/DATA-METHOD-N
     results  A directory with a run of the same settings and data is gone on with, so the same
              command, given again by a person or a scheduler, goes on
     """
-    out = Path(out) if out else free_directory(run)
+    out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(locked(out))
+    lock(out, ends)
     results = results_of(run, out)
     if not results and any(path.name != ".lock" for path in out.iterdir()):
         raise UserError(
@@ -1390,19 +1386,14 @@ def claim(run, out, locks):
     return out, results or run.results
 
 
-def free_directory(run):
-    """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, the one that it
-    had."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def next_directory(run):
+    """out/DATA-METHOD-N of the first free N; of a launcher that tries again, the one it had."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     newest = None
-    Path("out").mkdir(exist_ok=True)
     for n in count(1):
-        out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
-        if not out.exists() and again and newest and results_of(run, newest):
-            return newest
-        with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir()
-            return out
+        out = Path(f"out/{run.dataset.name}-{run.settings.method}-{n}")
+        if not out.exists():
+            return newest if again and newest and results_of(run, newest) else out
         newest = out
 
 
@@ -1418,9 +1409,9 @@ def settings_of(out, methods):
     path = out / "results.json"
     with data.reading(path, "not the settings of a run of this version"):
         settings = Settings(**data.read_json(path)["arguments"])
-        for setting in dataclasses.fields(Settings):
-            if not isinstance(getattr(settings, setting.name), setting.type | None):
-                raise TypeError(f"{setting.name} is no {setting.type.__name__}")
+        for name, kind in Settings.__annotations__.items():
+            if not isinstance(getattr(settings, name), kind | None):
+                raise TypeError(f"{name} is no {kind.__name__}")
     if settings.method not in methods:
         raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
     return settings
