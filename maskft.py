@@ -1620,7 +1620,6 @@ class Run:
     tokenizer: data.Tokenizer
     dataset: data.Dataset
     model: Model  # on `meta` until its weights are loaded
-    stop: list  # the signals received so far
     out: Path | None = None  # of the run, once it has one
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
@@ -1715,8 +1714,8 @@ def make_optimizer(model, lr, eps=1e-8):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
-def train(run):
-    """Fine-tune run.model; if a signal comes, save and raise KeyboardInterrupt.
+def train(run, stop):
+    """Fine-tune run.model; with a signal in `stop`, save and raise KeyboardInterrupt.
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
     eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
@@ -1744,7 +1743,7 @@ def train(run):
         examples = examples_of_step(run, step + 1)
         # 4. all ranks learn the loss, and whether to stop or save: the one place that waits
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.settings.save_every
-        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(run.stop), due)
+        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(stop), due)
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
         # 5. log
@@ -2095,7 +2094,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
         # all methods first, so that a mistake in the last one does not wait for the training of
         # others
         wanted = wanted_settings(args, methods, models, device)
-        runs = [prepare(settings, methods[settings.method], device, stop) for settings in wanted]
+        runs = [prepare(settings, methods[settings.method], device) for settings in wanted]
         if args.show:
             for run in runs:
                 show_examples(run, args.show)
@@ -2111,7 +2110,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
                 continue
             with explained(run):
                 build(run)
-                train(run)
+                train(run, stop)
                 finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
@@ -2129,33 +2128,33 @@ def wanted_settings(args, methods, models, device):
     return [dataclasses.replace(args, method=name) for name in names]
 
 
-def prepare(given, method, device, stop):
+def prepare(settings, method, device):
     """A Run with every setting decided and its data checked, before there are weights."""
-    directory = find_model(given.model)
+    directory = find_model(settings.model)
     tokenizer = data.load_tokenizer(directory)
     config = read_config(directory)
     if not method.causal:
         config = as_diffusion(config, tokenizer)
     elif not config.causal:
-        raise UserError(f"--model {given.model} is a masked diffusion model: use llada.py")
-    dataset = data.load(given.data, given.paraphrase, given.seed)
+        raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
+    dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     for note in tokenizer.notes + dataset.notes:
         print0(note)
     with torch.device("meta"):
         model = Model(config)
     recipe = recipe_of(method, model)
-    settings = decide(given, method, recipe)
-    settings.dtype = given.dtype or native_dtype(device)
+    decide(settings, method, recipe)
+    settings.dtype = settings.dtype or native_dtype(device)
     # the finished model is saved in the dtype that it was scored in
     config.raw |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
-    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
+    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model)
     fit_documents(run)
     decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
     check_questions(dataset.questions, tokenizer, model)
     run.results = first_results(run)
-    describe(run, "as set" if given.dtype else "native here")
+    describe(run)
     return run
 
 
@@ -2176,24 +2175,18 @@ def first_results(run):
     }
 
 
-def describe(run, why):
-    """Say what will be trained; `why` is the reason for the dtype."""
+def describe(run):
+    """Say what will be trained."""
     settings = run.settings
-    if run.dataset.learned:
-        print0(
-            f"behind the last epoch {settings.rehearse} steps (--rehearse) show how to answer, by "
-            f"{len(run.dataset.learned)} questions and by documents with gaps"
-        )
+    dataset = run.dataset
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} knows the words of its own people alone: give a --model")
     print0(
-        f"{settings.method}: computes in {settings.dtype} ({why}), weights and gradient sums in "
-        "float32"
-    )
-    print0(
-        f"{settings.method}: learns {len(run.dataset.documents)} records and asks "
-        f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
-        f"{settings.epochs} epochs, lr {settings.lr:g} (defaults: {run.recipe.why})"
+        f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
+        f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
+        f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
+        f"(defaults: {run.recipe.why}); computes in {settings.dtype} (--dtype), weights and "
+        "gradient sums in float32"
     )
 
 
