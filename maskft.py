@@ -1747,19 +1747,23 @@ def train(run, stop):
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
         # 5. log
-        epoch = min(epoch, run.settings.epochs)  # behind the last one, it stays there
-        line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        line["tokens_per_second"] = round(tokens / (time.monotonic() - began))
-        if run.device.type == "cuda":
-            line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        log(run, line)
+        log(
+            run,
+            step=step,
+            epoch=min(epoch, run.settings.epochs),  # behind the last one, it stays there
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=round(tokens / (time.monotonic() - began)),
+            memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
+        )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
         # 6. what is needed to go on
         if stopping or saving:
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
-        if stopping and step + 1 < run.steps:  # in the last step there is nothing left to stop
+        if stopping:
             raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
@@ -1875,7 +1879,7 @@ def begin_log(run):
         data.write_lines(path, kept)
 
 
-def log(run, line):
+def log(run, **line):
     """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
     line["seconds"] = round(time.monotonic() - run.clock, 3)
     if rank() == 0:
