@@ -1378,12 +1378,15 @@ def claim(run, out, ends):
     out.mkdir(parents=True, exist_ok=True)
     lock(out, ends)
     results = results_of(run, out)
-    if not results and any(path.name != ".lock" for path in out.iterdir()):
-        raise UserError(
-            f"{out} is in use, and not by a run with these settings and --data as it is now: bring "
-            "back what was changed, or give another --out"
-        )
-    return out, results or run.results
+    if not results:
+        if any(path.name != ".lock" for path in out.iterdir()):
+            raise UserError(
+                f"{out} is in use, and not by a run with these settings and --data as it is now: "
+                "bring back what was changed, or give another --out"
+            )
+        results = run.results
+        evaluation.write_results(out, results, [])  # now the directory is its own
+    return out, results
 
 
 def next_directory(run):
@@ -2248,12 +2251,9 @@ def build(run):
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
     run.start = load_checkpoint(run)
-    results = run.results
     with data.reading(run.out / "results.json", "not the results of a run of this version"):
-        results["evaluations"] = [x for x in results["evaluations"] if x["step"] < run.start]
-    if rank() == 0 and not run.start:
-        evaluation.write_results(run.out, results, [])  # first: now the directory is its own
-        data.write_chat_files(run.tokenizer, run.directory, run.out)
+        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
+    run.results["evaluations"] = done
 
 
 def environment(device):
@@ -2301,6 +2301,7 @@ def finish(run):
     save(run.model, run.out)
     run.results["finished"] = True
     if rank() == 0:
+        data.write_chat_files(run.tokenizer, run.directory, run.out)
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
         evaluation.write_results(run.out, run.results, run.predictions)
