@@ -1384,7 +1384,7 @@ def claim(run, out, ends):
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
             )
-        results = run.results
+        results = run.results | {"environment": environment(run.device), "evaluations": []}
         evaluation.write_results(out, results, [])  # now the directory is its own
     return out, results
 
@@ -1403,8 +1403,7 @@ def next_directory(run):
 def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
     found = data.read_object(out / "results.json")
-    same = [found.get(name) == run.results[name] for name in ("arguments", "recipe", "dataset")]
-    return found if all(same) else {}
+    return found if found | run.results == found else {}
 
 
 def settings_of(out, methods):
@@ -1627,7 +1626,7 @@ class Run:
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
-    results: dict = field(default_factory=dict)  # what results.json gets
+    results: dict = field(default_factory=dict)  # first what makes it this run; of results.json
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
@@ -2160,26 +2159,18 @@ def prepare(settings, method, device):
     fit_documents(run)
     decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
     check_questions(dataset.questions, tokenizer, model)
-    run.results = first_results(run)
-    describe(run)
-    return run
-
-
-def first_results(run):
-    """What results.json has of a run before it trains."""
-    dataset = run.dataset
-    return {
-        "arguments": dataclasses.asdict(run.settings),
+    run.results = {
+        "arguments": dataclasses.asdict(settings),
         "recipe": {
-            "schedule": run.recipe.schedule.__name__,
-            "eps": run.recipe.eps,
-            "rehearse_lr": run.recipe.rehearse_lr,
+            "schedule": recipe.schedule.__name__,
+            "eps": recipe.eps,
+            "rehearse_lr": recipe.rehearse_lr,
         },
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
-        "environment": environment(run.device),
         "steps": run.steps,
-        "evaluations": [],
     }
+    describe(run)
+    return run
 
 
 def describe(run):
