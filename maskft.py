@@ -1724,7 +1724,6 @@ def train(run, stop):
     epoch more than it scores.
     """
     saved_at = time.monotonic()
-    begin_log(run)
     prepare_chats(run)
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
@@ -1870,15 +1869,20 @@ def evaluate_and_record(run, step, epoch):
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 
-def begin_log(run):
-    """Start the clock of metrics.jsonl. A resumed run first drops from it what it will do again."""
+def rewind(run):
+    """Leave evaluations and metrics.jsonl as they were before the first step, and start the clock:
+    a resumed run does again what came behind it."""
     path = run.out / "metrics.jsonl"
-    with data.reading(path, "damaged; move it away and --resume again, without its lines"):
-        lines = data.read_lines(path) if path.exists() else []
-        kept = [line for line in lines if line["step"] < run.start]
-        run.clock = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
+
+    def before(records):
+        return [record for record in records if record["step"] < run.start]
+
+    with data.reading(run.out, "its results.json, or its metrics.jsonl: that may be moved away"):
+        run.results["evaluations"] = before(run.results["evaluations"])
+        lines = before(data.read_lines(path)) if path.exists() else []
+        run.clock = time.monotonic() - (lines[-1]["seconds"] if lines else 0)
     if rank() == 0:
-        data.write_lines(path, kept)
+        data.write_lines(path, lines)
 
 
 def log(run, **line):
@@ -2242,9 +2246,7 @@ def build(run):
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
     run.start = load_checkpoint(run)
-    with data.reading(run.out / "results.json", "not the results of a run of this version"):
-        done = [asked for asked in run.results["evaluations"] if asked["step"] < run.start]
-    run.results["evaluations"] = done
+    rewind(run)
 
 
 def environment(device):
