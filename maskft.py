@@ -1542,7 +1542,7 @@ def parse_flags(parser, words=None):
     --resume takes all settings from its run, so it stands alone.
     """
     args = parser.parse_args(words, Settings())
-    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume], Settings())):
+    if args.resume and (args != Settings() or args.out or args.show):
         parser.error("--resume takes its settings from the run: give no other flag with it")
     ratios = args.mask_ratio or [0]
     if len(ratios) > 2 or not 0 <= ratios[0] <= ratios[-1] <= 1:
