@@ -2187,7 +2187,7 @@ def describe(run):
         f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
         f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
         f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
-        f"(defaults: {run.recipe.why}); computes in {settings.dtype} (--dtype), weights and "
+        f"(defaults: {run.recipe.why})\n  computes in {settings.dtype} (--dtype), weights and "
         "gradient sums in float32"
     )
 
