@@ -1319,12 +1319,12 @@ def step_of(path):
 # --------------------------------------------------------------------------- the directory of a run
 
 
-@contextmanager
-def locked(out):
-    """Hold the lock of a run's directory. The system takes it back however the process ends."""
-    lock = FileLock(out / ".lock")
+def lock(out, ends):
+    """Lock a run's directory until `ends` close. The system takes the lock back however the process
+    ends."""
+    file = out / ".lock"
     try:
-        lock.acquire(timeout=0)
+        ends.enter_context(FileLock(file, timeout=0))
     except Timeout:
         raise UserError(f"{out} is in use by another process: wait for its end") from None
     except (OSError, NotImplementedError) as error:
@@ -1332,53 +1332,46 @@ def locked(out):
             raise
         # the file system has no locks
         print(f"{out} cannot be locked ({error}): start no second process there")
-    try:
-        yield
-    finally:
-        (out / ".lock").unlink(missing_ok=True)  # who waits for it sees that it is gone
-        lock.release()
+    ends.callback(file.unlink, missing_ok=True)  # before its release: who waits sees it is gone
 
 
-def claim(run, out, locks):
-    """The directory of a run, locked until `locks` end, and the run's results so far.
+def claim(run, out, ends):
+    """The directory of a run, locked until `ends` close, and the run's results so far.
 
     out      its path; None = the next free out/DATA-METHOD-N
     results  A directory with a run of the same settings and data is gone on with, so the same
              command, given again by a person or a scheduler, goes on
     """
-    out = Path(out) if out else free_directory(run)
+    out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(locked(out))
+    lock(out, ends)
     results = results_of(run, out)
-    if not results and any(path.name != ".lock" for path in out.iterdir()):
-        raise UserError(
-            f"{out} is in use, and not by a run with these settings and --data as it is now: bring "
-            "back what was changed, or give another --out"
-        )
-    return out, results or run.results
+    if not results:
+        if any(path.name != ".lock" for path in out.iterdir()):
+            raise UserError(
+                f"{out} is in use, and not by a run with these settings and --data as it is now: "
+                "bring back what was changed, or give another --out"
+            )
+        results = run.results | {"environment": environment(run.device), "evaluations": []}
+        evaluation.write_results(out, results, [])  # now the directory is its own
+    return out, results
 
 
-def free_directory(run):
-    """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, the one that it
-    had."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def next_directory(run):
+    """out/DATA-METHOD-N of the first free N; of a launcher that tries again, the one it had."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     newest = None
-    Path("out").mkdir(exist_ok=True)
     for n in count(1):
-        out = Path("out") / f"{run.dataset.name}-{run.settings.method}-{n}"
-        if not out.exists() and again and newest and results_of(run, newest):
-            return newest
-        with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir()
-            return out
+        out = Path(f"out/{run.dataset.name}-{run.settings.method}-{n}")
+        if not out.exists():
+            return newest if again and newest and results_of(run, newest) else out
         newest = out
 
 
 def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
     found = data.read_object(out / "results.json")
-    same = [found.get(name) == run.results[name] for name in ("arguments", "recipe", "dataset")]
-    return found if all(same) else {}
+    return found if found | run.results == found else {}
 
 
 def settings_of(out, methods):
@@ -1386,9 +1379,9 @@ def settings_of(out, methods):
     path = out / "results.json"
     with data.reading(path, "not the settings of a run of this version"):
         settings = Settings(**data.read_json(path)["arguments"])
-        for setting in dataclasses.fields(Settings):
-            if not isinstance(getattr(settings, setting.name), setting.type | None):
-                raise TypeError(f"{setting.name} is no {setting.type.__name__}")
+        for name, kind in Settings.__annotations__.items():
+            if not isinstance(getattr(settings, name), kind | None):
+                raise TypeError(f"{name} is no {kind.__name__}")
     if settings.method not in methods:
         raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
     return settings
@@ -1503,7 +1496,7 @@ def arguments(description, methods):
     for setting in dataclasses.fields(Settings):
         choices = {"choices": methods} if setting.name == "method" else {}
         name = f"--{setting.name.replace('_', '-')}"
-        add(name, default=setting.default, **setting.metadata, **choices)
+        add(name, **setting.metadata, **choices)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     show = "print what the model would see of N documents (3), and train nothing"
@@ -1512,18 +1505,16 @@ def arguments(description, methods):
 
 
 def parse_flags(parser, words=None):
-    """The parsed command line, or `words` of one in a notebook.
+    """The command line, or `words` of one in a notebook, as Settings that have all flags.
 
     --resume takes all settings from its run, so it stands alone.
     """
-    args = parser.parse_args(words)
-    if args.resume and vars(args) != vars(parser.parse_args(["--resume", args.resume])):
+    args = parser.parse_args(words, Settings())
+    if args.resume and (args != Settings() or args.out or args.show):
         parser.error("--resume takes its settings from the run: give no other flag with it")
-    if args.mask_ratio:
-        low, *high = args.mask_ratio
-        args.mask_ratio = [low, *(high or [low])]
-        if len(high) > 1 or not 0 <= low <= args.mask_ratio[-1] <= 1:
-            parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
+    ratios = args.mask_ratio or [0]
+    if len(ratios) > 2 or not 0 <= ratios[0] <= ratios[-1] <= 1:
+        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
     return args
 
 
@@ -1556,13 +1547,13 @@ def recipe_of(method, model):
     return method.llama_8b if llama_8b and method.llama_8b else method.large
 
 
-def decide(given, method, recipe):
-    """The Settings with what no flag gave as the recipe has it, but for the steps."""
-    decided = ("batch_size", "lr", "mask_ratio", "mlp_only")
-    usual = {name: getattr(recipe, name) for name in decided}
-    flags = {name: value for name, value in vars(given).items() if value is not None}
-    settings = Settings(**usual | flags)
-    settings.mask_ratio = list(settings.mask_ratio) if method.masks else None
+def decide(settings, method, recipe):
+    """Settings with what no flag gave as the recipe has it, but for the steps."""
+    for name in ("batch_size", "lr", "mask_ratio", "mlp_only"):
+        if getattr(settings, name) is None:
+            setattr(settings, name, getattr(recipe, name))
+    ratios = settings.mask_ratio  # R alone is both ends
+    settings.mask_ratio = [ratios[0], ratios[-1]] if method.masks else None
     if not method.causal and settings.mask_ratio[-1] == 0:
         raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return settings
@@ -1599,12 +1590,11 @@ class Run:
     tokenizer: data.Tokenizer
     dataset: data.Dataset
     model: Model  # on `meta` until its weights are loaded
-    stop: list  # the signals received so far
     out: Path | None = None  # of the run, once it has one
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
-    results: dict = field(default_factory=dict)  # what results.json gets
+    results: dict = field(default_factory=dict)  # first what makes it this run; of results.json
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
@@ -1694,15 +1684,14 @@ def make_optimizer(model, lr, eps=1e-8):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
-def train(run):
-    """Fine-tune run.model; Stopped if a signal comes.
+def train(run, stop):
+    """Fine-tune run.model; with a signal in `stop`, save and raise KeyboardInterrupt.
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
     eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
     epoch more than it scores.
     """
     saved_at = time.monotonic()
-    begin_log(run)
     prepare_chats(run)
     bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
     examples = examples_of_step(run, run.start)
@@ -1723,24 +1712,28 @@ def train(run):
         examples = examples_of_step(run, step + 1)
         # 4. all ranks learn the loss, and whether to stop or save: the one place that waits
         due = rank() == 0 and time.monotonic() - saved_at > 60 * run.settings.save_every
-        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(run.stop), due)
+        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(stop), due)
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
         # 5. log
-        epoch = min(epoch, run.settings.epochs)  # behind the last one, it stays there
-        line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        line["tokens_per_second"] = round(tokens / (time.monotonic() - began))
-        if run.device.type == "cuda":
-            line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        log(run, line)
+        log(
+            run,
+            step=step,
+            epoch=min(epoch, run.settings.epochs),  # behind the last one, it stays there
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=round(tokens / (time.monotonic() - began)),
+            memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
+        )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
         # 6. what is needed to go on
         if stopping or saving:
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
-        if stopping and step + 1 < run.steps:  # in the last step there is nothing left to stop
-            raise Stopped
+        if stopping:
+            raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
     bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
 
@@ -1844,18 +1837,23 @@ def evaluate_and_record(run, step, epoch):
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 
-def begin_log(run):
-    """Start the clock of metrics.jsonl. A resumed run first drops from it what it will do again."""
+def rewind(run):
+    """Leave evaluations and metrics.jsonl as they were before the first step, and start the clock:
+    a resumed run does again what came behind it."""
     path = run.out / "metrics.jsonl"
-    with data.reading(path, "damaged; move it away and --resume again, without its lines"):
-        lines = data.read_lines(path) if path.exists() else []
-        kept = [line for line in lines if line["step"] < run.start]
-        run.clock = time.monotonic() - (kept[-1]["seconds"] if kept else 0)
+
+    def before(records):
+        return [record for record in records if record["step"] < run.start]
+
+    with data.reading(run.out, "its results.json, or its metrics.jsonl: that may be moved away"):
+        run.results["evaluations"] = before(run.results["evaluations"])
+        lines = before(data.read_lines(path)) if path.exists() else []
+        run.clock = time.monotonic() - (lines[-1]["seconds"] if lines else 0)
     if rank() == 0:
-        data.write_lines(path, kept)
+        data.write_lines(path, lines)
 
 
-def log(run, line):
+def log(run, **line):
     """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
     line["seconds"] = round(time.monotonic() - run.clock, 3)
     if rank() == 0:
@@ -1863,14 +1861,10 @@ def log(run, line):
             file.write(json.dumps(line) + "\n")
 
 
-class Stopped(Exception):
-    """A signal asked for the end, and all that is needed to go on is saved."""
-
-
-@contextmanager
-def listening(received):
-    """Inside, a Ctrl-C, a SIGTERM or a closed terminal is put into `received`: stop after the
-    current step. A second one ends the program at once."""
+def listen(ends):
+    """A list that gets each Ctrl-C, SIGTERM or closing of the terminal, until `ends` close: to stop
+    after the current step. A second one ends the program at once."""
+    received = []
 
     def ask(number, frame):
         received.append(number)
@@ -1878,16 +1872,13 @@ def listening(received):
         if rank() == 0:
             os.write(2, b"\nstopping as soon as all is saved; once more ends at once\n")
 
-    before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored is what nohup asks for
+        before = signal.getsignal(number)
+        if before != signal.SIG_IGN:  # ignored is what nohup asks for
             with suppress(ValueError):  # a thread hears none
-                before[number] = signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                signal.signal(number, ask)
+                ends.callback(signal.signal, number, before)
+    return received
 
 
 # -------------------------------- behind the last epoch: what it knew before, and how to answer
@@ -2068,17 +2059,17 @@ BUILT_IN = ("tiny", "tiny-llada")
 def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
     """Train with every method that is asked for, in turn, and print one table.
 
-    args     of a parser that `arguments` made
+    args     what `parse_flags` made of the flags of `arguments`
     methods  {name: Method}, of the method of the paper or of your own
     models   where --model names none: of a plain process, and of torchrun on GPUs
     """
     device = start_processes()
-    stop = []
-    with listening(stop), ExitStack() as locks:
+    with ExitStack() as ends:
+        stop = listen(ends)
         # all methods first, so that a mistake in the last one does not wait for the training of
         # others
         wanted = wanted_settings(args, methods, models, device)
-        runs = [prepare(settings, methods[settings.method], device, stop) for settings in wanted]
+        runs = [prepare(settings, methods[settings.method], device) for settings in wanted]
         if args.show:
             for run in runs:
                 show_examples(run, args.show)
@@ -2087,14 +2078,14 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             out = args.out or args.resume
             if args.out and len(runs) > 1:
                 out = f"{args.out}-{run.settings.method}"
-            run.out, run.results = on_rank_0(partial(claim, run, out, locks))
+            run.out, run.results = on_rank_0(partial(claim, run, out, ends))
         for run in runs:
             if run.results.get("finished"):
                 print0(f"{run.out}: finished before, with these settings and data")
                 continue
             with explained(run):
                 build(run)
-                train(run)
+                train(run, stop)
                 finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
     print0(evaluation.samples(runs[-1].predictions))
@@ -2109,75 +2100,60 @@ def wanted_settings(args, methods, models, device):
     demo = args.model in BUILT_IN
     args.data = args.data or ("bio:40" if demo else "bio")
     names = args.method or list(methods)[-2 if demo else -1 :]
-    given = {setting.name: getattr(args, setting.name) for setting in dataclasses.fields(Settings)}
-    return [Settings(**given | {"method": name}) for name in names]
+    return [dataclasses.replace(args, method=name) for name in names]
 
 
-def prepare(given, method, device, stop):
+def prepare(settings, method, device):
     """A Run with every setting decided and its data checked, before there are weights."""
-    directory = find_model(given.model)
+    directory = find_model(settings.model)
     tokenizer = data.load_tokenizer(directory)
     config = read_config(directory)
     if not method.causal:
         config = as_diffusion(config, tokenizer)
     elif not config.causal:
-        raise UserError(f"--model {given.model} is a masked diffusion model: use llada.py")
-    dataset = data.load(given.data, given.paraphrase, given.seed)
+        raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
+    dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     for note in tokenizer.notes + dataset.notes:
         print0(note)
     with torch.device("meta"):
         model = Model(config)
     recipe = recipe_of(method, model)
-    settings = decide(given, method, recipe)
-    settings.dtype = given.dtype or native_dtype(device)
+    decide(settings, method, recipe)
+    settings.dtype = settings.dtype or native_dtype(device)
     # the finished model is saved in the dtype that it was scored in
     config.raw |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
-    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model, stop)
+    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model)
     fit_documents(run)
     decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
     check_questions(dataset.questions, tokenizer, model)
-    run.results = first_results(run)
-    describe(run, "as set" if given.dtype else "native here")
+    run.results = {
+        "arguments": dataclasses.asdict(settings),
+        "recipe": {
+            "schedule": recipe.schedule.__name__,
+            "eps": recipe.eps,
+            "rehearse_lr": recipe.rehearse_lr,
+        },
+        "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
+        "steps": run.steps,
+    }
+    describe(run)
     return run
 
 
-def first_results(run):
-    """What results.json has of a run before it trains."""
-    dataset = run.dataset
-    return {
-        "arguments": dataclasses.asdict(run.settings),
-        "recipe": {
-            "schedule": run.recipe.schedule.__name__,
-            "eps": run.recipe.eps,
-            "rehearse_lr": run.recipe.rehearse_lr,
-        },
-        "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
-        "environment": environment(run.device),
-        "steps": run.steps,
-        "evaluations": [],
-    }
-
-
-def describe(run, why):
-    """Say what will be trained; `why` is the reason for the dtype."""
+def describe(run):
+    """Say what will be trained."""
     settings = run.settings
-    if run.dataset.learned:
-        print0(
-            f"behind the last epoch {settings.rehearse} steps (--rehearse) show how to answer, by "
-            f"{len(run.dataset.learned)} questions and by documents with gaps"
-        )
+    dataset = run.dataset
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} knows the words of its own people alone: give a --model")
     print0(
-        f"{settings.method}: computes in {settings.dtype} ({why}), weights and gradient sums in "
-        "float32"
-    )
-    print0(
-        f"{settings.method}: learns {len(run.dataset.documents)} records and asks "
-        f"{len(run.dataset.questions)} questions, {run.steps} steps of {settings.batch_size} in "
-        f"{settings.epochs} epochs, lr {settings.lr:g} (defaults: {run.recipe.why})"
+        f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
+        f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
+        f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
+        f"(defaults: {run.recipe.why})\n  computes in {settings.dtype} (--dtype), weights and "
+        "gradient sums in float32"
     )
 
 
@@ -2235,12 +2211,7 @@ def build(run):
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
     run.start = load_checkpoint(run)
-    results = run.results
-    with data.reading(run.out / "results.json", "not the results of a run of this version"):
-        results["evaluations"] = [x for x in results["evaluations"] if x["step"] < run.start]
-    if rank() == 0 and not run.start:
-        evaluation.write_results(run.out, results, [])  # first: now the directory is its own
-        data.write_chat_files(run.tokenizer, run.directory, run.out)
+    rewind(run)
 
 
 def environment(device):
@@ -2271,9 +2242,6 @@ def explained(run):
     advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
-    except Stopped:
-        print0(f"stopped; {advice}")
-        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({error}); begin again with --offload, with a lower "
@@ -2281,8 +2249,8 @@ def explained(run):
         ) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{run.out} cannot be written to ({error}); {advice}") from None
-    except RuntimeError:  # another rank is gone, and that may be rank 0
-        print(f"[rank {rank()}] {advice}", file=sys.stderr)
+    except (KeyboardInterrupt, RuntimeError):  # a signal; another rank is gone
+        print0(advice)
         raise
 
 
@@ -2291,6 +2259,7 @@ def finish(run):
     save(run.model, run.out)
     run.results["finished"] = True
     if rank() == 0:
+        data.write_chat_files(run.tokenizer, run.directory, run.out)
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
         evaluation.write_results(run.out, run.results, run.predictions)
@@ -2404,26 +2373,24 @@ def print_where(runs):
 @elastic.record
 def entry_point(body):
     """Run a main function: a user's mistake ends with its message and exit status 1, a stop with
-    that of a Ctrl-C, so that no script takes the run for done."""
+    130, so that no script takes the run for done."""
     with suppress(AttributeError):  # a notebook's output has no such method, a closed one is None
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    message = None
     status = 0
+    mistake = None
     try:
         body()
-    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
-        message = f"error: {error}"
     except KeyboardInterrupt:
-        message = "interrupted"
-    except Stopped:
-        status = 130  # what to do was said
-    if message and rank():
-        message = f"[rank {rank()}] {message}"
-        time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+        status = 130
+    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
+        mistake = f"error: {error}"
+        if rank():
+            time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
+            mistake = f"[rank {rank()}] {mistake}"
     # else a thread of the group's may abort at exit; with an error, other ranks may not come along
-    if dist.is_initialized() and (message is None or world_size() == 1):
+    if dist.is_initialized() and (world_size() == 1 or not mistake):
         dist.destroy_process_group()
-    sys.exit(message or status)
+    sys.exit(mistake or status)
 
 
 def main():
