@@ -1358,13 +1358,16 @@ def claim(run, out, ends):
 
 
 def next_directory(run):
-    """out/DATA-METHOD-N of the first free N; of a launcher that tries again, the one it had."""
+    """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, its own."""
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     newest = None
     for n in count(1):
         out = Path(f"out/{run.dataset.name}-{run.settings.method}-{n}")
-        if not out.exists():
-            return newest if again and newest and results_of(run, newest) else out
+        if again and newest and not out.exists() and results_of(run, newest):
+            return newest
+        with suppress(FileExistsError):  # from before, or made by another run this moment
+            out.mkdir(parents=True)
+            return out
         newest = out
 
 
@@ -1845,7 +1848,9 @@ def rewind(run):
     def before(records):
         return [record for record in records if record["step"] < run.start]
 
-    with data.reading(run.out, "its results.json, or its metrics.jsonl: that may be moved away"):
+    with data.reading(
+        run.out, "its results.json or metrics.jsonl is damaged; the latter may be moved away"
+    ):
         run.results["evaluations"] = before(run.results["evaluations"])
         lines = before(data.read_lines(path)) if path.exists() else []
         run.clock = time.monotonic() - (lines[-1]["seconds"] if lines else 0)
@@ -2119,6 +2124,7 @@ def prepare(settings, method, device):
         model = Model(config)
     recipe = recipe_of(method, model)
     decide(settings, method, recipe)
+    why = "as set" if settings.dtype else "native here"
     settings.dtype = settings.dtype or native_dtype(device)
     # the finished model is saved in the dtype that it was scored in
     config.raw |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
@@ -2138,12 +2144,12 @@ def prepare(settings, method, device):
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
         "steps": run.steps,
     }
-    describe(run)
+    describe(run, why)
     return run
 
 
-def describe(run):
-    """Say what will be trained."""
+def describe(run, why):
+    """Say what will be trained; `why` is the reason for the dtype."""
     settings = run.settings
     dataset = run.dataset
     if settings.model in BUILT_IN and Path(settings.data).exists():
@@ -2152,7 +2158,7 @@ def describe(run):
         f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
         f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
         f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
-        f"(defaults: {run.recipe.why})\n  computes in {settings.dtype} (--dtype), weights and "
+        f"(defaults: {run.recipe.why})\n  computes in {settings.dtype} ({why}), weights and "
         "gradient sums in float32"
     )
 
@@ -2249,8 +2255,11 @@ def explained(run):
         ) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{run.out} cannot be written to ({error}); {advice}") from None
-    except (KeyboardInterrupt, RuntimeError):  # a signal; another rank is gone
-        print0(advice)
+    except KeyboardInterrupt:
+        print0(f"stopped; {advice}")
+        raise
+    except RuntimeError:  # another rank is gone, and that may be rank 0
+        print(f"[rank {rank()}] {advice}", file=sys.stderr)
         raise
 
 
