@@ -944,6 +944,7 @@ def generate(
     while waiting or going:
         # 1. free rows are taken by the next prompts, which are computed beside the other rows
         if not going:
+            cache = None  # freed before there is another
             cache = new_cache(model, room[waiting[-1]], cache_bytes)
         numbers = take_rows(cache, going, waiting, room) or going
         # 2. the next token of these rows, or if no prompt is new, of all
