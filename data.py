@@ -483,7 +483,7 @@ def step_of(step):
         case {"type": "ByteLevel", "add_prefix_space": False}:
             pattern = GPT2_PIECES if step.get("use_regex", True) else NOWHERE
         case other:
-            raise ValueError(f"step {other}")
+            raise ValueError(f"normalizer or pre-tokenizer {other}")
     return regex.compile(f"({pattern})").split  # the group: `split` gives the matches, too
 
 

@@ -318,7 +318,7 @@ class Config:
     context: int  # longest sequence in tokens; with a sliding window (not implemented) at most that
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # rope_type "default", "linear" or "llama3", and its numbers
+    rope_scaling: dict  # rope_type "default", "linear" or "llama3", its numbers, and more
     tied: bool  # the head is the embedding
     qkv_bias: bool = False
     out_bias: bool = False
@@ -386,7 +386,7 @@ def parse_llama(raw):
     context = raw.get("max_position_embeddings", 2048)
     # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | raw | scaling
+    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | scaling | raw
     rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
     refuse_unless(rope, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
@@ -945,9 +945,9 @@ def generate(
         # 1. free rows are taken by the next prompts, which are computed beside the other rows
         if not going:
             cache = None  # freed before there is another
-            cache = new_cache(model, room[waiting[-1]], cache_bytes)
+            cache = new_cache(model, len(waiting), room[waiting[-1]], cache_bytes)
         numbers = take_rows(cache, going, waiting, room) or going
-        # 2. the next token of these rows, or if no prompt is new, of all
+        # 2. the next token of these rows, the last ones, or if no prompt is new, of all
         past = [cached[i] for i in numbers]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
         logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
@@ -968,15 +968,15 @@ def generate(
     return [until_stop(answer, stop_ids) for answer in answers]
 
 
-def new_cache(model, size, cache_bytes):
-    """Room for keys and values, (rows, layers, 2, G, size, K), of as many texts of `size` tokens as
-    the bytes allow, and of one at least."""
+def new_cache(model, texts, size, cache_bytes):
+    """Room for keys and values, (rows, layers, 2, G, size, K), of so many texts of `size` tokens as
+    far as the bytes and ANSWER_ROWS allow, and of one at least."""
     config = model.config
     shape = (config.layers, 2, config.kv_heads, size, config.head_size)  # of a row
     key = model.blocks[0].k(model.embed.weight[:1])  # one, for its dtype and device
     rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
     # zeros: what is masked counts nothing, but nothing times NaN is NaN
-    return key.new_zeros(max(1, min(rows, ANSWER_ROWS)), *shape)
+    return key.new_zeros(max(1, min(rows, ANSWER_ROWS, texts)), *shape)
 
 
 def take_rows(cache, going, waiting, room):
@@ -1117,14 +1117,15 @@ def scored(question, text):
     return question | {"prediction": text} | scores
 
 
-def dealt(numbers, work, what, unit, units=1):
-    """The values that all ranks make of 0, 1, ..., by number, on every rank.
+def dealt(numbers, work, what, unit, each=1):
+    """What all ranks together make of 0, 1, ..., on every rank: a list of values, by number.
 
-    numbers  these, in the order in which they are dealt: neighbors go to different ranks
-    work     numbers, on_answer -> a value for each; it calls on_answer(n) for n more `units`
+    numbers  0, 1, ... in the order in which they are dealt: neighbors go to different ranks
+    work     numbers, on_answer -> their values; it calls on_answer(n) for n more answers, of which
+             a value takes `each`
     """
     mine = numbers[rank() :: world_size()]
-    bar = progress_bar(units * len(mine), what, unit, leave=False, position=0)
+    bar = progress_bar(each * len(mine), what, unit, leave=False, position=0)
     done = dict(zip(mine, work(mine, bar.update), strict=True))
     bar.close()
     parts = [done] * world_size()
@@ -1249,9 +1250,10 @@ def save_checkpoint(run, step):
 
     part = run.out / "ckpt" / "part"
     on_rank_0(partial(shutil.rmtree, part, ignore_errors=True))  # cut short before
+    state = state_of(run)
     try:
         with dcp_errors():
-            dcp.save(state_of(run), checkpoint_id=part)  # ends when all ranks have written
+            dcp.save(state, checkpoint_id=part)  # ends when all ranks have written
     except RuntimeError:  # torch hides what the system said of a full disk, a file does not
         (part / "probe").write_bytes(bytes(2**20))
         raise
@@ -1348,13 +1350,14 @@ def claim(run, out, ends):
     lock(out, ends)
     results = results_of(run, out)
     if not results:
-        if any(path.name != ".lock" for path in out.iterdir()):
+        if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
             )
         results = run.results | {"environment": environment(run.device), "evaluations": []}
-        evaluation.write_results(out, results, [])  # now the directory is its own
+        with data.reading(out, "cannot be written to"):
+            evaluation.write_results(out, results, [])  # now the directory is its own
     return out, results
 
 
@@ -1367,7 +1370,7 @@ def next_directory(run):
         if again and newest and not out.exists() and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
-            out.mkdir(parents=True)
+            os.makedirs(out)
             return out
         newest = out
 
@@ -1598,7 +1601,9 @@ class Run:
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
-    results: dict = field(default_factory=dict)  # first what makes it this run; of results.json
+    results: dict = field(
+        default_factory=dict
+    )  # of results.json; before `claim` what it is told by
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
@@ -1915,7 +1920,7 @@ def prepare_chats(run):
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     write = partial(write_chats, run)
     with answering(run):
-        run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", units=2)
+        run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", each=2)
         run.results["chats"] = data.digest(run.chats)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
@@ -2212,6 +2217,8 @@ def build(run):
     settings = run.settings
     print0(f"{settings.method}: into {run.out}; if it ends early: {resume_command(run.out)}")
     check_shared(run.out)
+    if rank() == 0:
+        data.write_chat_files(run.tokenizer, run.directory, run.out)
     if settings.mlp_only:
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
@@ -2269,7 +2276,6 @@ def finish(run):
     save(run.model, run.out)
     run.results["finished"] = True
     if rank() == 0:
-        data.write_chat_files(run.tokenizer, run.directory, run.out)
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
         evaluation.write_results(run.out, run.results, run.predictions)
