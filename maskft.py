@@ -386,7 +386,7 @@ def parse_llama(raw):
     context = raw.get("max_position_embeddings", 2048)
     # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | scaling | raw
+    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | raw | scaling
     rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
     refuse_unless(rope, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
