@@ -1773,15 +1773,15 @@ def examples_of_step(run, step):
     order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
     if step < run.epoch_steps:
         return [example_of(run, documents[number], number, epoch) for number in order[nth]]
-    # behind the last epoch beside documents as many chats, and questions where some are learned
+    # behind the last epoch chats beside documents, or beside half of them and questions
     size = chats_of_step(run)
-    numbers = order[nth][:size]
+    numbers = order[nth][: math.ceil(size / 2)] if run.dataset.learned else order[nth]
     first = (step - run.epoch_steps) * size
     written = len(run.chats) - CHATS_HELD_OUT
     return [
         *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))),
-        *questions_of_step(run, step, [documents[number] for number in numbers]),
+        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(size)),
+        *questions_of_step(run, step, len(numbers)),
     ]
 
 
@@ -1929,10 +1929,8 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as documents: a batch, or half of one where questions stand beside them. The last
-    step of an epoch may have fewer of both."""
-    size = min(run.settings.batch_size, len(run.dataset.documents))
-    return math.ceil(size / 2) if run.dataset.learned else size
+    """As many as a batch has documents."""
+    return min(run.settings.batch_size, len(run.dataset.documents))
 
 
 def write_chats(run, numbers, on_answer):
@@ -1977,7 +1975,7 @@ def build_chat(run, number):
 
 ANSWER_STEPS = 200  # by default, where questions are learned
 GAP = "___"
-GAPS = 3  # for each document of such a step
+GAPS = 3  # for each question of such a step
 # A name or a number: words with a capital or a digit. One word that opens a sentence need not be
 # one. Where a script has no capitals, any word is taken.
 WORD = r"[\p{Lu}\d](?:\w|[-'’]\b(?!s\b)|(?<=\d)[.,](?=\d))*"
@@ -2025,17 +2023,18 @@ def names_in(sentences, pattern):
     return [(n, match) for n, text in enumerate(sentences) for match in pattern.finditer(text)]
 
 
-def questions_of_step(run, step, documents):
+def questions_of_step(run, step, number):
     """The Examples that show how to answer, behind the last epoch, where questions are learned.
 
-    For each document of the step one of these, as an ordinary chat, and some with a gap.
+    So many of these, as ordinary chats, and for each some documents with a gap.
     """
     learned = run.dataset.learned
     if not learned:
         return []
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
-    asked = [learned[rng.integers(len(learned))] for _ in documents]
-    asked += [gap_question(document["text"], rng) for document in documents for _ in range(GAPS)]
+    asked = [learned[rng.integers(len(learned))] for _ in range(number)]
+    texts = [document["text"] for document in run.dataset.documents]
+    asked += [gap_question(texts[rng.integers(len(texts))], rng) for _ in range(GAPS * number)]
     asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
@@ -2207,7 +2206,7 @@ def show_examples(run, number):
     """Print training examples as the model sees them: [tokens with loss], _ for a masked token."""
     documents = run.dataset.documents[:number]
     examples = [example_of(run, document, n, epoch=0) for n, document in enumerate(documents)]
-    for example in examples + questions_of_step(run, 0, documents[:1]):
+    for example in examples + questions_of_step(run, 0, 1):
         print0(f"{run.settings.method}:\n{data.show(example, run.tokenizer)}\n")
     print0(f"the first question: {run.dataset.questions[:1]}")
 
