@@ -1770,17 +1770,17 @@ def examples_of_step(run, step):
         return []
     epoch, nth = divmod(step, run.steps_per_epoch)
     documents = run.dataset.documents
-    order = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)
+    batch = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)[nth]
     if step < run.epoch_steps:
-        return [example_of(run, documents[number], number, epoch) for number in order[nth]]
-    # behind the last epoch chats beside documents, or beside half of them and questions
-    size = chats_of_step(run)
-    numbers = order[nth][: math.ceil(size / 2)] if run.dataset.learned else order[nth]
-    first = (step - run.epoch_steps) * size
+        return [example_of(run, documents[number], number, epoch) for number in batch]
+    # behind the last epoch as many chats beside them; where questions are learned, these stand
+    # beside half of the documents
+    numbers = batch[: math.ceil(len(batch) / 2)] if run.dataset.learned else batch
+    first = (step - run.epoch_steps) * chats_of_step(run)
     written = len(run.chats) - CHATS_HELD_OUT
     return [
         *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(size)),
+        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(batch))),
         *questions_of_step(run, step, len(numbers)),
     ]
 
@@ -1929,7 +1929,7 @@ def prepare_chats(run):
 
 
 def chats_of_step(run):
-    """As many as a batch has documents."""
+    """As many as a batch has documents; the last one of an epoch may have fewer of both."""
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
