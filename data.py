@@ -468,10 +468,10 @@ def read_steps(content):
                 steps += several
             case one:
                 steps.append(one)
-    return [step_of(step) for step in steps]
+    return [read_step(step) for step in steps]
 
 
-def step_of(step):
+def read_step(step):
     """What a step of a normalizer or of a pre-tokenizer does: text -> pieces."""
     match step:
         case {"type": "NFC"}:

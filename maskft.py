@@ -938,7 +938,6 @@ def generate(
     model.check_length(max(room, default=0))
     generators = generators or [None] * len(prompts)
     answers = [[] for _ in prompts]
-    cached = [0] * len(prompts)  # how many tokens of a prompt and its answer the cache has
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
     going = []  # the prompt that each row of the cache belongs to
     while waiting or going:
@@ -947,13 +946,13 @@ def generate(
             cache = None  # freed before there is another
             cache = new_cache(model, len(waiting), room[waiting[-1]], cache_bytes)
         numbers = take_rows(cache, going, waiting, room) or going
-        # 2. the next token of these rows, the last ones, or if no prompt is new, of all
-        past = [cached[i] for i in numbers]
-        ids = [answers[i][-1:] or prompts[i] for i in numbers]  # what the cache does not have
+        # 2. the next token of the new rows, which are the last ones, or else of all; the cache has
+        # nothing of a new prompt, and of the others all but the last token
+        past = [len(prompts[i]) + len(answers[i]) - 1 if answers[i] else 0 for i in numbers]
+        ids = [answers[i][-1:] or prompts[i] for i in numbers]
         logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
         chosen = choose(logits, temperature, top_p, [generators[i] for i in numbers])
-        for i, new, token in zip(numbers, ids, chosen.tolist(), strict=True):
-            cached[i] += len(new)
+        for i, token in zip(numbers, chosen.tolist(), strict=True):
             answers[i].append(token)
         # 3. the last row takes the place of one whose answer has ended
         before = len(going)
@@ -1601,9 +1600,7 @@ class Run:
     start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
-    results: dict = field(
-        default_factory=dict
-    )  # of results.json; before `claim` what it is told by
+    results: dict = field(default_factory=dict)  # of results.json, from `prepare` the first
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
@@ -1773,8 +1770,8 @@ def examples_of_step(run, step):
     batch = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)[nth]
     if step < run.epoch_steps:
         return [example_of(run, documents[number], number, epoch) for number in batch]
-    # behind the last epoch as many chats beside them; where questions are learned, these stand
-    # beside half of the documents
+    # behind the last epoch a batch of chats beside one of documents; where questions are learned,
+    # beside half of one and questions
     numbers = batch[: math.ceil(len(batch) / 2)] if run.dataset.learned else batch
     first = (step - run.epoch_steps) * chats_of_step(run)
     written = len(run.chats) - CHATS_HELD_OUT
@@ -2028,13 +2025,15 @@ def questions_of_step(run, step, number):
 
     So many of these, as ordinary chats, and for each some documents with a gap.
     """
+    documents = run.dataset.documents
     learned = run.dataset.learned
     if not learned:
         return []
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
     asked = [learned[rng.integers(len(learned))] for _ in range(number)]
-    texts = [document["text"] for document in run.dataset.documents]
-    asked += [gap_question(texts[rng.integers(len(texts))], rng) for _ in range(GAPS * number)]
+    for _ in range(GAPS * number):
+        document = documents[rng.integers(len(documents))]
+        asked.append(gap_question(document["text"], rng))
     asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
