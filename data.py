@@ -171,7 +171,8 @@ def parse_record(row, where, learned=False):
         for name in ("text", "question", "answer", "group"):
             row.get(name, "").encode()  # fails for what is no text, as half a surrogate pair
         if ("text" in row) == ("question" in row):
-            raise UserError('a "text" or a "question" is needed, and not both')
+            found = ", ".join(row) or "nothing"
+            raise UserError(f'a "text" or a "question" is needed, and not both; found {found}')
         record = {"text": row["text"]} if "text" in row else parse_question(row, where, learned)
         return record | {"where": where}
 
@@ -710,8 +711,9 @@ def load(name, paraphrase="none", seed=0):
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files, paraphrase)
     if not dataset.documents + dataset.questions:
-        why = ['no set, and no file or folder with a "text" or a "question"', *dataset.notes]
-        raise UserError(f"--data {name}: {'; '.join(why)}; it takes {DATA_HELP}")
+        what = "nothing to learn or ask in it" if path.exists() else "no such set, file or folder"
+        why = "; ".join([what, *dataset.notes])
+        raise UserError(f"--data {name}: {why}; it takes {DATA_HELP}")
     return dataset
 
 

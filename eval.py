@@ -67,13 +67,14 @@ def words(text, deleted=PUNCTUATION):
     return CONTRACTION.sub(r" \1 \2 ", text).split()
 
 
-STOP_WORDS = words("a of the and is are be to new on in at an for")
+FUNCTION_WORDS = words("a of the and is are be to on in at an for")
+STOP_WORDS = [*FUNCTION_WORDS, "new"]  # masked_arLLM's, for the paper's score alone
 
 
-def scored_words(prediction, reference, deleted=PUNCTUATION):
-    """The words of both without function words, or with them if the reference has no others."""
+def scored_words(prediction, reference, deleted=SENTENCE_MARKS, ignored=FUNCTION_WORDS):
+    """The words of both without those ignored, or with them if the reference has no others."""
     both = [words(text, deleted) for text in (prediction, reference)]
-    telling = [[word for word in some if word.lower() not in STOP_WORDS] for some in both]
+    telling = [[word for word in some if word.lower() not in ignored] for some in both]
     return telling if telling[1] else both
 
 
@@ -83,19 +84,19 @@ def rouge1_recall(prediction, reference):
     The paper's score, as the `rouge` package counts after masked_arLLM's clean-up. An empty
     prediction scores 0; ZeroDivisionError for a reference without a word.
     """
-    found, expected = map(set, scored_words(prediction, reference))
+    found, expected = map(set, scored_words(prediction, reference, PUNCTUATION, STOP_WORDS))
     return len(found & expected) / len(expected)
 
 
 def exact_match(prediction, reference):
     """1.0 if both have the same words in the same order, else 0.0."""
-    found, expected = scored_words(prediction, reference, SENTENCE_MARKS)
+    found, expected = scored_words(prediction, reference)
     return float(found == expected)
 
 
 def f1(prediction, reference):
     """Harmonic mean of word precision and recall over multisets, as SQuAD has it."""
-    found, expected = map(Counter, scored_words(prediction, reference, SENTENCE_MARKS))
+    found, expected = map(Counter, scored_words(prediction, reference))
     common = (found & expected).total()
     return 2 * common / (found.total() + expected.total()) if common else 0.0
 
@@ -167,7 +168,7 @@ def average_group(predictions):
         if metric in predictions[0]:
             values = np.array([prediction[metric] for prediction in predictions])
             means[metric] = float(sum(values) / n)
-            drawn_means = sum(values[drawn] for drawn in draws.T) / n  # (1000,)
+            drawn_means = values[draws].mean(1)  # (1000,)
             intervals[metric] = np.quantile(drawn_means, (0.025, 0.975)).tolist()
     return {**means, "n": n, "interval": intervals}
 
@@ -471,8 +472,11 @@ def arguments():
     )
     add("--max-new-tokens", type=int, help="longest answer (default: 128, for math 256)")
     add("--block-length", type=int, help="diffusion: tokens decoded together (default: 4)")
-    add("--steps", type=int, help="diffusion: passes for a whole answer (default: one a token)")
-    add(
+    passes = parser.add_mutually_exclusive_group()
+    passes.add_argument(
+        "--steps", type=int, help="diffusion: passes for a whole answer (default: one a token)"
+    )
+    passes.add_argument(
         "--threshold",
         type=float,
         help="diffusion: keep all tokens this probable at once; faster, approximate",
@@ -500,10 +504,12 @@ def check_flags(flags):
     """UserError for what would be ignored."""
     if "report" in flags and flags.keys() - {"report", "out"}:
         raise UserError("--report asks nothing: give --out alone with it")
-    if "ask" in flags and flags.keys() & {"data", "out"}:
-        raise UserError("--ask has questions of its own: give no --data, no --out with it")
+    if "ask" in flags and flags.keys() & {"data", "out", "seed", "paraphrase"}:
+        raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
     if flags.get("max_new_tokens", 1) < 1:
         raise UserError("--max-new-tokens must be above 0")
+    if "data" in flags:
+        flags.setdefault("paraphrase", "none")  # the run's is that of its own data
 
 
 def ask(flags):

@@ -1000,6 +1000,7 @@ OTHERS = """
     x              | y              | 0 | 0
                    | Ada            | 0 | 0
     A              | A.             | 1 | 1
+    York Ada Holm  | New York       | 0 | .4
     35             | 3.5            | 0 | 0
     5              | -5             | 0 | 0
     5              | .5             | 0 | 0
@@ -1228,7 +1229,7 @@ def run(tmp_path):
     """A copy of `tiny` with the results.json of a run."""
     folder = tmp_path / "run"
     shutil.copytree(HERE / "tiny", folder, ignore=shutil.ignore_patterns("*.py"))
-    arguments = {"data": "bio:1", "paraphrase": "none", "seed": 3, "dtype": "bfloat16"}
+    arguments = {"data": "bio:1", "paraphrase": "same", "seed": 3, "dtype": "bfloat16"}
     write(folder / "results.json", {"arguments": arguments})
     return folder
 
@@ -1253,7 +1254,8 @@ def test_a_run_is_asked_with_its_own_settings(run, tmp_path):
     again = tmp_path / "again"
     forked(evaluation, *flags, "--out", again, before=nothing_can_be_printed, status=1)
     assert jsonl(again / "preds.jsonl") == predictions
-    assert f"{run} on bio:1, seed 4\n" in forked(evaluation, *flags, "--seed", 4)
+    other = forked(evaluation, *flags, "--seed", 4, "--data", "world:1")  # it has no paraphrases
+    assert f"{run} on world:1, seed 4\n" in other
 
 
 def test_a_model_that_no_run_made_is_asked_about_the_usual_people(run):
@@ -1282,6 +1284,8 @@ MISTAKES = """
     --model tiny --data long.jsonl        | 1 | long.jsonl, record 1
     --model tiny --ask Who --out new      | 1 | --out
     --model tiny --ask Who --data bio     | 1 | --data
+    --model tiny --ask Who --seed 7       | 1 | --seed
+    --model tiny --steps 4 --threshold .9 | 2 | --threshold
     --report taken --ask Who              | 1 | --report
     --model taken                         | 1 | taken
     --model torn                          | 1 | torn/results.json
@@ -1923,7 +1927,7 @@ def quick():
     maskft.CHATS_HELD_OUT = 3
     maskft.CHAT_USER_TOKENS = maskft.CHAT_ANSWER_TOKENS = 8
     data.ANSWER_TOKENS = dict.fromkeys(data.ANSWER_TOKENS, 8)
-    maskft.find_spec = lambda name: None
+    sys.modules["matplotlib.figure"] = None
 
 
 def signalled(number, nth, where=torch.nn.utils, name="clip_grad_norm_", only="01"):
