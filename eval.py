@@ -536,7 +536,7 @@ def ask(flags):
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     if causal and given:
         raise UserError("--block-length, --steps and --threshold are for a diffusion model")
-    answers = maskft.greedy_answer if causal else llada.answer
+    answers = maskft.ar_answer if causal else llada.answer
     answer = partial(answers, model, tokenizer, **given)
     longest = flags.get("max_new_tokens")
 

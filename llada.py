@@ -247,11 +247,13 @@ def answer(
     steps=None,
     block_length=4,
     threshold=None,
+    generators=None,
     on_answer=None,
 ):
     """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0.
 
-    Prompts of alike length should be neighbors, as they are answered batch by batch.
+    Prompts of alike length should be neighbors, as they are answered batch by batch. With a
+    generator for each they are drawn at temperature 1, one by one: no draw depends on others.
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of
     text.
     """
@@ -260,6 +262,10 @@ def answer(
         left = prompts[len(answers) :]
         longest = len(max(left, key=len)) + max_new_tokens
         batch = left[: max(1, BATCH_TOKENS // longest)]
+        random = {}
+        if generators:
+            batch = left[:1]
+            random = {"temperature": 1.0, "generator": generators[len(answers)]}
         answers += sample(
             model,
             batch,
@@ -268,26 +274,10 @@ def answer(
             block_length,
             stop_ids=tokenizer.stop_ids,
             threshold=threshold,
+            **random,
         )
         if on_answer:
             on_answer(len(batch))
-    return answers
-
-
-def random_answer(model, tokenizer, prompts, max_new_tokens, generators, on_answer):
-    """Answers drawn at temperature 1, one by one: none depends on what is drawn for others."""
-    answers = []
-    for prompt, generator in zip(prompts, generators, strict=True):
-        answers += sample(
-            model,
-            [prompt],
-            max_new_tokens,
-            steps=max_new_tokens,
-            temperature=1.0,
-            stop_ids=tokenizer.stop_ids,
-            generator=generator,
-        )
-        on_answer(1)
     return answers
 
 
@@ -298,7 +288,6 @@ METHODS = {
         diffusion_example,
         causal=False,
         answer=answer,
-        draw=random_answer,
         chat=chat_example,
         tiny=maskft.TINY(4e-4, steps=350),
         small=maskft.SMALL(3e-4, epochs=80),

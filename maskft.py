@@ -272,10 +272,9 @@ class Method:
     example: Callable  # record, tokenizer, mask_ratio, numpy Generator -> Example
     masks: bool = True  # whether the mask ratio means anything to it
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
-    # model, tokenizer, prompts, max_new_tokens, on_answer -> answers; None = greedy
+    # model, tokenizer, prompts, max_new_tokens, generators, on_answer -> answers, at random where
+    # there are generators, one a prompt; None = ar_answer
     answer: Callable | None = None
-    # the same at random, with a generator a prompt before on_answer; None = temperature and top-p
-    draw: Callable | None = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
     tiny: Recipe = TINY(6e-4, steps=300)
@@ -284,9 +283,9 @@ class Method:
     llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
 
     def __post_init__(self):
-        if not self.causal and None in (self.answer, self.draw, self.chat):
+        if not self.causal and None in (self.answer, self.chat):
             raise ValueError(
-                "a method without the causal mask needs an `answer`, `draw` and `chat` of its own"
+                "a method without the causal mask needs an `answer` and a `chat` of its own"
             )
 
 
@@ -1020,19 +1019,15 @@ def until_stop(ids, stop_ids):
     return list(takewhile(lambda token: token not in stop_ids, ids))
 
 
-def greedy_answer(model, tokenizer, prompts, max_new_tokens=128, on_answer=None):
-    """Greedy answers of an autoregressive model."""
-    return generate(model, prompts, max_new_tokens, tokenizer.stop_ids, on_answer=on_answer)
-
-
-def random_answer(model, tokenizer, prompts, max_new_tokens, generators, on_answer=None):
-    """Answers of an autoregressive model drawn at temperature 1 from all but the least likely."""
+def ar_answer(model, tokenizer, prompts, max_new_tokens=128, generators=None, on_answer=None):
+    """Answers of an autoregressive model: greedy or, with a generator for each prompt, drawn at
+    temperature 1 from all but the least likely."""
     return generate(
         model,
         prompts,
         max_new_tokens,
         tokenizer.stop_ids,
-        temperature=1.0,
+        temperature=1.0 if generators else 0.0,
         top_p=0.95,
         generators=generators,
         on_answer=on_answer,
@@ -1829,7 +1824,7 @@ def answering(run):
 def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
     then print the scores."""
-    answer = partial(run.method.answer or greedy_answer, run.model, run.tokenizer)
+    answer = partial(run.method.answer or ar_answer, run.model, run.tokenizer)
     with answering(run):
         scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
@@ -1938,14 +1933,13 @@ def write_chats(run, numbers, on_answer):
     chat) alone.
     """
     tokenizer = run.tokenizer
-    draw = partial(run.method.draw or random_answer, run.model, tokenizer)
-    answer = partial(run.method.answer or greedy_answer, run.model, tokenizer)
+    answer = partial(run.method.answer or ar_answer, run.model, tokenizer)
     seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
     generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
     headers = [tokenizer.user_header()] * len(numbers)
-    users = draw(headers, CHAT_USER_TOKENS, generators, on_answer)
+    users = answer(headers, CHAT_USER_TOKENS, generators=generators, on_answer=on_answer)
     prompts = [tokenizer.prompt(user) for user in users]
-    answers = answer(prompts, max_new_tokens=CHAT_ANSWER_TOKENS, on_answer=on_answer)
+    answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)
     chats = []
     for user, prompt, ids in zip(users, prompts, answers, strict=True):
         chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}

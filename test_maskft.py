@@ -1843,7 +1843,7 @@ def test_an_answer_does_not_depend_on_its_batch_and_a_draw_on_its_generator_alon
         monkeypatch.setattr(llada, "BATCH_TOKENS", tokens)
         assert llada.answer(model, SPELLER, PROMPTS, 8, on_answer=done.append) == expected
     assert done == [3, 2, 1, 1, 1, 1] and llada.answer(model, SPELLER, []) == []
-    drawn = llada.random_answer(model, SPELLER, PROMPTS, 8, generators(0, 1, 2), done.append)
+    drawn = llada.answer(model, SPELLER, PROMPTS, 8, generators=generators(0, 1, 2))
     assert drawn == [*map(spelled, ("f7x7hii1", "7", "kkkkkakk"))]
 
 
