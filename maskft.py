@@ -1420,6 +1420,14 @@ def above(low, kind=int):
     return read
 
 
+def share(text):
+    """Reads a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
 def located(name):
     """A model or data set by name as it is, by path with its absolute path, to resume anywhere."""
     by_path = Path(name).exists() and name not in (*BUILT_IN, *SETS)
@@ -1444,7 +1452,7 @@ class Settings:
     mask_ratio: list = flag(  # None: the method masks nothing
         "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
         "parameters 0.5 0.95)",
-        type=float,
+        type=share,
         nargs="+",
         metavar="R",
     )
@@ -1513,9 +1521,6 @@ def parse_flags(parser, words=None):
     args = parser.parse_args(words, Settings())
     if args.resume and (args != Settings() or args.out or args.show):
         parser.error("--resume takes its settings from the run: give no other flag with it")
-    ratios = args.mask_ratio or [0]
-    if len(ratios) > 2 or not 0 <= ratios[0] <= ratios[-1] <= 1:
-        parser.error("--mask-ratio takes R, or LOW HIGH, with 0 <= LOW <= HIGH <= 1")
     return args
 
 
@@ -1553,8 +1558,8 @@ def decide(settings, method, recipe):
     for name in ("batch_size", "lr", "mask_ratio", "mlp_only"):
         if getattr(settings, name) is None:
             setattr(settings, name, getattr(recipe, name))
-    ratios = settings.mask_ratio  # R alone is both ends
-    settings.mask_ratio = [ratios[0], ratios[-1]] if method.masks else None
+    ratios = settings.mask_ratio
+    settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
     if not method.causal and settings.mask_ratio[-1] == 0:
         raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return settings

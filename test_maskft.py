@@ -2233,8 +2233,7 @@ USAGE = """
 --paraphrase often
 --mask-ratio 1.5
 --mask-ratio -0.1
---mask-ratio 0.9 0.1
---mask-ratio 0.1 0.2 0.3
+--mask-ratio 0.1 nan
 --resume nowhere --seed 1
 """
 
