@@ -1573,8 +1573,6 @@ def decide_steps(settings, recipe, documents, questions=0):
     settings.epochs = settings.epochs or min(recipe.epochs, enough)
     powers = [2**n for n in range(20) if 2**n < settings.epochs]
     settings.eval_at = settings.eval_at or [0, *powers]
-    if max(settings.eval_at) > settings.epochs:
-        raise UserError(f"--eval-at {max(settings.eval_at)}: there are {settings.epochs} epochs")
     if settings.rehearse is None:
         settings.rehearse = ANSWER_STEPS if questions else recipe.rehearse
     if not settings.rehearse and questions:

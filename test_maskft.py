@@ -2239,7 +2239,6 @@ USAGE = """
 
 # flags, in a folder with the files below -> what the one line names
 TRAINING_MISTAKES = {
-    "--epochs 3 --eval-at 0 4": "--eval-at 4",
     "--model ./nowhere": "nowhere",
     "--model nowhere/at-all": "hf download nowhere/at-all",
     "--model no/hub/id": "hf download no/hub/id",
