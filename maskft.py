@@ -1560,8 +1560,6 @@ def decide(settings, method, recipe):
             setattr(settings, name, getattr(recipe, name))
     ratios = settings.mask_ratio
     settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
-    if not method.causal and settings.mask_ratio[-1] == 0:
-        raise UserError("--mask-ratio 0: a diffusion model learns from masked tokens alone")
     return settings
 
 

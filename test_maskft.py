@@ -2253,7 +2253,6 @@ TRAINING_MISTAKES = {
     "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
     "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
-    "--mask-ratio 0": "--mask-ratio",  # of llada.py
     "--out taken --method sft": "taken is in use",
     "--resume nowhere": "nowhere/results.json",
     "--resume foreign": "foreign/results.json",
@@ -2291,8 +2290,7 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(folder):
     before = contents(folder)
     usage = {flags: flags.split()[0] for flags in USAGE.strip().splitlines()}
     for flags, named in (TRAINING_MISTAKES | usage).items():
-        script = llada if flags == "--mask-ratio 0" else maskft
-        printed = forked(script, *flags.split(), status=2 if flags in usage else 1)
+        printed = forked(maskft, *flags.split(), status=2 if flags in usage else 1)
         assert named in last_line(printed) and "error: " in last_line(printed), (flags, printed)
         assert contents(folder) == before, flags
 
