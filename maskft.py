@@ -280,7 +280,7 @@ class Method:
     tiny: Recipe = TINY(6e-4, steps=300)
     small: Recipe = SMALL_MASKED
     large: Recipe = PAPER(5e-6)
-    llama_8b: Recipe | None = None  # of Llamas of 8 B, where it differs
+    from_8b: Recipe | None = None  # of 8 B and more, where it differs
 
     def __post_init__(self):
         if not self.causal and None in (self.answer, self.chat):
@@ -293,10 +293,10 @@ PLAIN = {"masks": False, "small": SMALL(1e-4, epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
     "raw": Method(raw_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
-    "random": Method(random_example, masks=False, llama_8b=PAPER(3e-6)),
+    "random": Method(random_example, masks=False, from_8b=PAPER(3e-6)),
     "reverse": Method(reverse_example, **PLAIN, tiny=TINY(5e-4, steps=200)),
     "sft": Method(sft_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
-    "masked": Method(masked_example, llama_8b=PAPER(3e-6)),
+    "masked": Method(masked_example, from_8b=PAPER(3e-6)),
 }
 
 
@@ -1549,8 +1549,9 @@ def recipe_of(method, model):
         return method.tiny
     if parameters < 1_000_000_000:
         return method.small
-    llama_8b = model.config.raw["model_type"] == "llama" and model.config.width >= 4096
-    return method.llama_8b if llama_8b and method.llama_8b else method.large
+    if parameters < 8_000_000_000:
+        return method.large
+    return method.from_8b or method.large
 
 
 def decide(settings, method, recipe):

@@ -2465,8 +2465,8 @@ SHAPES = {
     "tiny": {},
     "135M": {"num_hidden_layers": 40, "hidden_size": 512, "intermediate_size": 1024},
     "3B": WIDE | {"hidden_size": 2048},
-    "8B": WIDE,
-    "qwen-8B": WIDE | {"model_type": "qwen3"},
+    "7B": WIDE,
+    "8B": WIDE | {"vocab_size": 128256},
 }
 
 # size, method, data, documents -> batch size, epochs, lr [paper A.4 for 3B and 8B]; for documents
@@ -2483,7 +2483,7 @@ DEFAULTS = """
 8B      masked  facts.jsonl   193 64 388  3e-6
 8B      llada   wiki          64  64 1550 1e-5
 3B      masked  bio           64  64 5000 5e-6
-qwen-8B masked  bio           64  64 5000 5e-6
+7B      masked  bio           64  64 5000 5e-6
 135M    masked  bio           10  10 100  6e-4
 135M    sft     bio           29  10 40   1e-4
 tiny    masked  bio           20  20 300  6e-4
