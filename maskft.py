@@ -877,21 +877,18 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save(model, path):
-    """Write config.json and safetensors of at most 5 GB, in the dtype that the config declares.
+def save(model, path, dtype="float32"):
+    """Write config.json and safetensors of at most 5 GB, in this dtype whatever the model has.
 
-    After training that is the dtype it was scored in. Call it on every rank: tensors are gathered
-    one by one, onto rank 0's CPU.
+    Call it on every rank: tensors are gathered one by one, onto rank 0's CPU.
     """
     path = Path(path)
-    raw = model.config.raw
-    said = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    dtype = getattr(torch, said, torch.float32)  # "auto" is none
+    raw = model.config.raw | {"dtype": dtype, "torch_dtype": dtype}
     tensors = {}
     for theirs, ours in checkpoint_names(model, raw["model_type"]).items():
         tensor = whole(model.get_parameter(ours).detach())
         if rank() == 0:
-            tensors[theirs] = tensor.to("cpu", dtype)
+            tensors[theirs] = tensor.to("cpu", getattr(torch, dtype))
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         config = path / "config.json"
@@ -2126,8 +2123,6 @@ def prepare(settings, method, device):
     decide(settings, method, recipe)
     why = "as set" if settings.dtype else "native here"
     settings.dtype = settings.dtype or native_dtype(device)
-    # the finished model is saved in the dtype that it was scored in
-    config.raw |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model)
@@ -2267,7 +2262,7 @@ def explained(run):
 
 def finish(run):
     """Write the model, its card and the curves; delete the checkpoints, free the memory."""
-    save(run.model, run.out)
+    save(run.model, run.out, run.settings.dtype)  # it was scored in
     run.results["finished"] = True
     if rank() == 0:
         data.write_text(run.out / "README.md", model_card(run))

@@ -1656,29 +1656,21 @@ def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     assert model.config.raw["tie_word_embeddings"] is False
 
 
-SAVED = [  # changes to a config: the dtype of what is saved
-    ({"dtype": "bfloat16"}, torch.bfloat16),
-    ({"torch_dtype": "torch.float16"}, torch.float16),
-    (RAW, torch.float32),
-]
-
-
-@pytest.mark.parametrize("changes, dtype", SAVED)
-def test_a_model_is_saved_in_its_dtype_and_in_place_of_what_was_there(
-    changes, dtype, copied, monkeypatch
-):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_is_saved_in_any_dtype_and_in_place_of_what_was_there(dtype, copied, monkeypatch):
     """Here in shards."""
     hub = maskft.huggingface_hub
     in_shards = partial(hub.save_torch_state_dict, max_shard_size=40_000)
     monkeypatch.setattr(hub, "save_torch_state_dict", in_shards)
-    model = random_model(**changes)
-    maskft.save(model, copied)
+    model = random_model(dtype="float16")
+    maskft.save(model, copied, dtype)
     again = maskft.load(copied, dtype=torch.float64)
-    expected = model.to(dtype).double()
+    expected = model.to(getattr(torch, dtype)).double()
     assert not again.training
     assert all(map(torch.equal, again.parameters(), expected.parameters()))
     raw = data.read_json(copied / "config.json")
-    assert raw == {"architectures": ["LlamaForCausalLM"], **llama(**changes)}
+    expected = {"architectures": ["LlamaForCausalLM"], **llama(dtype=dtype, torch_dtype=dtype)}
+    assert raw == expected
     index = copied / "model.safetensors.index.json"
     weight_map = data.read_json(index)["weight_map"]
     modes = {file.name: file.stat().st_mode for file in copied.iterdir()}
