@@ -335,27 +335,11 @@ def read_config(directory):
             "adapter? Merge it into its base model"
         )
     with data.reading(path):
-        raw = data.read_json(path)
-        if raw.get("auto_map"):
-            raw["auto_map"] = code_elsewhere(raw["auto_map"], path.parent)
-        config = parse_config(raw)
+        config = parse_config(data.read_json(path))
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         with torch.device("meta"):
             Model(config).check_length(1)  # and sizes that cannot be
     return with_own_head(config, path.parent)
-
-
-def hub_name(directory):
-    """owner/name of a model in the hub's cache; None of any other directory."""
-    found = regex.search("models--(.+?)--(.+)/snapshots/", str(directory.absolute()))
-    return "/".join(found.groups()) if found else None
-
-
-def code_elsewhere(code, directory):
-    """An auto_map that says where its code is, as transformers takes it: none is run or copied."""
-    source = hub_name(directory) or directory.absolute()
-    # once said, it stays so
-    return {kind: name if "--" in name else f"{source}--{name}" for kind, name in code.items()}
 
 
 def parse_config(raw):
@@ -363,7 +347,8 @@ def parse_config(raw):
     given = {name: value for name, value in raw.items() if value is not None}
     refuse_unless(given, model_type=FAMILIES, quantization_config=())
     parse, _, architecture = FAMILIES[given["model_type"]]
-    return dataclasses.replace(parse(given), raw={"architectures": [architecture]} | raw)
+    config = parse(given)
+    return dataclasses.replace(config, raw={"architectures": [architecture]} | raw | config.raw)
 
 
 def refuse_unless(raw, **implemented):
@@ -432,6 +417,14 @@ LLADA_FIXED = {
 }
 
 
+# where transformers finds the published code; none is run or copied here
+LLADA_CODE = {
+    "AutoConfig": "GSAI-ML/LLaDA-8B-Instruct--configuration_llada.LLaDAConfig",
+    "AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
+    "AutoModelForCausalLM": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
+}
+
+
 # field of a Config: what a LLaDA's config.json calls it
 LLADA_FIELDS = {
     "width": "d_model",
@@ -454,7 +447,12 @@ def parse_llada(raw):
     head_size = raw["d_model"] // raw["n_heads"]
     scaling = {"rope_type": "default"}
     return Config(
-        **sizes, vocab=data.embeddings(raw), head_size=head_size, rope_scaling=scaling, causal=False
+        **sizes,
+        vocab=data.embeddings(raw),
+        head_size=head_size,
+        rope_scaling=scaling,
+        causal=False,
+        raw={"auto_map": LLADA_CODE},
     )
 
 
@@ -2329,9 +2327,10 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def model_card(run):
     """The README.md of a run's directory, with the head that the hub reads."""
-    base = hub_name(run.directory)
+    model = run.settings.model
+    hub_id = regex.fullmatch(r"[\w.-]+/[\w.-]+", model)  # a path is absolute
     return CARD.format(
-        base=f"\nbase_model: {base}" if base else "",
+        base=f"\nbase_model: {model}" if hub_id else "",
         name=run.out.name,
         out=run.out,
         ask=ask_command(run.out),

@@ -1686,13 +1686,15 @@ def test_an_adapter_and_half_a_download_are_named(saved, tmp_path):
     assert "an adapter" in refusal(maskft.load, tmp_path)
 
 
-def test_a_saved_auto_map_says_where_the_code_is(tmp_path):
-    path = tmp_path / "models--acme--llada/snapshots/0123"
-    model = tiny_llada()
-    model.config.raw["auto_map"] = {"AutoConfig": "a.B", "AutoModel": "c/d--e.F"}
-    maskft.save(model, path)
-    auto_map = maskft.load(path).config.raw["auto_map"]
-    assert auto_map == {"AutoConfig": "acme/llada--a.B", "AutoModel": "c/d--e.F"}
+def test_a_saved_llada_says_where_the_published_code_is():
+    """Also one that began as an autoregressive model, or with a map that names files beside it."""
+    llama = maskft.read_config(maskft.find_model("tiny"))
+    tokenizer = data.load_tokenizer(maskft.find_model("tiny"))
+    for config in (
+        maskft.as_diffusion(llama, tokenizer),
+        maskft.parse_config(RAW | {"auto_map": {"AutoConfig": "a.B"}}),
+    ):
+        assert config.raw["auto_map"] == maskft.LLADA_CODE
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
