@@ -1702,8 +1702,6 @@ def train(run, stop):
             # Adam's averages are of the last, tiny gradients: they would halve these first steps
             run.optimizer.state.clear()
         # 2. gradients and step, at this step's learning rate
-        began = time.monotonic()
-        tokens = sum(len(example.ids) for example in examples)
         lr = lr_of_step(run, step)
         loss, norm = update(run, examples, lr)
         # 3. the next batch, while a GPU still computes
@@ -1721,7 +1719,6 @@ def train(run, stop):
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            tokens_per_second=round(tokens / (time.monotonic() - began)),
             memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
