@@ -2236,7 +2236,6 @@ def commit():
 @contextmanager
 def explained(run):
     """What ends a run early, with what to do about it."""
-    advice = f"go on with\n    {resume_command(run.out)}"
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -2244,13 +2243,9 @@ def explained(run):
             f"out of GPU memory ({error}); begin again with --offload, with a lower "
             "--micro-batch-tokens or --max-len, on more GPUs, or with a smaller --model"
         ) from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{run.out} cannot be written to ({error}); {advice}") from None
-    except KeyboardInterrupt:
-        print0(f"stopped; {advice}")
-        raise
-    except RuntimeError:  # another rank is gone, and that may be rank 0
-        print(f"[rank {rank()}] {advice}", file=sys.stderr)
+    except (KeyboardInterrupt, OSError, safetensors.SafetensorError, RuntimeError):
+        # every rank says it: another one may be gone, and that may be rank 0
+        print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
         raise
 
 
@@ -2382,7 +2377,7 @@ def entry_point(body):
         body()
     except KeyboardInterrupt:
         status = 130
-    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
+    except (UserError, OSError, safetensors.SafetensorError) as error:  # a full disk, for one
         mistake = f"error: {error}"
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all

@@ -2425,7 +2425,7 @@ def full_disk(most=10**6):
 ENDS = [  # flags, what is done in the fork -> what the last lines name
     ("--lr 1e30", quick, "lower --lr"),
     ("", lambda: setattr(torch.optim.AdamW, "step", out_of_memory), "--micro-batch-tokens"),
-    ("--save-every 1e-9", full_disk, "cannot be written to ([Errno 27] File too large"),
+    ("--save-every 1e-9", full_disk, "error: [Errno 27] File too large"),
 ]
 
 
