@@ -322,7 +322,7 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
-    causal: bool = True  # False: every token sees every other (LLaDA)
+    causal: bool = True  # False: every token sees every other (LLaDA, or as is_causal says)
     raw: dict = field(default_factory=dict)  # its config.json, written back on saving
 
 
@@ -392,11 +392,11 @@ def parse_llama(raw):
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         qk_norm=family == "qwen3",
+        causal=raw.get("is_causal", True),
     )
 
 
 # What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
-# Written out for a new model: the published configuration class defaults to a GPT-2 with dropout.
 LLADA_FIXED = {
     "activation_type": "silu",
     "alibi": False,
@@ -457,29 +457,15 @@ def parse_llada(raw):
 
 
 def as_diffusion(config, tokenizer):
-    """The Config to train a diffusion model with: a LLaDA's as it is, that of an autoregressive
-    model as a LLaDA's. Its weights fit, with the causal mask off."""
-    if not config.causal:
-        refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id])
-        return config
-    split = config.head_size * config.heads != config.width
-    scaled = config.rope_scaling["rope_type"] != "default"
-    if config.out_bias or config.qk_norm or scaled or split:
-        raise UserError(
-            "--model: no LLaDA has output bias, query and key norms, RoPE scaling, or a head size "
-            "other than width / heads; take another model"
-        )
-    print0("an autoregressive model: diffusion training starts from its weights")
-    sizes = {theirs: getattr(config, ours) for ours, theirs in LLADA_FIELDS.items()}
-    vocabulary = {
-        "vocab_size": config.vocab,
-        "embedding_size": config.vocab,
-        "mask_token_id": tokenizer.mask_id,
-        "eos_token_id": tokenizer.eos_id,
-        "bos_token_id": tokenizer.bos_id,
-        "pad_token_id": tokenizer.eos_id,
-    }
-    return parse_config({"model_type": "llada"} | LLADA_FIXED | sizes | vocabulary)
+    """The Config to train a diffusion model with: of any family, with the causal mask off.
+
+    transformers reads is_causal, too.
+    """
+    if config.causal:
+        print0("an autoregressive model: diffusion training starts from its weights")
+    refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id])
+    raw = config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id}
+    return dataclasses.replace(config, causal=False, raw=raw)
 
 
 # -------------------------------------------------------------------------------------------- model
