@@ -1240,7 +1240,7 @@ def save_checkpoint(run, step):
 
 
 def load_checkpoint(run):
-    """Fill model and optimizer from the newest checkpoint; the step to go on with, or 0."""
+    """Fill model, optimizer and chats from the newest checkpoint; the step to go on with, or 0."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -1261,15 +1261,16 @@ def load_checkpoint(run):
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+    run.chats = json.loads(state["chats"])
     return step_of(newest)
 
 
 def state_of(run):
-    """Weights and optimizer state as DCP takes them; other numbers of processes read them, too."""
+    """Weights, optimizer state and chats as DCP takes them, for any number of processes."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    return {"model": weights, "optimizer": optimizer_state}
+    return {"model": weights, "optimizer": optimizer_state, "chats": json.dumps(run.chats)}
 
 
 @contextmanager
@@ -1882,21 +1883,15 @@ def prepare_chats(run):
 
     What their answers cost now is written down too, for drift to be counted from.
     """
-    path = run.out / "rehearsal.jsonl"
-    if run.start:
-        with data.reading(path, "the model wrote it before it learned anything: begin a new run"):
-            run.chats = data.read_lines(path)
-            if data.digest(run.chats) != run.results["chats"]:
-                raise ValueError("not as it was")
+    if run.chats:
         return
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     write = partial(write_chats, run)
     with answering(run):
         run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", each=2)
-        run.results["chats"] = data.digest(run.chats)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
-        data.write_lines(path, run.chats)
+        data.write_lines(run.out / "rehearsal.jsonl", run.chats)
         evaluation.write_results(run.out, run.results, [])
 
 

@@ -2356,7 +2356,6 @@ def halted(begun, tmp_path):
 
 RUN_FILES = """
 metrics.jsonl
-rehearsal.jsonl
 results.json
 ckpt/step-3/.metadata
 ckpt/step-3/__0_0.distcp
@@ -2373,7 +2372,6 @@ def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted, 
 
 
 DAMAGE = {  # file of a run: old, new -> what the one line names
-    "rehearsal.jsonl": (b'"assistant": "', b'"assistant": "a', "rehearsal.jsonl"),
     "results.json": (b'"dataset": "', b'"dataset": "0', "--data"),
     "ckpt/step-3/.metadata": (b"torch", b"", "ckpt/step-3"),
 }
