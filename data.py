@@ -114,11 +114,6 @@ def write_lines(path, records):
     write_text(path, "".join(lines))
 
 
-def read_lines(path):
-    """The records in lines that `write_lines` wrote, but a last one that a crash has torn."""
-    return [json.loads(line) for line in read_text(path).split("\n")[:-1]]
-
-
 def json_rows(text):
     """Any sequence of JSON values: lines, a list of records, objects over several lines."""
     decode = json.JSONDecoder().raw_decode

@@ -1240,13 +1240,14 @@ def save_checkpoint(run, step):
 
 
 def load_checkpoint(run):
-    """Fill model, optimizer and chats from the newest checkpoint; the step to go on with, or 0."""
+    """Have a run as the newest checkpoint has it; without one it begins."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     saved = on_rank_0(partial(checkpoints, run.out))  # one sight for all: file systems may lag
     if not saved:
-        return 0
+        run.results["evaluations"] = []
+        return
     newest = saved[-1]
     state = state_of(run)
     with (
@@ -1261,16 +1262,16 @@ def load_checkpoint(run):
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-    run.chats = json.loads(state["chats"])
-    return step_of(newest)
+    run.chats, run.results, run.lines = json.loads(state["written"])
 
 
 def state_of(run):
-    """Weights, optimizer state and chats as DCP takes them, for any number of processes."""
+    """All that a run needs to go on, as DCP takes it, for any number of processes."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    return {"model": weights, "optimizer": optimizer_state, "chats": json.dumps(run.chats)}
+    written = json.dumps([run.chats, run.results, run.lines])
+    return {"model": weights, "optimizer": optimizer_state, "written": written}
 
 
 @contextmanager
@@ -1576,10 +1577,10 @@ class Run:
     dataset: data.Dataset
     model: Model  # on `meta` until its weights are loaded
     out: Path | None = None  # of the run, once it has one
-    start: int = 0  # the first step: 0, or where a resumed run goes on
     optimizer: torch.optim.Optimizer | None = None
     chats: list = field(default_factory=list)  # that the model wrote before it learned anything
     results: dict = field(default_factory=dict)  # of results.json, from `prepare` the first
+    lines: list = field(default_factory=list)  # of metrics.jsonl, one a step
     predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
@@ -1678,9 +1679,10 @@ def train(run, stop):
     """
     saved_at = time.monotonic()
     prepare_chats(run)
-    bar = progress_bar(run.steps, run.settings.method, "step", initial=run.start)
-    examples = examples_of_step(run, run.start)
-    for step in range(run.start, run.steps):
+    start = len(run.lines)  # 0, or where a resumed run goes on
+    bar = progress_bar(run.steps, run.settings.method, "step", initial=start)
+    examples = examples_of_step(run, start)
+    for step in range(start, run.steps):
         # 1. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and epoch in run.settings.eval_at:
@@ -1820,26 +1822,17 @@ def evaluate_and_record(run, step, epoch):
 
 
 def rewind(run):
-    """Leave evaluations and metrics.jsonl as they were before the first step, and start the clock:
-    a resumed run does again what came behind it."""
-    path = run.out / "metrics.jsonl"
-
-    def before(records):
-        return [record for record in records if record["step"] < run.start]
-
-    with data.reading(
-        run.out, "its results.json or metrics.jsonl is damaged; the latter may be moved away"
-    ):
-        run.results["evaluations"] = before(run.results["evaluations"])
-        lines = before(data.read_lines(path)) if path.exists() else []
-        run.clock = time.monotonic() - (lines[-1]["seconds"] if lines else 0)
+    """Leave metrics.jsonl as it was before the first step, and start the clock: a resumed run does
+    again what came behind it."""
+    run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
     if rank() == 0:
-        data.write_lines(path, lines)
+        data.write_lines(run.out / "metrics.jsonl", run.lines)
 
 
 def log(run, **line):
     """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
     line["seconds"] = round(time.monotonic() - run.clock, 3)
+    run.lines.append(line)
     if rank() == 0:
         with (run.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -2188,7 +2181,7 @@ def build(run):
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
-    run.start = load_checkpoint(run)
+    load_checkpoint(run)
     rewind(run)
 
 
@@ -2249,7 +2242,7 @@ def finish(run):
 def draw(run):
     """curves.png: scores, drift and losses, where matplotlib is installed."""
     (row,) = evaluation.summarize([run.results])
-    for line in data.read_lines(run.out / "metrics.jsonl"):
+    for line in run.lines:
         row.curve.append({"step": line["step"], "loss": [line["loss"]]})
     evaluation.draw_curves([row], run.out / "curves.png")
 
