@@ -289,9 +289,9 @@ METHODS = {
         causal=False,
         answer=answer,
         chat=chat_example,
-        tiny=maskft.TINY(4e-4, steps=350),
-        small=maskft.SMALL(3e-4, epochs=80),
-        large=maskft.PAPER(1e-5),
+        tiny=maskft.TINY(lr=4e-4, steps=350),
+        small=maskft.SMALL(lr=3e-4, epochs=80),
+        large=maskft.PAPER(lr=1e-5),
     )
 }
 

@@ -7,8 +7,8 @@
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), methods, config, model, weights,
-generation, FSDP2, checkpoints, a run's directory, settings, the training loop, what comes behind
-the last epoch, main.
+generation, answering, FSDP2, checkpoints, a run's directory, settings, the training loop, what
+comes behind the last epoch, main.
 """
 
 import argparse
@@ -108,10 +108,41 @@ def recover_document(shown, document, tokenizer):
     return supervise(prompt + tokenizer.encode(LEAD_IN), document + [tokenizer.eot_id])
 
 
-def recover_answer(record, shown, masked, answer, tokenizer):
-    """The same for the answer to a question; loss only on tokens whose counterpart is masked.
+def supervise(prompt, target):
+    """An Example with loss on each token of `target` and none on `prompt`."""
+    labels = [IGNORE] * len(prompt) + target
+    return Example(prompt + target, labels, weight=1.0, denominator=len(target))
 
-    No end of turn: it has no counterpart in the prompt [paper, math].
+
+# no dropout here, so there is no state of random numbers to keep
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
+
+
+def loss_sum(x, norm, head, labels, weights):
+    """Weighted sum of cross entropies at N positions; the caller divides by the loss denominator.
+
+    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
+    logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
+    exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
+    collective like the others. `Model.forward` shifts the labels, `update` divides.
+    """
+
+    def chunk_loss(x, labels, weights):
+        logits = F.linear(norm(x), head)  # (CHUNK, V)
+        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+
+    rows = [values.split(CHUNK) for values in (x, labels, weights)]
+    *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
+    total = sum(recompute(chunk_loss, *chunk) for chunk in chunks)
+    return total + chunk_loss(*last)  # not made again: backward begins with it
+
+
+def recover_answer(record, shown, masked, answer, tokenizer):
+    """A chat that recovers the masked answer to a question [paper, math].
+
+    The loss is on the tokens whose counterpart in the prompt is masked, and not on the end of turn:
+    it has none.
     """
     question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
     user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
@@ -186,36 +217,6 @@ def text_of(record):
     return record["text"]
 
 
-def supervise(prompt, target):
-    """An Example with loss on each token of `target` and none on `prompt`."""
-    labels = [IGNORE] * len(prompt) + target
-    return Example(prompt + target, labels, weight=1.0, denominator=len(target))
-
-
-# no dropout here, so there is no state of random numbers to keep
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-CHUNK = 1024  # rows of logits in memory at a time: (1024, 128k) fp32 is half a GB
-
-
-def loss_sum(x, norm, head, labels, weights):
-    """Weighted sum of cross entropies at N positions; the caller divides by the loss denominator.
-
-    x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
-    logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
-    exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
-    collective like the others.
-    """
-
-    def chunk_loss(x, labels, weights):
-        logits = F.linear(norm(x), head)  # (CHUNK, V)
-        return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
-
-    rows = [values.split(CHUNK) for values in (x, labels, weights)]
-    *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
-    total = sum(recompute(chunk_loss, *chunk) for chunk in chunks)
-    return total + chunk_loss(*last)  # not made again: backward begins with it
-
-
 # ----------------------------------------------------------------------- methods and their recipes
 
 
@@ -244,17 +245,17 @@ class Recipe:
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
     rehearse: int = 0  # steps behind the last epoch, with chats that the model wrote before
-    rehearse_lr: float = 1 / 3  # the share of the learning rate in these, without questions
+    rehearse_lr: float = 1 / 3  # their learning rate as a share of lr, without questions to learn
 
 
 # for models of less than 10 M parameters, of less than 1 B, and for all others
-TINY = partial(Recipe, "measured on the built-in models", 20, eps=1e-5)
-SMALL = partial(Recipe, "chosen on SmolLM2-135M", 10)
-PAPER = partial(Recipe, "the paper's, A.4", 64)
-# differs from masked_arLLM, whose models have 3 B and 8 B: what taught SmolLM2-135M most
+TINY = partial(Recipe, why="measured on the built-in models", batch_size=20, eps=1e-5)
+SMALL = partial(Recipe, why="chosen on SmolLM2-135M", batch_size=10)
+PAPER = partial(Recipe, why="the paper's, A.4", batch_size=64)
+# differs from masked_arLLM, whose models have 3 B and 8 B: ours, what taught SmolLM2-135M most
 # (results/README.md)
 SMALL_MASKED = SMALL(
-    6e-4,
+    lr=6e-4,
     epochs=100,
     mask_ratio=(0.5, 0.95),
     eps=1e-5,
@@ -265,7 +266,7 @@ SMALL_MASKED = SMALL(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Method:
     """All that tells one way of teaching from another. What is not given suits a custom method."""
 
@@ -277,9 +278,9 @@ class Method:
     answer: Callable | None = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
-    tiny: Recipe = TINY(6e-4, steps=300)
+    tiny: Recipe = TINY(lr=6e-4, steps=300)
     small: Recipe = SMALL_MASKED
-    large: Recipe = PAPER(5e-6)
+    large: Recipe = PAPER(lr=5e-6)
     from_8b: Recipe | None = None  # of 8 B and more, where it differs
 
     def __post_init__(self):
@@ -289,14 +290,14 @@ class Method:
             )
 
 
-PLAIN = {"masks": False, "small": SMALL(1e-4, epochs=40)}
+PLAIN = {"masks": False, "small": SMALL(lr=1e-4, epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
-    "raw": Method(raw_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
-    "random": Method(random_example, masks=False, from_8b=PAPER(3e-6)),
-    "reverse": Method(reverse_example, **PLAIN, tiny=TINY(5e-4, steps=200)),
-    "sft": Method(sft_example, **PLAIN, tiny=TINY(5e-4, steps=100)),
-    "masked": Method(masked_example, from_8b=PAPER(3e-6)),
+    "raw": Method(raw_example, **PLAIN, tiny=TINY(lr=5e-4, steps=100)),
+    "random": Method(random_example, masks=False, from_8b=PAPER(lr=3e-6)),
+    "reverse": Method(reverse_example, **PLAIN, tiny=TINY(lr=5e-4, steps=200)),
+    "sft": Method(sft_example, **PLAIN, tiny=TINY(lr=5e-4, steps=100)),
+    "masked": Method(masked_example, from_8b=PAPER(lr=3e-6)),
 }
 
 
@@ -526,8 +527,8 @@ def rotate(x, cos, sin):
     return (x * cos + other * sin).type_as(x)
 
 
-# Numbers as wide as the MLP that a layer keeps rather than making them again, which costs Python
-# time: of 8 B parameters, those of 292 tokens, in 32 layers 1 GiB in bf16.
+# An MLP's activations (B, T, F) of at most so many numbers are kept for backward, larger ones are
+# made again, which costs Python time. In a model of 8 B: 292 tokens, 1 GiB in bf16 over 32 layers.
 KEPT = 2**22
 
 
@@ -558,9 +559,8 @@ class Block(nn.Module):
         gate = self.gate(h)  # (B, T, F)
         up = self.up(h)  # (B, T, F)
         if torch.is_grad_enabled() and gate.numel() > KEPT:
-            # silu(gate) and the product are made again in backward, not kept: half of what is as
-            # wide as the MLP, for no matmul (checkpoint stops running again once it has the input
-            # of `down`, the last thing that backward needs)
+            # silu(gate) and the product are made again in backward: two of the four (B, T, F) are
+            # kept, and no matmul runs twice (checkpoint stops once it has the input of `down`)
             return x + recompute(self.activate, gate, up)
         return x + self.activate(gate, up)  # (B, T, D)
 
@@ -635,7 +635,6 @@ class Model(nn.Module):
         head = (self.head or self.embed).weight  # (V, D)
         if labels is not None:
             if self.config.causal:
-                x = x[:, :-1]
                 labels = labels[:, 1:]
             # norm, head and loss are spent on labelled positions only
             at = (labels != IGNORE).nonzero(as_tuple=True)  # rows (N,), columns (N,)
@@ -656,7 +655,7 @@ class Model(nn.Module):
         if cache is not None:
             positions = positions + past[:, None]
             columns = torch.arange(cache.shape[4], device=ids.device)  # (S,)
-            # S = T: there is no past
+            # S = T: no row has a past, so the causal mask is all there is
             mask = None if len(columns) == T else columns <= positions[:, None, :, None]
             return mask, positions
         if key_mask is None:
@@ -818,6 +817,7 @@ def load_weights(model, directory, device):
     files = find_tensors(directory)
     family = data.read_json(directory / "config.json")["model_type"]
     names = checkpoint_names(model, family)
+    # names on one side only: not in the files, or unknown to the model
     odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
     if odd:
         raise UserError(
@@ -885,8 +885,8 @@ def save(model, path, dtype="float32"):
 # --------------------------------------------------------------------------------------- generation
 
 
-# Keys and values in memory at a time, as 56 rows of 144 tokens of a Llama-3.1-8B in bf16, and rows:
-# more are no faster.
+# Limits of a cache: its bytes, which are 56 rows of 144 tokens of a Llama-3.1-8B in bf16, and its
+# rows; more are no faster.
 ANSWER_BYTES = 2**30
 ANSWER_ROWS = 256
 
@@ -921,13 +921,14 @@ def generate(
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
     going = []  # the prompt that each row of the cache belongs to
     while waiting or going:
-        # 1. free rows are taken by the next prompts, which are computed beside the other rows
+        # 1. free rows go to the next prompts
         if not going:
             cache = None  # freed before there is another
             cache = new_cache(model, len(waiting), room[waiting[-1]], cache_bytes)
-        numbers = take_rows(cache, going, waiting, room) or going
-        # 2. the next token of the new rows, which are the last ones, or else of all; the cache has
-        # nothing of a new prompt, and of the others all but the last token
+        new = take_rows(cache, going, waiting, room)
+        # 2. the next token of the new rows, which are the last ones, while the others wait; or of
+        # all rows. The cache has nothing of a new prompt, and of the others all but the last token
+        numbers = new or going
         past = [len(prompts[i]) + len(answers[i]) - 1 if answers[i] else 0 for i in numbers]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]
         logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
@@ -1093,7 +1094,7 @@ def scored(question, text):
 
 
 def dealt(numbers, work, what, unit, each=1):
-    """What all ranks together make of 0, 1, ..., on every rank: a list of values, by number.
+    """Share the numbers 0, 1, ... out over the ranks; the values of all, by number, on every rank.
 
     numbers  0, 1, ... in the order in which they are dealt: neighbors go to different ranks
     work     numbers, on_answer -> their values; it calls on_answer(n) for n more answers, of which
@@ -1440,12 +1441,13 @@ class Settings:
         metavar="R",
     )
     mlp_only: bool = flag(
-        "train the MLPs alone, which forgets less (default: masked, real models below 1 B)",
+        "train the MLPs alone, which forgets less (default: masked and random, of real models "
+        "below 1 B)",
         action=argparse.BooleanOptionalAction,
     )
     rehearse: int = flag(
-        "add N steps with chats that the model wrote, and questions to learn (default: masked, "
-        "real models below 1 B 8; of documents with questions to learn 200; else 0)",
+        "add N steps with chats that the model wrote, and questions to learn (default: masked and "
+        "random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
         type=above(-1),
         metavar="N",
     )
@@ -1617,7 +1619,7 @@ def batches(documents, size, seed, epoch):
 
 def example_of(run, record, number, epoch):
     """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
-    # + 1: numpy takes [a, b, 0] for [a, b], the seed of the order
+    # + 1: numpy takes [a, b, 0] for [a, b], which is the seed of the epoch's order
     rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
     return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
 
@@ -1688,7 +1690,8 @@ def train(run, stop):
         if nth == 0 and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
         if step == run.epoch_steps:
-            # Adam's averages are of the last, tiny gradients: they would halve these first steps
+            # with Adam's averages of the last, tiny gradients the first step would have .45 of its
+            # size
             run.optimizer.state.clear()
         # 2. gradients and step, at this step's learning rate
         lr = lr_of_step(run, step)
@@ -1723,7 +1726,8 @@ def train(run, stop):
 
 
 def lr_of_step(run, step):
-    """As the recipe's schedule has it; a lower one in the steps behind the epochs."""
+    """As the recipe's schedule has it; behind the epochs a share of lr, the same in all steps, or
+    with questions to learn half of lr, falling to zero."""
     if step < run.epoch_steps:
         return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
     if run.dataset.learned:
@@ -1959,11 +1963,11 @@ def gap_question(text, rng):
     after = sentences[number][name.end() :]
     longer = max(before, after, key=len)
     if longer.strip(EDGES) and rng.random() < 0.35:
-        # the longer part is asked for, by the name alone
+        # the longer side is asked for; the name and the shorter side stay
         before, after = ("", answer + after) if longer == before else (before + answer, "")
         answer = longer.strip(EDGES)
     elif rng.random() < 0.3:
-        # the name is asked for, by the longer part alone
+        # the name is asked for; the shorter side is left out
         before, after = (before, "") if longer == before else ("", after)
     # what is far from the gap may be left out
     before = before.split()
@@ -1972,7 +1976,7 @@ def gap_question(text, rng):
     after = after[: len(after) - int(0.4 * rng.random() * len(after))]
     sentences[number] = " ".join([*before, GAP, *after])
     if rng.random() < 0.5:
-        # of the other sentences none, but the first, which says whom they are about
+        # only this sentence and the first, which says whom the document is about
         sentences = [sentences[n] for n in sorted({0, number})]
     return {"question": " ".join(sentences), "answer": answer}
 
@@ -2116,7 +2120,7 @@ def describe(run, why):
     settings = run.settings
     dataset = run.dataset
     if settings.model in BUILT_IN and Path(settings.data).exists():
-        print0(f"{settings.model} knows the words of its own people alone: give a --model")
+        print0(f"{settings.model} has words for its own people alone: give a real --model")
     print0(
         f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
         f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
@@ -2356,7 +2360,8 @@ def entry_point(body):
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
             mistake = f"[rank {rank()}] {mistake}"
-    # else a thread of the group's may abort at exit; with an error, other ranks may not come along
+    # or a thread of the group's may abort at exit. Not behind an error on one of several ranks: the
+    # others may never come along
     if dist.is_initialized() and (world_size() == 1 or not mistake):
         dist.destroy_process_group()
     sys.exit(mistake or status)

@@ -138,7 +138,7 @@ def falling(lr, step, steps):
     return lr * (1 - (step - warm) / (steps - warm))
 
 
-PRACTICE = maskft.TINY(6e-4, steps=300, schedule=falling)
+PRACTICE = maskft.TINY(lr=6e-4, steps=300, schedule=falling)
 METHODS = {
     "diffusion": dataclasses.replace(
         llada.METHODS["llada"], example=diffusion_example, tiny=PRACTICE
