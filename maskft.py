@@ -1224,8 +1224,7 @@ def save_checkpoint(run, step):
     """Write out/.../ckpt/step-N, which has its name once it is whole; keep the last two."""
     import torch.distributed.checkpoint as dcp
 
-    part = run.out / "ckpt" / "part"
-    on_rank_0(partial(shutil.rmtree, part, ignore_errors=True))  # cut short before
+    part = run.out / "ckpt" / "part"  # of one that was cut short, files are written over
     state = state_of(run)
     try:
         with dcp_errors():
@@ -1234,7 +1233,7 @@ def save_checkpoint(run, step):
         (part / "probe").write_bytes(bytes(2**20))
         raise
     if rank() == 0:
-        part.replace(part.with_name(f"step-{step}"))
+        part.replace(part.with_name(f"step-{step:08}"))  # names that sort
         for old in checkpoints(run.out)[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -1289,12 +1288,7 @@ def dcp_errors():
 
 def checkpoints(out):
     """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "ckpt").glob("step-*[0-9]"), key=step_of)
-
-
-def step_of(path):
-    """7 of .../ckpt/step-7."""
-    return int(path.name.removeprefix("step-"))
+    return sorted((out / "ckpt").glob("step-*"))
 
 
 # --------------------------------------------------------------------------- the directory of a run
@@ -1699,7 +1693,7 @@ def train(run, stop):
         # 3. the next batch, while a GPU still computes
         examples = examples_of_step(run, step + 1)
         # 4. all ranks learn the loss, and whether to stop or save: the one place that waits
-        due = rank() == 0 and time.monotonic() - saved_at > 60 * run.settings.save_every
+        due = time.monotonic() - saved_at > 60 * run.settings.save_every
         loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(stop), due)
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)

@@ -1988,7 +1988,7 @@ def stopped(row, out):
 def stopped_late(row, out):
     """Where it begins to rehearse, and behind, and with a line of its log torn by a crash."""
     row.train(out, before=ctrl_c(6), status=130)
-    assert os.listdir(out / "ckpt") == ["step-6"]
+    assert os.listdir(out / "ckpt") == ["step-00000006"]
     row.resume(out, before=ctrl_c(1), status=130)
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "epoch": 3, "loss": 9, "seconds": 9}\n{"step": 7, "lo')
@@ -2007,10 +2007,10 @@ def killed(row, out):
     """Inside the fourth save, all written but not named; and when the model has no name yet."""
     save = partial(signalled, signal.SIGKILL, 4, torch.distributed.checkpoint, "save")
     row.train(out, "--save-every", "1e-9", before=save, status=-9)
-    assert sorted(os.listdir(out / "ckpt")) == ["part", "step-2", "step-3"]
+    assert sorted(os.listdir(out / "ckpt")) == ["part", "step-00000002", "step-00000003"]
     last = partial(signalled, signal.SIGKILL, 1, data.huggingface_hub, "save_torch_state_dict")
     row.resume(out, before=last, status=-9)
-    assert sorted(os.listdir(out / "ckpt")) == ["step-5", "step-6"]
+    assert sorted(os.listdir(out / "ckpt")) == ["step-00000005", "step-00000006"]
     row.resume(out)
 
 
@@ -2357,8 +2357,8 @@ def halted(begun, tmp_path):
 RUN_FILES = """
 metrics.jsonl
 results.json
-ckpt/step-3/.metadata
-ckpt/step-3/__0_0.distcp
+ckpt/step-00000003/.metadata
+ckpt/step-00000003/__0_0.distcp
 """
 
 
@@ -2373,7 +2373,7 @@ def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted, 
 
 DAMAGE = {  # file of a run: old, new -> what the one line names
     "results.json": (b'"dataset": "', b'"dataset": "0', "--data"),
-    "ckpt/step-3/.metadata": (b"torch", b"", "ckpt/step-3"),
+    "ckpt/step-00000003/.metadata": (b"torch", b"", "ckpt/step-00000003"),
 }
 
 
@@ -2384,7 +2384,7 @@ def test_what_would_teach_another_thing_is_noticed(halted, rows):
         (halted / name).write_bytes(before.replace(old, new))
         assert named in last_line(row.resume(halted, status=1))
         (halted / name).write_bytes(before)
-    shutil.rmtree(halted / "ckpt/step-3")
+    shutil.rmtree(halted / "ckpt/step-00000003")
     row.resume(halted)
     assert losses(halted) == losses(row.whole)
 
