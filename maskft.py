@@ -476,8 +476,6 @@ class RMSNorm(nn.RMSNorm):
     """torch's, kept out of autocast, which would run it in fp32 and keep that copy for backward."""
 
     def forward(self, x):
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
 
