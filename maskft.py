@@ -2088,7 +2088,8 @@ def prepare(settings, method, device):
     decide(settings, method, recipe)
     why = "as set" if settings.dtype else "native here"
     settings.dtype = settings.dtype or native_dtype(device)
-    config.raw["pad_token_id"] = tokenizer.pad_id  # transformers opens none that is out of range
+    if (config.raw.get("pad_token_id") or 0) >= config.vocab:
+        config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model)
     fit_documents(run)
     decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
