@@ -2271,20 +2271,6 @@ To ask it, without a system message, in the form that it was trained in (`chat_t
 ```sh
 {ask}
 ```
-{chat}"""
-CARD_CHAT = """
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{out}")
-model = AutoModelForCausalLM.from_pretrained("{out}")
-chat = [{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
 """
 
 
@@ -2295,12 +2281,10 @@ def model_card(run):
     return CARD.format(
         base=f"\nbase_model: {model}" if hub_id else "",
         name=run.out.name,
-        out=run.out,
         ask=ask_command(run.out),
         documents=len(run.dataset.documents),
         settings="\n".join(f"- {name}: {value}" for name, value in vars(run.settings).items()),
         scores=evaluation.score_table(run.results["evaluations"][-1]["scores"]),
-        chat=CARD_CHAT.format(out=run.out) if run.model.config.causal else "",
     )
 
 
