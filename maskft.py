@@ -209,11 +209,7 @@ def reverse_example(record, tokenizer, mask_ratio, rng):
 def text_of(record):
     """The text of a document; UserError for a record that only some methods can learn."""
     if "text" not in record:
-        found = "question with its answer" if "question" in record else "person"
-        raise UserError(
-            f"this method learns documents; found a {found}: "
-            "use masked or sft for questions, tiny/pretrain.py for people"
-        )
+        raise UserError("this method learns documents alone: use masked or sft for questions")
     return record["text"]
 
 
@@ -1254,13 +1250,13 @@ def load_checkpoint(run):
     ):
         # in place; unpickles .metadata: only runs of your own
         dcp.load(state, checkpoint_id=newest)
+        run.chats, run.results, run.lines = json.loads(state["written"])
     set_state_dict(
         run.model,
         run.optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-    run.chats, run.results, run.lines = json.loads(state["written"])
 
 
 def state_of(run):
@@ -2163,7 +2159,6 @@ def show_examples(run, number):
     examples = [example_of(run, document, n, epoch=0) for n, document in enumerate(documents)]
     for example in examples + questions_of_step(run, 0, 1):
         print0(f"{run.settings.method}:\n{data.show(example, run.tokenizer)}\n")
-    print0(f"the first question: {run.dataset.questions[:1]}")
 
 
 def build(run):
@@ -2214,9 +2209,10 @@ def explained(run):
             f"out of GPU memory ({error}); begin again with --offload, with a lower "
             "--micro-batch-tokens or --max-len, on more GPUs, or with a smaller --model"
         ) from None
-    except (KeyboardInterrupt, OSError, safetensors.SafetensorError, RuntimeError):
-        # every rank says it: another one may be gone, and that may be rank 0
-        print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
+    except (KeyboardInterrupt, OSError, safetensors.SafetensorError, RuntimeError) as end:
+        # of the last, every rank says it: another one may be gone, and that may be rank 0
+        if rank() == 0 or isinstance(end, RuntimeError):
+            print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
         raise
 
 
