@@ -463,7 +463,8 @@ def arguments():
     add(
         "--paraphrase",
         choices=data.PARAPHRASES,
-        help="for a directory in the released layout (default: the run's, else none)",
+        default="none",
+        help="of the documents; no question depends on it (default: none)",
     )
     add(
         "--seed",
@@ -502,14 +503,12 @@ def main():
 
 def check_flags(flags):
     """UserError for what would be ignored."""
-    if "report" in flags and flags.keys() - {"report", "out"}:
+    if "report" in flags and flags.keys() - {"report", "out", "paraphrase"}:
         raise UserError("--report asks nothing: give --out alone with it")
-    if "ask" in flags and flags.keys() & {"data", "out", "seed", "paraphrase"}:
-        raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
+    if "ask" in flags and flags.keys() & {"data", "out", "seed"}:
+        raise UserError("--ask has its own questions: no --data, --out or --seed")
     if flags.get("max_new_tokens", 1) < 1:
         raise UserError("--max-new-tokens must be above 0")
-    if "data" in flags:
-        flags.setdefault("paraphrase", "none")  # the run's is that of its own data
 
 
 def ask(flags):
@@ -521,7 +520,7 @@ def ask(flags):
     if "out" in flags:  # a new one: no results of a run are lost
         maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
-    usual = {"data": "bio", "paraphrase": "none", "seed": 0, "dtype": maskft.native_dtype(device)}
+    usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype(device)}
     of_run = directory / "results.json"
     with data.reading(of_run, "not the results of a run"):
         settings = usual | data.read_object(of_run).get("arguments", {}) | flags
