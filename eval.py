@@ -184,12 +184,12 @@ REPORTED = {
     "all": ("all", "rouge1"),  # questions without a direction
 }
 # A line of a report, about the runs that differ in their seed alone: their other settings, a name
-# such as "masked 0.5", the seeds, the title of its table, and what `over_seeds` gives.
+# such as "masked, lr 0.01", the seeds, the title of its table, and what `over_seeds` gives.
 Row = namedtuple("Row", "settings name seeds title best curve")
 DIRECTIONS = {"forward": 1, "backward": 2, "math": 2, "all": 2}  # and samples shown of each
 USUAL_RATIO = (0.05, 0.95)
 LEGEND = """\
-Numbers are ROUGE-1 recall (math: share solved). A number behind a method is its mask ratio.
+Numbers are ROUGE-1 recall (math: share solved). Behind a method stands in what its runs differ.
 Before is before training, best is a run's best evaluation, last the one after training.
 Drift: how much less likely the model's own answers from before training became, in nats a token.
 In brackets: of one run the 95 % interval, of several the range over their seeds."""
@@ -241,19 +241,12 @@ def summary(runs):
     evaluations = [run["evaluations"] for run in runs]
     return Row(
         settings,
-        name=settings["method"] + shown_ratio(settings["mask_ratio"]),
+        name=settings["method"],
         seeds=sorted(run["arguments"]["seed"] for run in runs),
         title=table_title(settings["data"], evaluations[0][-1]["scores"]),
         best=over_seeds(list(map(best_of, evaluations))),
         curve=[over_seeds(same_step) for same_step in zip(*evaluations, strict=False)],
     )
-
-
-def shown_ratio(mask_ratio):
-    """What a mask ratio adds to a row's name: " 0.5", " 0.2-0.8", of the usual one or none ""."""
-    if tuple(mask_ratio or USUAL_RATIO) == USUAL_RATIO:
-        return ""
-    return " " + "-".join(f"{ratio:g}" for ratio in dict.fromkeys(mask_ratio))
 
 
 def table_title(name, scores):
