@@ -677,12 +677,10 @@ SHA256 = {
     "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
 SETS = GENERATED | PUBLISHED
-# what training is offered: `world` is there to make and to examine the built-in models, in
-# tiny/pretrain.py and eval.py
-OFFERED = ", ".join(name for name in SETS if name != "world")
 DATA_HELP = (
-    f"{OFFERED} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind), or a custom file "
-    f"or directory ({', '.join(READERS)}, also .gz)"
+    f"{', '.join(SETS)} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind; world is "
+    f"what the built-in models know), or a custom file or directory ({', '.join(READERS)}, also "
+    ".gz)"
 )
 # the longest answer that is waited for [paper A.4]
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}

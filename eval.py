@@ -444,8 +444,7 @@ def arguments():
     add = parser.add_argument
     add(
         "--data",
-        help="as for maskft.py, or world:PEOPLE, whom the built-in models know "
-        "(default: that of the run, else bio)",
+        help="as for maskft.py (default: that of the run, else bio)",
     )
     add(
         "--ask",
