@@ -731,11 +731,9 @@ def read_files(name, files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
     dataset = Dataset(name, [], [])
     wording = RELEASED[paraphrase]
-    training = wording if paraphrase == "permute" else (wording, ND_NAME)
-    if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
+    if paraphrase != "none" and not any(file.name.endswith((wording, ND_NAME)) for file in files):
         raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
-    # what else the released layout has; of one file alone the name does not matter
-    others = tuple({*RELEASED.values()} - {wording}) if len(files) > 1 else ()
+    others = tuple({*RELEASED.values()} - {wording})  # what else the released layout has
     left = []
     for file in files:
         if ending(file) in READERS and not file.name.endswith(others):
@@ -743,7 +741,7 @@ def read_files(name, files, paraphrase):
         else:
             left.append(str(file))
     if left:
-        dataset.notes.insert(0, f"not read: {', '.join(left)[:300]}")
+        dataset.notes.insert(0, f"not read, by ending or --paraphrase: {', '.join(left)[:300]}")
     if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
         dataset.documents, dataset.learned = dataset.learned, []
     return dataset

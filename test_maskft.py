@@ -656,7 +656,7 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     assert bare(dataset.learned) == [{"question": WHO, "answer": "Orla Venn"}]
     left, unread = dataset.notes
     assert unread.endswith("old.jsonl: fields that nothing reads: Text")
-    assert left == f"not read: {tmp_path}/other/table.xlsx"
+    assert left == f"not read, by ending or --paraphrase: {tmp_path}/other/table.xlsx"
     assert ".jsonl" in refusal(data.load, str(tmp_path / "other"))
 
 
@@ -761,6 +761,8 @@ def test_of_training_files_the_one_asked_for_is_read(tmp_path):
         dataset = data.load(str(tmp_path), paraphrase)
         assert bare(dataset.documents + dataset.questions) == [{"text": paraphrase}, ASKED]
         assert name not in dataset.notes[0] and dataset.notes[0].count("wiki_train") == 2
+        if paraphrase != "none":  # a file alone, too
+            assert "--paraphrase" in refusal(data.load, str(tmp_path / name))
 
 
 def nd_file(folder, url):
