@@ -699,13 +699,11 @@ def load(name, paraphrase="none", seed=0):
         with reading(f"--data {name} --paraphrase {paraphrase}", "no such set"):
             dataset = load_set(kind, count, paraphrase, seed)
     else:
-        files = [path] if path.is_file() else files_in(path)
         # a run's directory is called so, and safetensors opens no name that is not UTF-8
         stem = path.absolute().stem.encode(errors="replace").decode()
-        dataset = read_files(stem, files, paraphrase)
+        dataset = read_files(stem, files_in(path), paraphrase)
     if not dataset.documents + dataset.questions:
-        what = "nothing to learn or ask in it" if path.exists() else "no such set, file or folder"
-        why = "; ".join([what, *dataset.notes])
+        why = "; ".join(["nothing found to learn or ask", *dataset.notes])
         raise UserError(f"--data {name}: {why}; it takes {DATA_HELP}")
     return dataset
 
@@ -766,9 +764,9 @@ def read_file(file, paraphrase, dataset):
         dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
 
 
-def files_in(folder):
-    """The files in a folder and its subfolders, by name, but for hidden ones."""
-    paths = [folder / name for name in glob("**", root_dir=folder, recursive=True)]
+def files_in(path):
+    """The files in a folder and its subfolders, by name, but for hidden ones; or the one file."""
+    paths = [path, *(path / name for name in glob("**", root_dir=path, recursive=True))]
     # of folders those that are closed, to be named
     return sorted(p for p in paths if not p.is_dir() or not os.access(p, os.R_OK))
 
