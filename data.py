@@ -19,6 +19,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import shutil
 import unicodedata
@@ -43,6 +44,8 @@ from tiny import world
 from tiny.world import as_problem
 
 # torch takes seconds to import: those who make batches import it, --help does not.
+
+LOG = logging.getLogger("maskft")  # what the user should know of a model or of files, on stderr
 
 # --------------------------------------------------------------------------- records and files in
 
@@ -250,7 +253,6 @@ class Tokenizer:
     eot_id: int  # end of turn
     pad_id: int
     stop_ids: tuple
-    notes: list  # what the user should know of it
 
     def __post_init__(self):
         # tiktoken's own pattern is not used.
@@ -389,7 +391,8 @@ def load_tokenizer(path):
         frames, opening, eot = read_chat_form(find_template(path, settings), texts, tokens)
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
-        is_base = eos and eot not in eos and "<|mdm_mask|>" not in special
+        if eos and eot not in eos and "<|mdm_mask|>" not in special:
+            LOG.warning("a base model: it learns where a turn ends")
         return Tokenizer(
             ranks,
             read_steps(content),
@@ -402,7 +405,6 @@ def load_tokenizer(path):
             eot_id=eot,
             pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
-            notes=["a base model: it learns where a turn ends"] if is_base else [],
         )
 
 
@@ -627,7 +629,6 @@ class Dataset:
     documents: list  # {"text": ..., "where": "FILE, record N"}
     questions: list  # {"question", "answer", "direction": "forward" | "backward" | ..., "group"}
     learned: list = field(default_factory=list)  # questions to learn beside documents
-    notes: list = field(default_factory=list)  # what the user should know about the files
 
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -703,8 +704,7 @@ def load(name, paraphrase="none", seed=0):
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files_in(path), paraphrase)
     if not dataset.documents + dataset.questions:
-        why = "; ".join(["nothing found to learn or ask", *dataset.notes])
-        raise UserError(f"--data {name}: {why}; it takes {DATA_HELP}")
+        raise UserError(f"--data {name}: nothing found to learn or ask; it takes {DATA_HELP}")
     return dataset
 
 
@@ -739,7 +739,7 @@ def read_files(name, files, paraphrase):
         else:
             left.append(str(file))
     if left:
-        dataset.notes.insert(0, f"not read, by ending or --paraphrase: {', '.join(left)[:300]}")
+        LOG.warning(f"not read, by ending or --paraphrase: {', '.join(left)[:300]}")
     if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
         dataset.documents, dataset.learned = dataset.learned, []
     return dataset
@@ -761,7 +761,7 @@ def read_file(file, paraphrase, dataset):
             dataset.questions.append(record)
     unread = sorted({name for row in rows for name in row} - FIELDS)
     if unread:
-        dataset.notes.append(f"{file}: fields that nothing reads: {', '.join(unread)}")
+        LOG.warning(f"{file}: fields that nothing reads: {', '.join(unread)}")
 
 
 def files_in(path):

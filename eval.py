@@ -520,8 +520,6 @@ def ask(flags):
     tokenizer = data.load_tokenizer(directory)
     if "ask" not in flags:
         dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
-        for note in dataset.notes:
-            maskft.print0(note)
     model = maskft.load(directory, device, dtype)
     causal = model.config.causal
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}

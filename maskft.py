@@ -1145,6 +1145,7 @@ def start_processes():
         dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
     if rank():
         huggingface_hub.utils.disable_progress_bars()  # of downloads
+        data.LOG.disabled = True
     return device
 
 
@@ -2076,8 +2077,6 @@ def prepare(settings, method, device):
     elif not config.causal:
         raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
-    for note in tokenizer.notes + dataset.notes:
-        print0(note)
     with torch.device("meta"):
         model = Model(config)
     recipe = recipe_of(method, model)
