@@ -257,10 +257,12 @@ class Tokenizer:
     def __post_init__(self):
         # tiktoken's own pattern is not used.
         self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=GPT2_PIECES, mergeable_ranks=self.ranks, special_tokens={}
+            "bpe",
+            pat_str=GPT2_PIECES,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special | self.added,
         )
-        self.bytes_of = {i: token for token, i in self.ranks.items()}
-        self.bytes_of |= {i: text.encode() for text, i in (self.special | self.added).items()}
+        self.ordinary = {*self.ranks.values(), *self.added.values()}
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
@@ -291,11 +293,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids, special=False):
-        """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD."""
-        hidden = () if special else set(self.special.values())
-        # An id without a token (models pad their vocabulary) is nothing.
-        shown = [self.bytes_of.get(i, b"") for i in ids if i not in hidden]
-        return b"".join(shown).decode(errors="replace")
+        """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD.
+
+        Else an id without a token (models pad their vocabulary) is nothing; there, a KeyError."""
+        return self.encoding.decode([i for i in ids if special or i in self.ordinary])
 
     def chat(self, messages):
         """The ids of [{"role", "content"}], a content being text or a list of ids.
@@ -847,9 +848,10 @@ def pad(rows, value):
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
     mask_id = None
+    mask = MARK
     with suppress(UserError):  # what masks nothing needs no mask
         mask_id = tokenizer.mask_id
-    mask = tokenizer.decode([mask_id], special=True) or MARK
+        mask = tokenizer.decode([mask_id], special=True)
     text = ""
     # runs of tokens with or without loss, decoded together: a character may be several tokens
     pairs = zip(example.ids, example.labels, strict=True)
