@@ -584,6 +584,8 @@ def write_chat_files(tokenizer, source, target):
 
     The chat template is that of training; generation stops where training had an end of turn.
     Other settings stay those of `source`."""
+    source = Path(source)
+    target = Path(target)
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     settings = {
@@ -730,7 +732,8 @@ def read_files(name, files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
     dataset = Dataset(name, [], [])
     wording = RELEASED[paraphrase]
-    if paraphrase != "none" and not any(file.name.endswith((wording, ND_NAME)) for file in files):
+    training = wording if paraphrase == "permute" else (wording, ND_NAME)
+    if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
         raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
     others = tuple({*RELEASED.values()} - {wording})  # what else the released layout has
     left = []

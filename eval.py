@@ -189,7 +189,7 @@ Row = namedtuple("Row", "settings name seeds title best curve")
 DIRECTIONS = {"forward": 1, "backward": 2, "math": 2, "all": 2}  # and samples shown of each
 USUAL_RATIO = (0.05, 0.95)
 LEGEND = """\
-Numbers are ROUGE-1 recall (math: share solved). Behind a method stands in what its runs differ.
+Numbers are ROUGE-1 recall (math: share solved). Behind a method stands what its runs differ in.
 Before is before training, best is a run's best evaluation, last the one after training.
 Drift: how much less likely the model's own answers from before training became, in nats a token.
 In brackets: of one run the 95 % interval, of several the range over their seeds."""
