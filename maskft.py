@@ -1652,12 +1652,13 @@ def make_optimizer(model, lr, eps=1e-8):
     gradient into full steps, and the model forgets how to answer. Large models have far more tokens
     and steps, and keep the usual eps.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() >= 2]
-    others = [p for p in trained if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    # those that are frozen have no gradient, and AdamW leaves them as they are
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
