@@ -1879,7 +1879,6 @@ def prepare_chats(run):
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
         data.write_lines(run.out / "rehearsal.jsonl", run.chats)
-        evaluation.write_results(run.out, run.results, [])
 
 
 def chats_of_step(run):
