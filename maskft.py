@@ -1793,16 +1793,16 @@ def summed_losses(run, examples):
 
 @contextmanager
 def answering(run):
-    """Inside, the run's model answers: its parameters are whole, and no gradients are kept."""
+    """Inside, the run's model answers, by the function that this gives: its parameters are whole,
+    and no gradients are kept."""
     with gathered(run.model), torch.no_grad(), run.autocast:
-        yield
+        yield partial(run.method.answer or ar_answer, run.model, run.tokenizer)
 
 
 def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
     then print the scores."""
-    answer = partial(run.method.answer or ar_answer, run.model, run.tokenizer)
-    with answering(run):
+    with answering(run) as answer:
         scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
@@ -1873,8 +1873,8 @@ def prepare_chats(run):
     if run.chats:
         return
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
-    write = partial(write_chats, run)
-    with answering(run):
+    with answering(run) as answer:
+        write = partial(write_chats, run, answer)
         run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", each=2)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
@@ -1886,7 +1886,7 @@ def chats_of_step(run):
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
-def write_chats(run, numbers, on_answer):
+def write_chats(run, answer, numbers, on_answer):
     """The chats of these numbers, first all of the users' turns, then the answers.
 
     {"user", "assistant", "prompt", "answer"} each: two texts; the ids up to the answer; those of
@@ -1894,7 +1894,6 @@ def write_chats(run, numbers, on_answer):
     chat) alone.
     """
     tokenizer = run.tokenizer
-    answer = partial(run.method.answer or ar_answer, run.model, tokenizer)
     seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
     generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
     headers = [tokenizer.user_header()] * len(numbers)
