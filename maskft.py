@@ -788,9 +788,9 @@ def with_own_head(config, directory):
     return dataclasses.replace(config, tied=False, raw=config.raw | untied)
 
 
-def checkpoint_names(model, family):
-    """{name in a checkpoint of that family: our parameter name}."""
-    _, table, _ = FAMILIES[family]
+def checkpoint_names(model):
+    """{name in a checkpoint of its family: our parameter name}."""
+    _, table, _ = FAMILIES[model.config.raw["model_type"]]
     names = {}
     for name, _ in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
@@ -809,8 +809,7 @@ def load_weights(model, directory, device):
     another shape, quantized, or no numbers.
     """
     files = find_tensors(directory)
-    family = data.read_json(directory / "config.json")["model_type"]
-    names = checkpoint_names(model, family)
+    names = checkpoint_names(model)
     # names on one side only: not in the files, or unknown to the model
     odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
     if odd:
@@ -863,7 +862,7 @@ def save(model, path, dtype="float32"):
     path = Path(path)
     raw = model.config.raw | {"dtype": dtype, "torch_dtype": dtype}
     tensors = {}
-    for theirs, ours in checkpoint_names(model, raw["model_type"]).items():
+    for theirs, ours in checkpoint_names(model).items():
         tensor = whole(model.get_parameter(ours).detach())
         if rank() == 0:
             tensors[theirs] = tensor.to("cpu", getattr(torch, dtype))
