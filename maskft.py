@@ -614,7 +614,7 @@ class Model(nn.Module):
                   weights may stay on the CPU: to find the labels on a GPU is to wait for it. (FSDP2
                   moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
-        pick      (B, T) bool: logits only there
+        pick      indexes (B, T), a mask for one: logits only there
         cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
                   those of ids, whose padding is on the right, are written behind them
         past      (B,) int64, how many tokens each row of the cache has
@@ -968,10 +968,10 @@ def last_logits(model, cache, past, ids):
     """Logits (B, V) behind `ids`, B lists of tokens that the rows of the cache lack; they have
     `past` tokens each."""
     padded = data.pad(ids, 0).to(cache.device)  # (B, T)
-    last = data.pad([[False] * (len(row) - 1) + [True] for row in ids], False)  # (B, T)
+    last = [len(row) - 1 for row in ids]  # the column of each row's last token
     return model(
         padded,
-        pick=last.to(cache.device),
+        pick=(range(len(ids)), last),
         cache=cache[..., : max(past) + padded.shape[1], :],
         past=torch.tensor(past, device=cache.device),
     )
