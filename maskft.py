@@ -610,9 +610,9 @@ class Model(nn.Module):
         key_mask  (B, T) bool, True = real token; None = all are. Padding may be on either side;
                   positions count real tokens only, and padding is never attended to
         labels    (B, T) int64, each in the place of its own token, IGNORE = no loss. A causal model
-                  predicts a label one position earlier, a diffusion model in place. Labels and
-                  weights may stay on the CPU: to find the labels on a GPU is to wait for it. (FSDP2
-                  moves them all the same, so a micro-batch waits once.)
+                  predicts a label one position earlier, a diffusion model in place. All may be on
+                  the CPU, and labels and weights should: to find the labels on a GPU is to wait for
+                  it. (FSDP2 moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
         pick      indexes (B, T), a mask for one: logits only there
         cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
@@ -621,6 +621,7 @@ class Model(nn.Module):
         returns   logits (B, T, V), or (N, V) with `pick`; or with `labels` the weighted sum of
                   cross entropies, a scalar
         """
+        ids = ids.to(self.norm.weight.device, non_blocking=True)
         mask, positions = self.mask_and_positions(ids, key_mask, cache, past)
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
@@ -654,6 +655,7 @@ class Model(nn.Module):
             return mask, positions
         if key_mask is None:
             return None, positions
+        key_mask = key_mask.to(ids.device, non_blocking=True)
         positions = (key_mask.cumsum(1) - 1).clamp(min=0)
         mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
         earlier = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
@@ -967,7 +969,7 @@ def take_rows(cache, going, waiting, room):
 def last_logits(model, cache, past, ids):
     """Logits (B, V) behind `ids`, B lists of tokens that the rows of the cache lack; they have
     `past` tokens each."""
-    padded = data.pad(ids, 0).to(cache.device)  # (B, T)
+    padded = data.pad(ids, 0)  # (B, T)
     last = [len(row) - 1 for row in ids]  # the column of each row's last token
     return model(
         padded,
@@ -1782,9 +1784,6 @@ def summed_losses(run, examples):
         batch = data.collate(micro, run.tokenizer.pad_id)
         if run.model.config.causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
-        for name in ("ids", "key_mask"):
-            if batch[name] is not None:
-                batch[name] = batch[name].to(run.device, non_blocking=True)
         with run.autocast:
             loss = run.model(**batch)
         yield loss
