@@ -1887,9 +1887,9 @@ def chats_of_step(run):
 def write_chats(run, answer, numbers, on_answer):
     """The chats of these numbers, first all of the users' turns, then the answers.
 
-    {"user", "assistant", "prompt", "answer"} each: two texts; the ids up to the answer; those of
-    the answer, with the end of turn if there was room for it. The user's turn is random by (seed,
-    chat) alone.
+    {"text", "prompt", "answer"} each: all of it to read; the ids up to the answer; those of the
+    answer, with the end of turn if there was room for it. The user's turn is random by (seed, chat)
+    alone.
     """
     tokenizer = run.tokenizer
     seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
@@ -1899,11 +1899,11 @@ def write_chats(run, answer, numbers, on_answer):
     prompts = [tokenizer.prompt(user) for user in users]
     answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)
     chats = []
-    for user, prompt, ids in zip(users, prompts, answers, strict=True):
-        chat = {"user": tokenizer.decode(user), "assistant": tokenizer.decode(ids)}
+    for prompt, ids in zip(prompts, answers, strict=True):
         if len(ids) < CHAT_ANSWER_TOKENS:
             ids.append(tokenizer.eot_id)  # what ended by itself, ends its turn
-        chats.append(chat | {"prompt": prompt, "answer": ids})
+        text = tokenizer.decode(prompt + ids, special=True)
+        chats.append({"text": text, "prompt": prompt, "answer": ids})
     return chats
 
 
