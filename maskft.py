@@ -1381,25 +1381,17 @@ def flag(what, default=None, **more):
     return field(default=default, metadata={"help": what, **more})
 
 
-def above(low, kind=int):
-    """Reads a flag's number, which is above `low`; in argparse's message it is "int above 0"."""
+def at_least(low, most=1e99):
+    """Reads a flag's number, of the type of `low`; in argparse's message it is "int from 1"."""
 
     def read(text):
-        number = kind(text)
-        if not low < number < math.inf:
+        number = type(low)(text)
+        if not low <= number <= most:
             raise ValueError
         return number
 
-    read.__name__ = f"{kind.__name__} above {low}"
+    read.__name__ = f"{type(low).__name__} from {low}"
     return read
-
-
-def share(text):
-    """Reads a number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise ValueError
-    return number
 
 
 def located(name):
@@ -1426,7 +1418,7 @@ class Settings:
     mask_ratio: list = flag(  # None: the method masks nothing
         "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
         "parameters 0.5 0.95)",
-        type=share,
+        type=at_least(0.0, 1.0),
         nargs="+",
         metavar="R",
     )
@@ -1438,19 +1430,21 @@ class Settings:
     rehearse: int = flag(
         "add N steps with chats that the model wrote, and questions to learn (default: masked and "
         "random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
-        type=above(-1),
+        type=at_least(0),
         metavar="N",
     )
-    epochs: int = flag("default: by the model's size and the data", type=above(0))
-    lr: float = flag("default: by the model's size and the method", type=above(0, float))
-    batch_size: int = flag("documents a step (default: 64; of small models fewer)", type=above(0))
+    epochs: int = flag("default: by the model's size and the data", type=at_least(1))
+    lr: float = flag("default: by the model's size and the method", type=at_least(0.0))
+    batch_size: int = flag(
+        "documents a step (default: 64; of small models fewer)", type=at_least(1)
+    )
     micro_batch_tokens: int = flag(
         "at a time on a GPU, with padding: memory, not results (default: 4096)",
         4096,
-        type=above(0),
+        type=at_least(1),
     )
-    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=above(0))
-    seed: int = flag("of people, order and masks (default: 0)", 0, type=above(-1))
+    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=at_least(1))
+    seed: int = flag("of people, order and masks (default: 0)", 0, type=at_least(0))
     dtype: str = flag(
         "of the computation (default: bfloat16 on GPUs that have it)",
         choices=["bfloat16", "float32"],
@@ -1462,13 +1456,11 @@ class Settings:
     )
     eval_at: list = flag(
         "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
-        type=above(-1),
+        type=at_least(0),
         nargs="+",
         metavar="E",
     )
-    save_every: float = flag(
-        "minutes between checkpoints (default: 30)", 30.0, type=above(0, float)
-    )
+    save_every: float = flag("minutes between checkpoints (default: 30)", 30.0, type=at_least(0.0))
 
 
 def arguments(description, methods):
@@ -1484,7 +1476,7 @@ def arguments(description, methods):
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     show = "print what the model would see of N documents (3), and train nothing"
-    add("--show", type=above(0), nargs="?", const=3, metavar="N", help=show)
+    add("--show", type=at_least(1), nargs="?", const=3, metavar="N", help=show)
     return parser
 
 

@@ -2212,7 +2212,6 @@ USAGE = """
 --batch-size 0
 --micro-batch-tokens 0
 --max-len 0
---lr 0
 --lr nan
 --save-every inf
 --seed -1

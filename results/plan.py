@@ -215,12 +215,12 @@ def arguments():
     )
     add = parser.add_argument
     add("model", help=f"directory, or one of {', '.join(SHAPES)}")
-    above_0 = maskft.above(0)
-    add("--gpus", type=above_0, nargs="+", required=True, help="numbers of them: a line each")
-    add("--batch-size", type=above_0, default=64, help="sequences a step, all GPUs (default: 64)")
+    from_1 = maskft.at_least(1)
+    add("--gpus", type=from_1, nargs="+", required=True, help="numbers of them: a line each")
+    add("--batch-size", type=from_1, default=64, help="sequences a step, all GPUs (default: 64)")
     tokens = "at a time on a GPU (default: 4096)"
-    add("--micro-batch-tokens", type=above_0, default=4096, help=tokens)
-    add("--max-len", type=above_0, default=512, help="tokens of an example (default: 512)")
+    add("--micro-batch-tokens", type=from_1, default=4096, help=tokens)
+    add("--max-len", type=from_1, default=512, help="tokens of an example (default: 512)")
     return parser
 
 
