@@ -2122,14 +2122,13 @@ def fit_documents(run):
     def fits(document):
         return len(example_of(run, document, 0, epoch=0).ids) <= limit
 
-    parts = [data.passages(document, fits) for document in dataset.documents]
-    too_long = sum(len(those) != 1 for those in parts)
-    dataset.documents = [part for those in parts for part in those]
-    if too_long:
+    fitting = [part for document in dataset.documents for part in data.passages(document, fits)]
+    if fitting != dataset.documents:
         print0(
-            f"{too_long} documents are longer than {limit} tokens (--max-len): texts are cut into "
-            f"passages, answers left out, which makes {len(dataset.documents)}"
+            f"of the {len(dataset.documents)} documents, texts longer than {limit} tokens "
+            f"(--max-len) are cut into passages, answers left out, which makes {len(fitting)}"
         )
+    dataset.documents = fitting
     if not dataset.documents:
         raise UserError(
             f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "

@@ -2333,7 +2333,7 @@ def test_show_prints_what_the_model_would_see_and_trains_nothing(folder):
     before = contents(folder)
     flags = "--data taken --method sft --max-len 90 --show 99"
     printed = forked(maskft, *flags.split())
-    assert "1 documents are longer than 90 tokens" in printed
+    assert "texts longer than 90 tokens" in printed
     shown = re.findall(r"\n<\|im_start\|>assistant\n\[(.*?)<\|im_end\|>\]\n", printed, re.S)
     passages = shown[: shown.index("Bo")]
     assert " ".join(map(str.strip, passages)) == long.strip()
