@@ -1152,17 +1152,17 @@ def start_processes():
 
 def on_rank_0(body):
     """What body() returns on rank 0, or its error for the user, on every rank."""
-    outcome = [None, None]
+    outcome = [None]
     if rank() == 0:
         try:
-            outcome[0] = body()
+            outcome = [body()]
         except (UserError, OSError) as error:
-            outcome[1] = str(error)
+            outcome = [error]
     dist.broadcast_object_list(outcome)
-    value, error = outcome
-    if error is not None:
-        raise UserError(error)
-    return value
+    (outcome,) = outcome
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def sum_over_ranks(*numbers):
