@@ -1315,10 +1315,11 @@ def claim(run, out, ends):
     """
     out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
+    filled = any(out.iterdir())
     lock(out, ends)
     results = results_of(run, out)
     if not results:
-        if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
+        if filled:
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
