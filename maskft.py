@@ -1068,16 +1068,13 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     prompts = [tokenizer.prompt(question["question"]) for question in questions]
 
     def ask(numbers, on_answer):
-        asked = [prompts[i] for i in numbers]
+        order = sorted(numbers, key=lambda i: -len(prompts[i]))  # neighbors make a good batch
+        asked = [prompts[i] for i in order]
         answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=on_answer)
-        return [
-            scored(questions[i], tokenizer.decode(ids).strip())
-            for i, ids in zip(numbers, answers, strict=True)
-        ]
+        answers = dict(zip(order, answers, strict=True))
+        return [scored(questions[i], tokenizer.decode(answers[i]).strip()) for i in numbers]
 
-    # by length: every rank gets its part of short and long, and neighbors make a good batch
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    predictions = dealt(order, ask, "questions", "question")
+    predictions = dealt(len(questions), ask, "questions", "question")
     return evaluation.average(predictions), predictions
 
 
@@ -1088,22 +1085,20 @@ def scored(question, text):
     return question | {"prediction": text} | scores
 
 
-def dealt(numbers, work, what, unit, each=1):
-    """Share the numbers 0, 1, ... out over the ranks; the values of all, by number, on every rank.
+def dealt(number, work, what, unit, each=1):
+    """Deal so many numbers, 0, 1, ..., to the ranks like cards; the values of all, on every rank.
 
-    numbers  0, 1, ... in the order in which they are dealt: neighbors go to different ranks
-    work     numbers, on_answer -> their values; it calls on_answer(n) for n more answers, of which
-             a value takes `each`
+    work  numbers, on_answer -> their values; it calls on_answer(n) for n more answers, of which a
+          value takes `each`
     """
-    mine = numbers[rank() :: world_size()]
+    mine = range(rank(), number, world_size())
     bar = progress_bar(each * len(mine), what, unit, leave=False, position=0)
-    done = dict(zip(mine, work(mine, bar.update), strict=True))
+    done = work(mine, bar.update)
     bar.close()
     parts = [done] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, done)
-    everything = {number: value for part in parts for number, value in part.items()}
-    return [everything[number] for number in sorted(everything)]
+    return [parts[n % world_size()][n // world_size()] for n in range(number)]
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
@@ -1866,7 +1861,7 @@ def prepare_chats(run):
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     with answering(run) as answer:
         write = partial(write_chats, run, answer)
-        run.chats = dealt(range(number), write, f"{number} chats of its own", "turn", each=2)
+        run.chats = dealt(number, write, f"{number} chats of its own", "turn", each=2)
         run.results["chat_loss"] = chat_loss(run)
     if rank() == 0:
         data.write_lines(run.out / "rehearsal.jsonl", run.chats)
