@@ -1294,9 +1294,7 @@ def lock(out, ends):
     except Timeout:
         raise UserError(f"{out} is in use by another process: wait for its end") from None
     except (OSError, NotImplementedError) as error:
-        if getattr(error, "filename", None):  # the file cannot even be made
-            raise
-        # the file system has no locks
+        # the file system has no locks; if it has no room for files either, it says so next
         print(f"{out} cannot be locked ({error}): start no second process there")
     ends.callback(file.unlink, missing_ok=True)  # before its release: who waits sees it is gone
 
@@ -1320,8 +1318,7 @@ def claim(run, out, ends):
                 "bring back what was changed, or give another --out"
             )
         results = run.results | {"environment": environment(run.device), "evaluations": []}
-        with data.reading(out, "cannot be written to"):
-            evaluation.write_results(out, results, [])  # now the directory is its own
+        evaluation.write_results(out, results, [])  # now the directory is its own
     return out, results
 
 
