@@ -279,12 +279,6 @@ class Method:
     large: Recipe = PAPER(lr=5e-6)
     from_8b: Recipe | None = None  # of 8 B and more, where it differs
 
-    def __post_init__(self):
-        if not self.causal and None in (self.answer, self.chat):
-            raise ValueError(
-                "a method without the causal mask needs an `answer` and a `chat` of its own"
-            )
-
 
 PLAIN = {"masks": False, "small": SMALL(lr=1e-4, epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
@@ -909,6 +903,8 @@ def generate(
     generators    of random numbers, one a prompt, so that no draw depends on other prompts
     on_answer     called behind every token with the number of answers that it completed
     """
+    if not model.config.causal:
+        raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
     room = [len(prompt) + max_new_tokens for prompt in prompts]
     model.check_length(max(room, default=0))
     generators = generators or [None] * len(prompts)

@@ -1485,11 +1485,6 @@ def test_a_raw_document_may_begin_without_bos(tokenizer):
     assert data.show(example, tokenizer).startswith("Edda[ is here.<|im_end|>]")
 
 
-def test_a_method_without_the_causal_mask_has_its_own_way_to_answer():
-    with pytest.raises(ValueError, match="needs an `answer`"):
-        maskft.Method(maskft.sft_example, causal=False)
-
-
 def test_loss_is_plain_cross_entropy(monkeypatch):
     """Weighted, in chunks and at labels alone, also where a large layer makes its activation again;
     of nothing it is 0, never NaN."""
@@ -1746,6 +1741,7 @@ def test_what_cannot_be_answered_is_refused():
     assert len(maskft.generate(model, [[6, 7, 8]], 5)[0]) == 5
     assert "9 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 6)
     assert maskft.generate(model, [], 1) == []
+    assert "unmasking" in refusal(maskft.generate, tiny_llada(), [[5]], 1)
     model.norm.weight.data[3] = math.inf
     assert "NaN" in refusal(maskft.generate, model, [[5]], 1)
 
