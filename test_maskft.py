@@ -811,11 +811,6 @@ def test_a_set_that_there_is_not_is_refused(wanted):
     assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
 
 
-@pytest.mark.parametrize(("name", "size"), [("bio", 100), ("nd-made", 60), ("math-made", 200)])
-def test_a_generated_set_has_its_usual_size(name, size):
-    assert len(data.load(name).documents) == size
-
-
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(cache))
@@ -1205,13 +1200,6 @@ def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, cap
     assert "no finished run" in forked(evaluation, "--report", "caf\udce9", status=1)
 
 
-def test_best_is_the_evaluation_with_the_highest_mean_of_the_directions(tmp_path):
-    scores = [{"forward": x, "backward": y} for x, y in ((0.9, 0.0), (0.6, 0.5), (0.7, 0.1))]
-    results = data.read_json(write_run(tmp_path / "run", *scores) / "results.json")
-    assert (results["best"]["step"], results["last"]["step"]) == (10, 20)
-    assert evaluation.reported_scores(results["best"]) == {"forward": 0.6, "backward": 0.5}
-
-
 def test_samples_are_some_of_each_direction_and_all_without_an_answer():
     predictions = [
         {"direction": direction, "question": f"Q{n}?", "answer": "A", "prediction": "P"}
@@ -1314,11 +1302,12 @@ def test_a_mistake_in_asking_is_a_message(flags, status, named, tmp_path):
     assert named in printed.splitlines()[-1]
 
 
-def test_reports_do_not_wait_for_torch():
+@pytest.mark.parametrize("flags, said", [("--help", "usage"), ("--report nowhere", "error: --rep")])
+def test_neither_help_nor_a_report_waits_for_torch(flags, said):
     code = "import sys; sys.modules['torch'] = None; import eval; eval.main()"
-    report = [sys.executable, "-c", code, "--report", "nowhere"]
-    done = subprocess.run(report, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 1 and "error: --report" in done.stderr
+    ask = [sys.executable, "-c", code, *flags.split()]
+    done = subprocess.run(ask, cwd=HERE, capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
 
 
 def typed(text):
@@ -1345,11 +1334,6 @@ def test_own_questions_are_answered_one_by_one():
         assert printed.replace("one question a line:\n", "") == answers
     assert "error: --ask" in forked(evaluation, *flags, before=typed(b"W\xff\n"), status=1)
     assert "error: --ask" in forked(evaluation, *flags, "", status=1)
-
-
-def test_help_waits_for_no_torch():
-    code = "import sys, eval; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; eval.main()"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 torch.set_num_threads(1)  # two threads spin on matrices this small
@@ -2066,6 +2050,15 @@ LIVES = {
 }
 
 
+def test_what_was_cut_has_no_end_of_turn(tokenizer):
+    def answer(prompts, most, generators=None, on_answer=None):
+        return [[5] * most, [5] * (most - 1)]
+
+    run = Namespace(tokenizer=tokenizer, settings=Namespace(seed=0), device="cpu")
+    cut, ended = maskft.write_chats(run, answer, range(2), None)
+    assert cut["answer"] == [5] * 64 and ended["answer"] == [5] * 63 + [tokenizer.eot_id]
+
+
 def left(out):
     """What a run leaves, in words and in numbers."""
     words = [(out / file).read_text() for file in ("rehearsal.jsonl", "preds.jsonl")]
@@ -2566,6 +2559,9 @@ GENERATED = """
     nd-made:5    | none same         | 31c322b39ae6620f
     math-made:20 | none              | 5b773ce1733898e6
     world:60     | none              | 864667420bfbbc34
+    bio          | none              | d33a0b1312c02e9b
+    nd-made      | none              | 931eb640de962788
+    math-made    | none              | 071417d241be2a42
 """
 
 
