@@ -388,22 +388,18 @@ def parse_llama(raw):
 
 
 # What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
+# (Dropout is not: nothing here has it, whatever a config says of how a model was made.)
 LLADA_FIXED = {
     "activation_type": "silu",
     "alibi": False,
-    "attention_dropout": 0.0,
     "attention_layer_norm": False,
     "bias_for_layer_norm": False,
-    "block_group_size": 1,
     "block_type": "llama",
-    "embedding_dropout": 0.0,
     "include_bias": False,
     "input_emb_norm": False,
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
-    "residual_dropout": 0.0,
     "rope": True,
-    "rope_full_precision": True,
     "scale_logits": False,
 }
 

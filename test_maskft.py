@@ -1572,7 +1572,7 @@ REFUSED = [
     {"hidden_size": None},
     {"max_position_embeddings": 0},
     RAW | {"rope": False},
-    RAW | {"residual_dropout": 0.1},
+    RAW | {"alibi": True},
 ]
 
 
