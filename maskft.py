@@ -512,8 +512,8 @@ def rotate(x, cos, sin):
 
 
 # An MLP's activations (B, T, F) of at most so many numbers are kept for backward, larger ones are
-# made again, which costs Python time. In a model of 8 B: 292 tokens, 1 GiB in bf16 over 32 layers.
-KEPT = 2**22
+# made again, which costs Python time. In a model of 8 B: 146 tokens, .5 GiB in bf16 over 32 layers.
+KEPT = 2**21
 
 
 class Block(nn.Module):
