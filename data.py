@@ -64,8 +64,6 @@ def reading(file, broken="cannot be read"):
             raise
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
-        if is_pointer(file):
-            broken = "a Git LFS pointer: git lfs pull"
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
 
@@ -73,19 +71,14 @@ def reading(file, broken="cannot be read"):
 POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 
-def is_pointer(path):
-    with suppress(OSError), open(path, errors="replace") as file:
-        return file.read(len(POINTER)) == POINTER
-
-
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
     opened = gzip.open if str(path).endswith(".gz") else open
-    where = reading(path, "no such file, or no UTF-8 text")
+    where = reading(path, "no such file, no UTF-8 text, or a Git LFS pointer: git lfs pull")
     with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
         text = file.read()
         if text.startswith(POINTER):  # else a document like any other
-            raise ValueError(POINTER)
+            raise UserError("a Git LFS pointer: git lfs pull")
         return text
 
 

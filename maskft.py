@@ -740,6 +740,9 @@ def find_model(name):
         ) from None
 
 
+NOT_WEIGHTS = "no whole safetensors file, or a Git LFS pointer: git lfs pull"
+
+
 def find_tensors(directory):
     """{checkpoint name: its file} of a model directory.
 
@@ -748,7 +751,7 @@ def find_tensors(directory):
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.exists():
-        with data.reading(single), safetensors.safe_open(single, "pt") as file:
+        with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), single)
     if not index.exists():
         raise UserError(
@@ -770,7 +773,7 @@ def with_own_head(config, directory):
     files = find_tensors(directory)
     if not config.tied or head not in files:
         return config
-    with data.reading(files[head]):
+    with data.reading(files[head], NOT_WEIGHTS):
         rows, same = (
             safetensors.safe_open(files[n], "pt").get_tensor(n) for n in (head, embedding)
         )
@@ -812,7 +815,7 @@ def load_weights(model, directory, device):
     with data.reading(directory, "more memory than there is: --offload, or a smaller --model"):
         model.to_empty(device=device)
     for theirs, ours in names.items():
-        with data.reading(files[theirs]):
+        with data.reading(files[theirs], NOT_WEIGHTS):
             read_rows(files[theirs], theirs, model.get_parameter(ours))
 
 
