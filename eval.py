@@ -251,8 +251,12 @@ def summary(runs):
 
 def table_title(name, scores):
     """bio:40, 240 forward and 120 backward questions, or facts.jsonl, 12 questions."""
-    asked = [f"{scores[name]['n']} {name}" for name in DIRECTIONS if name in scores]
-    return f"{Path(name).name}, {' and '.join(asked) or 'no'} questions".replace(" all ", " ")
+    asked = [
+        f"{scores[direction]['n']} {direction}".removesuffix(" all")
+        for direction in DIRECTIONS
+        if direction in scores
+    ]
+    return f"{Path(name).name}, {' and '.join(asked) or 'no'} questions"
 
 
 def over_seeds(evaluations):
@@ -293,7 +297,8 @@ def table(rows):
     parts = [LEGEND]
     for title, same in groupby(rows, lambda row: row.title):
         cells = [table_cells(row) for row in same]
-        parts += [f"{title}:", markdown([[*cells[0]], *map(dict.values, cells)])]
+        lines = [[*row.values()] for row in cells]
+        parts += [f"{title}:", markdown([[*cells[0]], *lines])]
     return "\n\n".join(parts)
 
 
