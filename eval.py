@@ -399,6 +399,8 @@ def read_run(path, before):
         run = data.read_json(path)
         if not run.get("finished"):
             raise UserError("not finished")
+        if run["arguments"] in [other["arguments"] for other in before]:
+            raise UserError("has the settings and the seed of a run before it")
         table(summarize([*before, run]))  # an error if anything is missing
     return run
 

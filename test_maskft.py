@@ -1189,7 +1189,8 @@ def test_a_report_draws_curves_and_ratios(runs, tmp_path, monkeypatch):
 
 def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, capsys):
     text = (runs[0] / "results.json").read_text()
-    bad = [write_run(tmp_path / "unfinished", 0.1, 0.2), tmp_path]
+    again = write_run(tmp_path / "again", 0.3, 0.3, 0.3, lr=0.01)
+    bad = [write_run(tmp_path / "unfinished", 0.1, 0.2), tmp_path, again]
     for name, broken in (("torn", text[:9]), ("list", "[]"), ("old", text.replace("ratio", "x"))):
         bad.append(tmp_path / name)
         fill(bad[-1] / "results.json", broken)
