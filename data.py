@@ -256,6 +256,7 @@ class Tokenizer:
             special_tokens=self.special | self.added,
         )
         self.ordinary = {*self.ranks.values(), *self.added.values()}
+        self.known = self.ordinary | {*self.special.values()}
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
@@ -288,8 +289,9 @@ class Tokenizer:
     def decode(self, ids, special=False):
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD.
 
-        Else an id without a token (models pad their vocabulary) is nothing; there, a KeyError."""
-        return self.encoding.decode([i for i in ids if special or i in self.ordinary])
+        An id without a token (models pad their vocabulary) is nothing."""
+        shown = self.known if special else self.ordinary
+        return self.encoding.decode([i for i in ids if i in shown])
 
     def chat(self, messages):
         """The ids of [{"role", "content"}], a content being text or a list of ids.
@@ -675,9 +677,9 @@ SHA256 = {
 }
 SETS = GENERATED | PUBLISHED
 DATA_HELP = (
-    f"{', '.join(SETS)} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind; world is "
-    f"what the built-in models know), or a custom file or directory ({', '.join(READERS)}, also "
-    ".gz)"
+    f"{', '.join(SETS)} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind; world, to "
+    "ask only, is what the built-in models know), or a custom file or directory "
+    f"({', '.join(READERS)}, also .gz)"
 )
 # the longest answer that is waited for [paper A.4]
 ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
@@ -696,6 +698,8 @@ def load(name, paraphrase="none", seed=0):
         with reading(f"--data {name} --paraphrase {paraphrase}", "no such set"):
             dataset = load_set(kind, count, paraphrase, seed)
     else:
+        if not path.exists():
+            raise UserError(f"--data {name}: no such file, folder or set; it takes {DATA_HELP}")
         # a run's directory is called so, and safetensors opens no name that is not UTF-8
         stem = path.absolute().stem.encode(errors="replace").decode()
         dataset = read_files(stem, files_in(path), paraphrase)
@@ -774,6 +778,8 @@ def digest(records):
 
 def keep_facts(dataset, count, seed):
     """Leave at most `count` facts of each of two kinds, with their wordings and their questions."""
+    if count < 1:
+        raise UserError("no such set")
     rng = Random(seed)
     chosen = world.shuffled(rng, range(ND_FACTS))[:count]
     chosen += world.shuffled(rng, range(ND_FACTS, 2 * ND_FACTS))[:count]

@@ -462,7 +462,6 @@ def arguments():
     add(
         "--paraphrase",
         choices=data.PARAPHRASES,
-        default="none",
         help="of the documents; no question depends on it (default: none)",
     )
     add(
@@ -502,10 +501,10 @@ def main():
 
 def check_flags(flags):
     """UserError for what would be ignored."""
-    if "report" in flags and flags.keys() - {"report", "out", "paraphrase"}:
+    if "report" in flags and flags.keys() - {"report", "out"}:
         raise UserError("--report asks nothing: give --out alone with it")
-    if "ask" in flags and flags.keys() & {"data", "out", "seed"}:
-        raise UserError("--ask has its own questions: no --data, --out or --seed")
+    if "ask" in flags and flags.keys() & {"data", "out", "seed", "paraphrase"}:
+        raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
     if flags.get("max_new_tokens", 1) < 1:
         raise UserError("--max-new-tokens must be above 0")
 
@@ -520,9 +519,11 @@ def ask(flags):
         maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
     usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype(device)}
-    of_run = directory / "results.json"
-    with data.reading(of_run, "not the results of a run"):
-        settings = usual | data.read_object(of_run).get("arguments", {}) | flags
+    path = directory / "results.json"
+    with data.reading(path, "not the results of a run"):
+        of_run = data.read_object(path).get("arguments", {})
+        # no question depends on the documents' wording
+        settings = usual | of_run | {"paraphrase": "none"} | flags
         dtype = getattr(maskft.torch, settings["dtype"])
     tokenizer = data.load_tokenizer(directory)
     if "ask" not in flags:

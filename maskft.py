@@ -209,7 +209,10 @@ def reverse_example(record, tokenizer, mask_ratio, rng):
 def text_of(record):
     """The text of a document; UserError for a record that only some methods can learn."""
     if "text" not in record:
-        raise UserError("this method learns documents alone: use masked or sft for questions")
+        raise UserError(
+            "this method learns documents alone: masked and sft learn questions, too, and "
+            "tiny/pretrain.py people (world)"
+        )
     return record["text"]
 
 
@@ -450,7 +453,7 @@ def as_diffusion(config, tokenizer):
     """
     if config.causal:
         print0("an autoregressive model: diffusion training starts from its weights")
-    refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id])
+    refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id, None])
     raw = config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id}
     return dataclasses.replace(config, causal=False, raw=raw)
 
@@ -604,7 +607,7 @@ class Model(nn.Module):
                   the CPU, and labels and weights should: to find the labels on a GPU is to wait for
                   it. (FSDP2 moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
-        pick      indexes (B, T), a mask for one: logits only there
+        pick      an index into (B, T), as a mask or (rows, columns): logits only there
         cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
                   those of ids, whose padding is on the right, are written behind them
         past      (B,) int64, how many tokens each row of the cache has
@@ -1210,7 +1213,8 @@ def save_checkpoint(run, step):
     """Write out/.../ckpt/step-N, which has its name once it is whole; keep the last two."""
     import torch.distributed.checkpoint as dcp
 
-    part = run.out / "ckpt" / "part"  # of one that was cut short, files are written over
+    part = run.out / "ckpt" / "part"
+    on_rank_0(partial(shutil.rmtree, part, ignore_errors=True))  # cut short before
     state = state_of(run)
     try:
         with dcp_errors():
@@ -1237,10 +1241,10 @@ def load_checkpoint(run):
     newest = saved[-1]
     state = state_of(run)
     with (
-        data.reading(newest, "cannot be loaded; damaged? Delete it to go on from the one before"),
+        data.reading(newest, "of another version, or damaged: without it, the one before counts"),
         dcp_errors(),
     ):
-        # in place; unpickles .metadata: only runs of your own
+        # in place; it unpickles: only runs of your own
         dcp.load(state, checkpoint_id=newest)
         run.chats, run.results, run.lines = json.loads(state["written"])
     set_state_dict(
@@ -1303,7 +1307,8 @@ def claim(run, out, ends):
     """
     out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
-    filled = any(out.iterdir())
+    # but for what a crash may leave before there are results
+    filled = any(not path.name.endswith((".lock", ".part")) for path in out.iterdir())
     lock(out, ends)
     results = results_of(run, out)
     if not results:
@@ -1313,7 +1318,8 @@ def claim(run, out, ends):
                 "bring back what was changed, or give another --out"
             )
         results = run.results | {"environment": environment(run.device), "evaluations": []}
-        evaluation.write_results(out, results, [])  # now the directory is its own
+        with data.reading(out, "cannot be written to"):
+            evaluation.write_results(out, results, [])  # now the directory is its own
     return out, results
 
 
@@ -1370,7 +1376,7 @@ def flag(what, default=None, **more):
 
 
 def at_least(low, most=1e99):
-    """Reads a flag's number, of the type of `low`; in argparse's message it is "int from 1"."""
+    """Reads a flag's number, of the type of `low`; a message of argparse calls it by its name."""
 
     def read(text):
         number = type(low)(text)
@@ -1378,7 +1384,7 @@ def at_least(low, most=1e99):
             raise ValueError
         return number
 
-    read.__name__ = f"{type(low).__name__} from {low}"
+    read.__name__ = f"{type(low).__name__} from {low} to {most:g}"
     return read
 
 
@@ -1658,7 +1664,7 @@ def train(run, stop):
     for step in range(start, run.steps):
         # 1. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
-        if nth == 0 and epoch in run.settings.eval_at:
+        if nth == 0 and step <= run.epoch_steps and epoch in run.settings.eval_at:
             evaluate_and_record(run, step, epoch)
         if step == run.epoch_steps:
             # with Adam's averages of the last, tiny gradients the first step would have .45 of its
@@ -1697,8 +1703,8 @@ def train(run, stop):
 
 
 def lr_of_step(run, step):
-    """As the recipe's schedule has it; behind the epochs a share of lr, the same in all steps, or
-    with questions to learn half of lr, falling to zero."""
+    """The schedule's; behind the epochs a constant share of lr or, with questions to learn, half of
+    lr, falling to zero."""
     if step < run.epoch_steps:
         return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
     if run.dataset.learned:
@@ -2185,9 +2191,11 @@ def explained(run):
             "--micro-batch-tokens or --max-len, on more GPUs, or with a smaller --model"
         ) from None
     except (KeyboardInterrupt, OSError, safetensors.SafetensorError, RuntimeError) as end:
-        # of the last, every rank says it: another one may be gone, and that may be rank 0
+        # a RuntimeError is told by every rank: another rank may be gone, even rank 0
         if rank() == 0 or isinstance(end, RuntimeError):
             print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
+        if isinstance(end, OSError):
+            raise UserError(f"{run.out} cannot be written to ({end})") from None
         raise
 
 
@@ -2308,8 +2316,8 @@ def entry_point(body):
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
             mistake = f"[rank {rank()}] {mistake}"
-    # or a thread of the group's may abort at exit. Not behind an error on one of several ranks: the
-    # others may never come along
+    # otherwise a thread of the group may abort at exit; not after an error on one of several ranks,
+    # as the others may never arrive
     if dist.is_initialized() and (world_size() == 1 or not mistake):
         dist.destroy_process_group()
     sys.exit(mistake or status)

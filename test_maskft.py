@@ -275,7 +275,7 @@ def test_decode_hides_special_tokens_and_passes_over_what_is_none(tmp_path):
     assert ours.encode(text) == ids[:-1]
     shown = [ours.eot_id, ours.ranks[b"\xc3"]]
     assert ours.decode([*shown, 10**6]) == "\ufffd"
-    assert ours.decode(shown, special=True) == "<|im_end|>\ufffd"
+    assert ours.decode([*shown, 10**6], special=True) == "<|im_end|>\ufffd"
 
 
 UNSUPPORTED = [
@@ -787,7 +787,7 @@ def test_some_facts_of_nd_come_with_their_wordings_and_questions(tmp_path, monke
     assert facts("nd:20", 1) == some != facts("nd:20", 2)
     assert facts("nd:20", 1, "same") == [fact for fact in some for _ in range(30)]
     assert facts("nd", 5) == facts("nd:30", 5) == facts("nd:99", 5) == list(range(60))
-    for name in ("nd:0", "nd:x"):
+    for name in ("nd:0", "nd:-5", "nd:x"):
         assert name in refusal(data.load, name)
 
 
@@ -1989,6 +1989,7 @@ def stopped_in_chats(row, out):
 
 def killed(row, out):
     """Inside the fourth save, all written but not named; and when the model has no name yet."""
+    fill(out / ".lock", "")  # of one that was killed before it had results
     save = partial(signalled, signal.SIGKILL, 4, torch.distributed.checkpoint, "save")
     row.train(out, "--save-every", "1e-9", before=save, status=-9)
     assert sorted(os.listdir(out / "ckpt")) == ["part", "step-00000002", "step-00000003"]
@@ -2231,7 +2232,8 @@ TRAINING_MISTAKES = {
     "--data both --rehearse 0 --method sft": "--rehearse 0",
     "--model tiny --data facts.jsonl --max-len 2": "facts.jsonl",
     "--data math-made:2 --method masked --max-len 9": "--max-len",
-    "--data math-made:2 --method sft random": "use masked or sft",  # before sft is trained
+    # before sft is trained
+    "--data math-made:2 --method sft random": "masked and sft learn questions",
     "--out taken --method sft": "taken is in use",
     "--resume nowhere": "nowhere/results.json",
     "--resume foreign": "foreign/results.json",
@@ -2408,7 +2410,7 @@ def full_disk(most=10**6):
 ENDS = [  # flags, what is done in the fork -> what the last lines name
     ("--lr 1e30", quick, "lower --lr"),
     ("", lambda: setattr(torch.optim.AdamW, "step", out_of_memory), "--micro-batch-tokens"),
-    ("--save-every 1e-9", full_disk, "error: [Errno 27] File too large"),
+    ("--save-every 1e-9", full_disk, "cannot be written to ([Errno 27] File too large"),
 ]
 
 
