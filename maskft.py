@@ -994,7 +994,7 @@ def until_stop(ids, stop_ids):
     return list(takewhile(lambda token: token not in stop_ids, ids))
 
 
-def ar_answer(model, tokenizer, prompts, max_new_tokens=128, generators=None, on_answer=None):
+def ar_answer(model, tokenizer, prompts, max_new_tokens, generators=None, on_answer=None):
     """Answers of an autoregressive model: greedy or, with a generator for each prompt, drawn at
     temperature 1 from all but the least likely."""
     return generate(
