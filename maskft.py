@@ -1390,6 +1390,7 @@ def at_least(low, most=1e99):
 
 def located(name):
     """A model or data set by name as it is, by path with its absolute path, to resume anywhere."""
+    name = name.rstrip("/")  # a shell's completion adds it
     by_path = Path(name).exists() and name not in (*BUILT_IN, *SETS)
     return str(Path(name).absolute()) if by_path else name
 
@@ -2047,7 +2048,7 @@ def wanted_settings(args, methods, models, device):
     demo = args.model in BUILT_IN
     args.data = args.data or ("bio:40" if demo else "bio")
     names = args.method or list(methods)[-2 if demo else -1 :]
-    return [dataclasses.replace(args, method=name) for name in names]
+    return [dataclasses.replace(args, method=name) for name in dict.fromkeys(names)]
 
 
 def prepare(settings, method, device):
