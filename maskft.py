@@ -2237,8 +2237,9 @@ tags:
 A language model that was taught new documents with maskft, after *Diffusion-Inspired Masked
 Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885).
 
+```
 {settings}
-- documents: {documents}
+```
 
 Scores after training, by kind of question (mean [95 % interval]):
 
@@ -2262,8 +2263,7 @@ def model_card(run):
         base=f"\nbase_model: {model}" if hub_id else "",
         name=run.out.name,
         ask=ask_command(run.out),
-        documents=len(run.dataset.documents),
-        settings="\n".join(f"- {name}: {value}" for name, value in vars(run.settings).items()),
+        settings=run.settings,
         scores=evaluation.score_table(run.results["evaluations"][-1]["scores"]),
     )
 
