@@ -914,14 +914,13 @@ def generate(
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
     going = []  # the prompt that each row of the cache belongs to
     while waiting or going:
-        # 1. free rows go to the next prompts
+        # 1. free rows, the last ones, go to the next prompts; the other rows wait for these
         if not going:
             cache = None  # freed before there is another
             cache = new_cache(model, len(waiting), room[waiting[-1]], cache_bytes)
-        new = take_rows(cache, going, waiting, room)
-        # 2. the next token of the new rows, which are the last ones, while the others wait; or of
-        # all rows. The cache has nothing of a new prompt, and of the others all but the last token
-        numbers = new or going
+        numbers = take_rows(cache, going, waiting, room) or going
+        # 2. the next token of the new rows or else of all. The cache has nothing of a new prompt,
+        # and of the others all but the last token
         past = [len(prompts[i]) + len(answers[i]) - 1 if answers[i] else 0 for i in numbers]
         ids = [answers[i][-1:] or prompts[i] for i in numbers]
         logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
