@@ -187,7 +187,6 @@ REPORTED = {
 # such as "masked, lr 0.01", the seeds, the title of its table, and what `over_seeds` gives.
 Row = namedtuple("Row", "settings name seeds title best curve")
 DIRECTIONS = {"forward": 1, "backward": 2, "math": 2, "all": 2}  # and samples shown of each
-USUAL_RATIO = (0.05, 0.95)
 LEGEND = """\
 Numbers are ROUGE-1 recall (math: share solved). Behind a method stands what its runs differ in.
 Before is before training, best is a run's best evaluation, last the one after training.

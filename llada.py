@@ -261,20 +261,17 @@ def answer(
     while len(answers) < len(prompts):
         left = prompts[len(answers) :]
         longest = len(max(left, key=len)) + max_new_tokens
-        batch = left[: max(1, BATCH_TOKENS // longest)]
-        random = {}
-        if generators:
-            batch = left[:1]
-            random = {"temperature": 1.0, "generator": generators[len(answers)]}
+        batch = left[: 1 if generators else max(1, BATCH_TOKENS // longest)]
         answers += sample(
             model,
             batch,
             max_new_tokens,
             max_new_tokens if steps is None else steps,
             block_length,
+            temperature=1.0 if generators else 0.0,
             stop_ids=tokenizer.stop_ids,
+            generator=generators[len(answers)] if generators else None,
             threshold=threshold,
-            **random,
         )
         if on_answer:
             on_answer(len(batch))

@@ -230,6 +230,9 @@ def fall(lr, step, steps):
     return warm_up(lr, step, steps) * (1 - math.sqrt(fallen))
 
 
+USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How models of one size are taught by a method, as far as no flag says otherwise."""
@@ -239,7 +242,7 @@ class Recipe:
     lr: float
     steps: int | None = None  # None: those of the paper, by the data
     epochs: float = math.inf  # at most
-    mask_ratio: tuple = evaluation.USUAL_RATIO  # lowest, highest
+    mask_ratio: tuple = USUAL_RATIO  # lowest, highest
     eps: float = 1e-8  # AdamW's
     mlp_only: bool = False
     schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
@@ -465,6 +468,8 @@ class RMSNorm(nn.RMSNorm):
     """torch's, kept out of autocast, which would run it in fp32 and keep that copy for backward."""
 
     def forward(self, x):
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
 
@@ -1235,7 +1240,6 @@ def load_checkpoint(run):
 
     saved = on_rank_0(partial(checkpoints, run.out))  # one sight for all: file systems may lag
     if not saved:
-        run.results["evaluations"] = []
         return
     newest = saved[-1]
     state = state_of(run)
@@ -1298,25 +1302,28 @@ def lock(out, ends):
 
 
 def claim(run, out, ends):
-    """The directory of a run, locked until `ends` close, and the run's results so far.
+    """The directory of a run, locked until `ends` close, and the run's results: all of a finished
+    one, else those to begin with.
 
-    out      its path; None = the next free out/DATA-METHOD-N
-    results  A directory with a run of the same settings and data is gone on with, so the same
-             command, given again by a person or a scheduler, goes on
+    A directory with a run of the same settings and data is gone on with, so the same command, given
+    again by a person or a scheduler, goes on. Where `out` is None it is the next free
+    out/DATA-METHOD-N.
     """
     out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
     # but for what a crash may leave before there are results
     filled = any(not path.name.endswith((".lock", ".part")) for path in out.iterdir())
     lock(out, ends)
-    results = results_of(run, out)
-    if not results:
+    found = results_of(run, out)
+    if found.get("finished"):
+        return out, found
+    results = run.results | {"environment": environment(run.device), "evaluations": []}
+    if not found:
         if filled:
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
             )
-        results = run.results | {"environment": environment(run.device), "evaluations": []}
         with data.reading(out, "cannot be written to"):
             evaluation.write_results(out, results, [])  # now the directory is its own
     return out, results
@@ -1905,7 +1912,7 @@ def build_chat(run, number):
     rng = np.random.default_rng([run.settings.seed, 0, number, 2])
     chat = run.chats[number]
     example = run.method.chat or chat_example
-    return example(chat["prompt"], chat["answer"], run.tokenizer, evaluation.USUAL_RATIO, rng)
+    return example(chat["prompt"], chat["answer"], run.tokenizer, USUAL_RATIO, rng)
 
 
 ANSWER_STEPS = 200  # by default, where questions are learned
@@ -2194,7 +2201,7 @@ def explained(run):
         # a RuntimeError is told by every rank: another rank may be gone, even rank 0
         if rank() == 0 or isinstance(end, RuntimeError):
             print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
-        if isinstance(end, OSError):
+        if isinstance(end, (OSError, safetensors.SafetensorError)):
             raise UserError(f"{run.out} cannot be written to ({end})") from None
         raise
 
@@ -2311,7 +2318,7 @@ def entry_point(body):
         body()
     except KeyboardInterrupt:
         status = 130
-    except (UserError, OSError, safetensors.SafetensorError) as error:  # a full disk, for one
+    except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
         mistake = f"error: {error}"
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
