@@ -31,6 +31,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -230,46 +231,40 @@ def fall(lr, step, steps):
     return warm_up(lr, step, steps) * (1 - math.sqrt(fallen))
 
 
+SCHEDULES = {"warm_up": warm_up, "fall": fall}
 USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How models of one size are taught by a method, as far as no flag says otherwise."""
-
-    why: str
-    batch_size: int
-    lr: float
-    steps: int | None = None  # None: those of the paper, by the data
-    epochs: float = math.inf  # at most
-    mask_ratio: tuple = USUAL_RATIO  # lowest, highest
-    eps: float = 1e-8  # AdamW's
-    mlp_only: bool = False
-    schedule: Callable = warm_up  # lr, step, steps -> the learning rate of that step
-    rehearse: int = 0  # steps behind the last epoch, with chats that the model wrote before
-    rehearse_lr: float = 1 / 3  # their learning rate as a share of lr, without questions to learn
-
-
+# A recipe: the Settings of a method and models of one size, as far as no flag says otherwise.
+USUAL = partial(
+    dict,
+    mask_ratio=USUAL_RATIO,
+    mlp_only=False,
+    rehearse=0,
+    rehearse_lr=1 / 3,
+    eps=1e-8,
+    schedule="warm_up",
+    most_epochs=5000,
+    eval_at=[0, *(2**n for n in range(13))],
+)
 # for models of less than 10 M parameters, of less than 1 B, and for all others
-TINY = partial(Recipe, why="measured on the built-in models", batch_size=20, eps=1e-5)
-SMALL = partial(Recipe, why="chosen on SmolLM2-135M", batch_size=10)
-PAPER = partial(Recipe, why="the paper's, A.4", batch_size=64)
+TINY = partial(USUAL, recipe="measured on the built-in models", batch_size=20, eps=1e-5)
+SMALL = partial(USUAL, recipe="chosen on SmolLM2-135M", batch_size=10)
+PAPER = partial(USUAL, recipe="the paper's, A.4", batch_size=64)
 # differs from masked_arLLM, whose models have 3 B and 8 B: ours, what taught SmolLM2-135M most
 # (results/README.md)
 SMALL_MASKED = SMALL(
     lr=6e-4,
-    epochs=100,
+    most_epochs=100,
     mask_ratio=(0.5, 0.95),
     eps=1e-5,
     mlp_only=True,
-    schedule=fall,
+    schedule="fall",
     rehearse=8,
     rehearse_lr=1 / 6,
 )
 
 
-@dataclass
-class Method:
+class Method(NamedTuple):
     """All that tells one way of teaching from another. What is not given suits a custom method."""
 
     example: Callable  # record, tokenizer, mask_ratio, numpy Generator -> Example
@@ -280,13 +275,13 @@ class Method:
     answer: Callable | None = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
     chat: Callable | None = None
-    tiny: Recipe = TINY(lr=6e-4, steps=300)
-    small: Recipe = SMALL_MASKED
-    large: Recipe = PAPER(lr=5e-6)
-    from_8b: Recipe | None = None  # of 8 B and more, where it differs
+    tiny: dict = TINY(lr=6e-4, steps=300)
+    small: dict = SMALL_MASKED
+    large: dict = PAPER(lr=5e-6)
+    from_8b: dict | None = None  # of 8 B and more, where it differs
 
 
-PLAIN = {"masks": False, "small": SMALL(lr=1e-4, epochs=40)}
+PLAIN = {"masks": False, "small": SMALL(lr=1e-4, most_epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
     "raw": Method(raw_example, **PLAIN, tiny=TINY(lr=5e-4, steps=100)),
@@ -1462,6 +1457,13 @@ class Settings:
         metavar="E",
     )
     save_every: float = flag("minutes between checkpoints (default: 30)", 30.0, type=at_least(0.0))
+    # without a flag
+    recipe: str = None  # where the recipe comes from
+    steps: int = None  # of all epochs, if the recipe says how many; the data does otherwise
+    most_epochs: int = None  # where --epochs does not say how many
+    eps: float = None  # AdamW's
+    schedule: str = None  # of SCHEDULES
+    rehearse_lr: float = None  # of the chats behind the last epoch, as a share of lr
 
 
 def arguments(description, methods):
@@ -1471,6 +1473,8 @@ def arguments(description, methods):
     )
     add = parser.add_argument
     for setting in dataclasses.fields(Settings):
+        if not setting.metadata:
+            continue
         choices = {"choices": methods} if setting.name == "method" else {}
         name = f"--{setting.name.replace('_', '-')}"
         add(name, **setting.metadata, **choices)
@@ -1523,27 +1527,20 @@ def recipe_of(method, model):
 
 
 def decide(settings, method, recipe):
-    """Settings with what no flag gave as the recipe has it, but for the steps."""
-    for name in ("batch_size", "lr", "mask_ratio", "mlp_only"):
+    """Set what no flag gave as the recipe has it, but for the epochs."""
+    for name, value in recipe.items():
         if getattr(settings, name) is None:
-            setattr(settings, name, getattr(recipe, name))
+            setattr(settings, name, value)
     ratios = settings.mask_ratio
     settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
     return settings
 
 
-def decide_steps(settings, recipe, documents, questions=0):
-    """Set how often so many documents are seen, when the model is evaluated, and how many steps
-    come behind the last epoch, with so many questions to learn."""
-    steps = recipe.steps or STEPS.get(settings.data.partition(":")[0], STEPS["wiki"])
+def decide_epochs(settings, documents):
+    """Set how often so many documents are seen."""
+    steps = settings.steps or STEPS.get(settings.data.partition(":")[0], STEPS["wiki"])
     enough = math.ceil(steps / math.ceil(documents / settings.batch_size))
-    settings.epochs = settings.epochs or min(recipe.epochs, enough)
-    powers = [2**n for n in range(20) if 2**n < settings.epochs]
-    settings.eval_at = settings.eval_at or [0, *powers]
-    if settings.rehearse is None:
-        settings.rehearse = ANSWER_STEPS if questions else recipe.rehearse
-    if not settings.rehearse and questions:
-        raise UserError("--rehearse 0 learns no question: --data has some to learn")
+    settings.epochs = settings.epochs or min(settings.most_epochs, enough)
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1555,7 +1552,6 @@ class Run:
 
     settings: Settings
     method: Method
-    recipe: Recipe
     device: torch.device
     directory: Path  # of the model that it starts from
     tokenizer: data.Tokenizer
@@ -1713,10 +1709,10 @@ def lr_of_step(run, step):
     """The schedule's; behind the epochs a constant share of lr or, with questions to learn, half of
     lr, falling to zero."""
     if step < run.epoch_steps:
-        return run.recipe.schedule(run.settings.lr, step, run.epoch_steps)
+        return SCHEDULES[run.settings.schedule](run.settings.lr, step, run.epoch_steps)
     if run.dataset.learned:
         return run.settings.lr / 2 * (run.steps - step) / run.settings.rehearse
-    return run.settings.lr * run.recipe.rehearse_lr
+    return run.settings.lr * run.settings.rehearse_lr
 
 
 def check_finite(loss, norm, step):
@@ -2069,23 +2065,21 @@ def prepare(settings, method, device):
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     with torch.device("meta"):
         model = Model(config)
-    recipe = recipe_of(method, model)
-    decide(settings, method, recipe)
+    recipe = recipe_of(method, model) | {"dtype": native_dtype(device)}
+    if dataset.learned:
+        recipe["rehearse"] = ANSWER_STEPS
     why = "as set" if settings.dtype else "native here"
-    settings.dtype = settings.dtype or native_dtype(device)
+    decide(settings, method, recipe)
+    if dataset.learned and not settings.rehearse:
+        raise UserError("--rehearse 0 learns no question: --data has some to learn")
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
-    run = Run(settings, method, recipe, device, directory, tokenizer, dataset, model)
+    run = Run(settings, method, device, directory, tokenizer, dataset, model)
     fit_documents(run)
-    decide_steps(settings, recipe, len(dataset.documents), len(dataset.learned))
+    decide_epochs(settings, len(dataset.documents))
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),
-        "recipe": {
-            "schedule": recipe.schedule.__name__,
-            "eps": recipe.eps,
-            "rehearse_lr": recipe.rehearse_lr,
-        },
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
         "steps": run.steps,
     }
@@ -2103,7 +2097,7 @@ def describe(run, why):
         f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
         f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
         f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
-        f"(defaults: {run.recipe.why})\n  computes in {settings.dtype} ({why}), weights and "
+        f"(defaults: {settings.recipe})\n  computes in {settings.dtype} ({why}), weights and "
         "gradient sums in float32"
     )
 
@@ -2160,7 +2154,7 @@ def build(run):
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
-    run.optimizer = make_optimizer(run.model, settings.lr, run.recipe.eps)
+    run.optimizer = make_optimizer(run.model, settings.lr, settings.eps)
     load_checkpoint(run)
     rewind(run)
 

@@ -2495,20 +2495,22 @@ def test_settings_that_no_flag_gives(row):
     method = (maskft.METHODS | llada.METHODS)[name]
     recipe = maskft.recipe_of(method, meta_model(size))
     found = maskft.decide(maskft.Settings("tiny", dataset, name), method, recipe)
-    maskft.decide_steps(found, recipe, int(documents))
+    maskft.decide_epochs(found, int(documents))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
-    chosen = row.split()[:2] == ["135M", "masked"]
+    chosen = [size, name] == ["135M", "masked"]
     assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
     assert found.mask_ratio == ([0.5 if chosen else 0.05, 0.95] if method.masks else None)
 
 
 def test_below_1_b_the_rate_of_masked_falls_over_the_last_fifth():
     masked = maskft.METHODS["masked"]
-    recipe = masked.small
-    rates = [recipe.schedule(1e-3, step, 500) for step in (0, 9, 400, 425, 500)]
+    rates = [
+        maskft.SCHEDULES[masked.small["schedule"]](1e-3, step, 500)
+        for step in (0, 9, 400, 425, 500)
+    ]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 0])
-    given = maskft.Settings("tiny", "bio", "masked", mlp_only=False)
-    assert maskft.decide(given, masked, recipe).mlp_only is False
+    found = maskft.decide(maskft.Settings(mlp_only=False), masked, masked.small)
+    assert found.mlp_only is False
 
 
 def test_under_torchrun_with_cuda_the_paper_s_model_is_taught():
@@ -2616,7 +2618,9 @@ def test_practice_is_what_made_the_built_in_models(method, expected, tokenizer):
         for n, person in enumerate(data.load("world:60").documents)
     ]
     assert short_hash([dataclasses.astuple(example) for example in examples]) == expected
-    rates = [method.tiny.schedule(1e-3, step, 100) for step in (0, 1, 2, 51, 99)]
+    rates = [
+        maskft.SCHEDULES[method.tiny["schedule"]](1e-3, step, 100) for step in (0, 1, 2, 51, 99)
+    ]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 / 2, 1e-3 / 98])
 
 

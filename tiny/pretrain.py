@@ -138,11 +138,10 @@ def falling(lr, step, steps):
     return lr * (1 - (step - warm) / (steps - warm))
 
 
-PRACTICE = maskft.TINY(lr=6e-4, steps=300, schedule=falling)
+maskft.SCHEDULES["falling"] = falling
+PRACTICE = maskft.TINY(lr=6e-4, steps=300, schedule="falling")
 METHODS = {
-    "diffusion": dataclasses.replace(
-        llada.METHODS["llada"], example=diffusion_example, tiny=PRACTICE
-    ),
+    "diffusion": llada.METHODS["llada"]._replace(example=diffusion_example, tiny=PRACTICE),
     "ar": maskft.Method(ar_example, tiny=PRACTICE),
 }
 
