@@ -2087,18 +2087,26 @@ def prepare(settings, method, device):
     return run
 
 
+PLAN = """\
+{method}: {documents} records and {learned} questions to learn, {questions} to ask
+  {epochs} epochs of batches of {batch_size} and {rehearse} steps of --rehearse, lr {lr:g}
+  defaults: {recipe}
+  computes in {dtype} ({why}), weights and gradient sums in float32"""
+
+
 def describe(run, why):
     """Say what will be trained; `why` is the reason for the dtype."""
     settings = run.settings
-    dataset = run.dataset
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} has words for its own people alone: give a real --model")
     print0(
-        f"{settings.method}: {len(dataset.documents)} records and {len(dataset.learned)} questions "
-        f"to learn, {len(dataset.questions)} to ask; {settings.epochs} epochs of batches of "
-        f"{settings.batch_size} and {settings.rehearse} steps of --rehearse, lr {settings.lr:g} "
-        f"(defaults: {settings.recipe})\n  computes in {settings.dtype} ({why}), weights and "
-        "gradient sums in float32"
+        PLAN.format(
+            **vars(settings),
+            why=why,
+            documents=len(run.dataset.documents),
+            learned=len(run.dataset.learned),
+            questions=len(run.dataset.questions),
+        )
     )
 
 
