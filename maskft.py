@@ -1586,16 +1586,6 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
-def batches(documents, size, seed, epoch):
-    """The global batches of an epoch, lists of document numbers.
-
-    Their order depends on (seed, epoch) alone. differs from masked_arLLM: another order every
-    epoch, and the same batches on any number of ranks.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(documents).tolist()
-    return [order[i : i + size] for i in range(0, documents, size)]
-
-
 def example_of(run, record, number, epoch):
     """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
     # + 1: numpy takes [a, b, 0] for [a, b], which is the seed of the epoch's order
@@ -1663,7 +1653,6 @@ def train(run, stop):
     prepare_chats(run)
     start = len(run.lines)  # 0, or where a resumed run goes on
     bar = progress_bar(run.steps, run.settings.method, "step", initial=start)
-    examples = examples_of_step(run, start)
     for step in range(start, run.steps):
         # 1. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
@@ -1675,15 +1664,13 @@ def train(run, stop):
             run.optimizer.state.clear()
         # 2. gradients and step, at this step's learning rate
         lr = lr_of_step(run, step)
-        loss, norm = update(run, examples, lr)
-        # 3. the next batch, while a GPU still computes
-        examples = examples_of_step(run, step + 1)
-        # 4. all ranks learn the loss, and whether to stop or save: the one place that waits
+        loss, norm = update(run, examples_of_step(run, step), lr)
+        # 3. all ranks learn the loss, and whether to stop or save: the one place that waits
         due = time.monotonic() - saved_at > 60 * run.settings.save_every
         loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(stop), due)
         norm /= world_size()  # each rank had the whole of it
         check_finite(loss, norm, step)
-        # 5. log
+        # 4. log
         log(
             run,
             step=step,
@@ -1695,7 +1682,7 @@ def train(run, stop):
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
-        # 6. what is needed to go on
+        # 5. what is needed to go on
         if stopping or saving:
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
@@ -1724,24 +1711,28 @@ def check_finite(loss, norm, step):
 
 
 def examples_of_step(run, step):
-    """The Examples of a global batch, the same on every rank; none behind the last."""
-    if step == run.steps:
-        return []
+    """The Examples of a global batch, the same on every rank.
+
+    The order of an epoch's documents depends on (seed, epoch) alone. differs from masked_arLLM:
+    another order every epoch, and the same batches on any number of ranks.
+    """
     epoch, nth = divmod(step, run.steps_per_epoch)
     documents = run.dataset.documents
-    batch = batches(len(documents), run.settings.batch_size, run.settings.seed, epoch)[nth]
-    if step < run.epoch_steps:
-        return [example_of(run, documents[number], number, epoch) for number in batch]
-    # behind the last epoch a batch of chats beside one of documents; where questions are learned,
-    # beside half of one and questions
-    numbers = batch[: math.ceil(len(batch) / 2)] if run.dataset.learned else batch
-    first = (step - run.epoch_steps) * chats_of_step(run)
-    written = len(run.chats) - CHATS_HELD_OUT
-    return [
-        *(example_of(run, documents[number], number, epoch) for number in numbers),
-        *(build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(batch))),
-        *questions_of_step(run, step, len(numbers)),
-    ]
+    order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(documents)).tolist()
+    size = run.settings.batch_size
+    numbers = order[nth * size :][:size]
+    others = []
+    if step >= run.epoch_steps:
+        # behind the last epoch as many chats as documents
+        first = (step - run.epoch_steps) * chats_of_step(run)
+        written = len(run.chats) - CHATS_HELD_OUT
+        others = [
+            build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))
+        ]
+        if run.dataset.learned:  # beside half as many documents, and questions
+            numbers = numbers[: math.ceil(len(numbers) / 2)]
+            others += questions_of_step(run, step, len(numbers))
+    return [example_of(run, documents[number], number, epoch) for number in numbers] + others
 
 
 def update(run, examples, lr):
