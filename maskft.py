@@ -1600,15 +1600,13 @@ def micro_batches(examples, tokens, rank, world_size):
     in length are together, so that there is little padding.
 
     tokens   in a micro-batch at most, padding included; one example may be longer
-    returns  lists of Examples, some of them empty where the examples do not suffice
+    yields   lists of Examples, some of them empty where the examples do not suffice
     """
     left = sorted(examples, key=lambda example: -len(example.ids))
-    parts = []
     while left:
         rows = max(1, tokens // len(left[0].ids)) * world_size
-        parts.append(left[:rows][rank::world_size])
+        yield left[:rows][rank::world_size]
         left = left[rows:]
-    return parts
 
 
 def freeze_all_but_mlps(model):
@@ -1624,8 +1622,8 @@ def freeze_all_but_mlps(model):
             linear.requires_grad_(True)
 
 
-def make_optimizer(model, lr, eps=1e-8):
-    """AdamW as in paper A.4: decay on matrices only, none on norms and biases.
+def make_optimizer(model, eps):
+    """AdamW as in paper A.4: decay on matrices only, none on norms and biases; `update` has its lr.
 
     Small models get a larger eps. Tokens that no document has (the "in" of an answer "in Oslo")
     get a small, steady gradient towards never being said; Adam with eps 1e-8 turns any steady
@@ -1639,7 +1637,7 @@ def make_optimizer(model, lr, eps=1e-8):
         {"params": matrices, "weight_decay": 0.1},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, fused=True)
 
 
 def train(run, stop):
@@ -2153,7 +2151,7 @@ def build(run):
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
-    run.optimizer = make_optimizer(run.model, settings.lr, settings.eps)
+    run.optimizer = make_optimizer(run.model, settings.eps)
     load_checkpoint(run)
     rewind(run)
 
