@@ -2188,12 +2188,12 @@ def explained(run):
             f"out of GPU memory ({error}); begin again with --offload, with a lower "
             "--micro-batch-tokens or --max-len, on more GPUs, or with a smaller --model"
         ) from None
-    except (KeyboardInterrupt, OSError, safetensors.SafetensorError, RuntimeError) as end:
-        # a RuntimeError is told by every rank: another rank may be gone, even rank 0
-        if rank() == 0 or isinstance(end, RuntimeError):
-            print(f"stopped early; go on with\n    {resume_command(run.out)}", file=sys.stderr)
-        if isinstance(end, (OSError, safetensors.SafetensorError)):
-            raise UserError(f"{run.out} cannot be written to ({end})") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{run.out} cannot be written to ({error}); once it can: {resume_command(run.out)}"
+        ) from None
+    except (KeyboardInterrupt, RuntimeError):
+        print0("stopped early; go on with\n   ", resume_command(run.out))
         raise
 
 
