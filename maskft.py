@@ -1407,9 +1407,7 @@ class Settings:
         "directory or hub id (default: built-in; under torchrun with CUDA 8B)", type=located
     )
     data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)", type=located)
-    method: str = flag(
-        "one, or several to compare (default: the last; of tiny the last two)", nargs="+"
-    )
+    method: str = None  # --method takes several
     paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
     mask_ratio: list = flag(  # None: the method masks nothing
         "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
@@ -1467,17 +1465,16 @@ class Settings:
 
 
 def arguments(description, methods):
-    """The flags of a script that trains `methods`, {name: Method}: those of Settings, and three."""
+    """The flags of a script that trains `methods`, {name: Method}: those of Settings, and four."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    several = "one, or several to compare (default: the last; of tiny the last two)"
+    add("--method", nargs="+", choices=methods, help=several)
     for setting in dataclasses.fields(Settings):
-        if not setting.metadata:
-            continue
-        choices = {"choices": methods} if setting.name == "method" else {}
-        name = f"--{setting.name.replace('_', '-')}"
-        add(name, **setting.metadata, **choices)
+        if setting.metadata:
+            add(f"--{setting.name.replace('_', '-')}", **setting.metadata)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     show = "print what the model would see of N documents (3), and train nothing"
@@ -1575,8 +1572,9 @@ class Run:
     @property
     def autocast(self):
         """bf16 autocast. Under FSDP2 the weights are bf16 already: it then casts the rest only."""
-        bf16 = self.settings.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"
+        )
 
 
 def example_of(run, record, number, epoch):
