@@ -1547,12 +1547,12 @@ class Run:
     tokenizer: data.Tokenizer
     dataset: data.Dataset
     model: Model  # on `meta` until its weights are loaded
+    results: dict  # of results.json, from `prepare` the first
+    chats: list  # that the model wrote before it learned anything
+    lines: list  # of metrics.jsonl, one a step
+    predictions: list  # of the last evaluation
     out: Path | None = None  # of the run, once it has one
     optimizer: torch.optim.Optimizer | None = None
-    chats: list = field(default_factory=list)  # that the model wrote before it learned anything
-    results: dict = field(default_factory=dict)  # of results.json, from `prepare` the first
-    lines: list = field(default_factory=list)  # of metrics.jsonl, one a step
-    predictions: list = field(default_factory=list)  # of the last evaluation
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
     @property
@@ -2054,14 +2054,25 @@ def prepare(settings, method, device):
         raise UserError("--rehearse 0 learns no question: --data has some to learn")
     if (config.raw.get("pad_token_id") or 0) >= config.vocab:
         config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
-    run = Run(settings, method, device, directory, tokenizer, dataset, model)
+    run = Run(
+        settings,
+        method,
+        device,
+        directory,
+        tokenizer,
+        dataset,
+        model,
+        results={},
+        chats=[],
+        lines=[],
+        predictions=[],
+    )
     fit_documents(run)
     decide_epochs(settings, len(dataset.documents))
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
-        "steps": run.steps,
     }
     describe(run, why)
     return run
