@@ -1641,8 +1641,14 @@ def train(run, stop):
     saved_at = time.monotonic()
     prepare_chats(run)
     start = len(run.lines)  # 0, or where a resumed run goes on
-    bar = progress_bar(run.steps, run.settings.method, "step", initial=start)
-    for step in range(start, run.steps):
+    bar = progress_bar(
+        run.steps,
+        run.settings.method,
+        "step",
+        initial=start,
+        iterable=range(start, run.steps),
+    )
+    for step in bar:
         # 1. evaluation, where an epoch begins
         epoch, nth = divmod(step, run.steps_per_epoch)
         if nth == 0 and step <= run.epoch_steps and epoch in run.settings.eval_at:
@@ -1670,14 +1676,12 @@ def train(run, stop):
             memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update()
         # 5. what is needed to go on
         if stopping or saving:
             save_checkpoint(run, step + 1)
             saved_at = time.monotonic()
         if stopping:
             raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
-    bar.close()
     evaluate_and_record(run, run.steps, run.settings.epochs)
 
 
