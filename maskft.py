@@ -1570,6 +1570,11 @@ class Run:
         return self.epoch_steps + self.settings.rehearse
 
     @property
+    def seconds(self):
+        """That it has taken, with those before it was resumed."""
+        return round(time.monotonic() - self.clock, 3)
+
+    @property
     def autocast(self):
         """bf16 autocast. Under FSDP2 the weights are bf16 already: it then casts the rest only."""
         return torch.autocast(
@@ -1688,11 +1693,12 @@ def train(run, stop):
 def lr_of_step(run, step):
     """The schedule's; behind the epochs a constant share of lr or, with questions to learn, half of
     lr, falling to zero."""
+    settings = run.settings
     if step < run.epoch_steps:
-        return SCHEDULES[run.settings.schedule](run.settings.lr, step, run.epoch_steps)
+        return SCHEDULES[settings.schedule](settings.lr, step, run.epoch_steps)
     if run.dataset.learned:
-        return run.settings.lr / 2 * (run.steps - step) / run.settings.rehearse
-    return run.settings.lr * run.settings.rehearse_lr
+        return settings.lr / 2 * (run.steps - step) / settings.rehearse
+    return settings.lr * settings.rehearse_lr
 
 
 def check_finite(loss, norm, step):
@@ -1778,7 +1784,7 @@ def evaluate_and_record(run, step, epoch):
         drift = chat_loss(run) - run.results["chat_loss"]
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
-    run.results["seconds"] = round(time.monotonic() - run.clock, 3)
+    run.results["seconds"] = run.seconds
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
     reported = evaluation.reported_scores(asked) | {"drift": drift}
@@ -1796,7 +1802,7 @@ def rewind(run):
 
 def log(run, **line):
     """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
-    line["seconds"] = round(time.monotonic() - run.clock, 3)
+    line["seconds"] = run.seconds
     run.lines.append(line)
     if rank() == 0:
         with (run.out / "metrics.jsonl").open("a") as file:
@@ -2178,9 +2184,13 @@ def environment(device):
 
 def commit():
     """The git commit of this file, with "-dirty" if files were changed since; None if unknown."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError):  # no git
-        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip() or None
 
 
