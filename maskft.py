@@ -272,13 +272,13 @@ class Method(NamedTuple):
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
     # model, tokenizer, prompts, max_new_tokens, generators, on_answer -> answers, at random where
     # there are generators, one a prompt; None = ar_answer
-    answer: Callable | None = None
+    answer: Callable = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
-    chat: Callable | None = None
+    chat: Callable = None
     tiny: dict = TINY(lr=6e-4, steps=300)
     small: dict = SMALL_MASKED
     large: dict = PAPER(lr=5e-6)
-    from_8b: dict | None = None  # of 8 B and more, where it differs
+    from_8b: dict = None  # of 8 B and more, where it differs
 
 
 PLAIN = {"masks": False, "small": SMALL(lr=1e-4, most_epochs=40)}
@@ -1346,12 +1346,12 @@ def results_of(run, out):
 
 def settings_of(out, methods):
     """The Settings of the run that --resume names."""
-    path = out / "results.json"
+    path = Path(out, "results.json")
     with data.reading(path, "not the settings of a run of this version"):
         settings = Settings(**data.read_json(path)["arguments"])
         for name, kind in Settings.__annotations__.items():
             if not isinstance(getattr(settings, name), kind | None):
-                raise TypeError(f"{name} is no {kind.__name__}")
+                raise TypeError(name)
     if settings.method not in methods:
         raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
     return settings
@@ -1551,8 +1551,8 @@ class Run:
     chats: list  # that the model wrote before it learned anything
     lines: list  # of metrics.jsonl, one a step
     predictions: list  # of the last evaluation
-    out: Path | None = None  # of the run, once it has one
-    optimizer: torch.optim.Optimizer | None = None
+    out: Path = None  # of the run, once it has one
+    optimizer: torch.optim.Optimizer = None
     clock: float = 0.0  # the time.monotonic() at which its seconds began
 
     @property
@@ -1806,7 +1806,7 @@ def log(run, **line):
     run.lines.append(line)
     if rank() == 0:
         with (run.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), file=file)
 
 
 def listen(ends):
@@ -2035,7 +2035,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
 def wanted_settings(args, methods, models, device):
     """A Settings for each method to train: as the flags say, or those of the run to resume."""
     if args.resume:
-        return [settings_of(Path(args.resume), methods)]
+        return [settings_of(args.resume, methods)]
     args.model = args.model or models[launched() and device.type == "cuda"]
     demo = args.model in BUILT_IN
     args.data = args.data or ("bio:40" if demo else "bio")
