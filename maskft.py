@@ -2119,7 +2119,7 @@ def native_dtype(device):
 
 
 def fit_documents(run):
-    """Cut texts that are too long into passages, leave out answers that are; say how many."""
+    """Cut texts that are too long into passages, leave out answers that are, and say so."""
     limit = min(run.settings.max_len, run.model.config.context)
     dataset = run.dataset
 
@@ -2128,10 +2128,7 @@ def fit_documents(run):
 
     fitting = [part for document in dataset.documents for part in data.passages(document, fits)]
     if fitting != dataset.documents:
-        print0(
-            f"of the {len(dataset.documents)} documents, texts longer than {limit} tokens "
-            f"(--max-len) are cut into passages, answers left out, which makes {len(fitting)}"
-        )
+        print0(f"texts longer than {limit} tokens (--max-len) are cut, answers left out:")
     dataset.documents = fitting
     if not dataset.documents:
         raise UserError(
