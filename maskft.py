@@ -1792,14 +1792,6 @@ def evaluate_and_record(run, step, epoch):
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 
-def rewind(run):
-    """Leave metrics.jsonl as it was before the first step, and start the clock: a resumed run does
-    again what came behind it."""
-    run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
-    if rank() == 0:
-        data.write_lines(run.out / "metrics.jsonl", run.lines)
-
-
 def log(run, **line):
     """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
     line["seconds"] = run.seconds
@@ -2154,15 +2146,17 @@ def build(run):
     settings = run.settings
     print0(f"{settings.method}: into {run.out}; if it ends early: {resume_command(run.out)}")
     check_shared(run.out)
-    if rank() == 0:
-        data.write_chat_files(run.tokenizer, run.directory, run.out)
     if settings.mlp_only:
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, settings.eps)
     load_checkpoint(run)
-    rewind(run)
+    run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
+    if rank() == 0:
+        data.write_chat_files(run.tokenizer, run.directory, run.out)
+        # as it was before the first step: a resumed run does again what came behind it
+        data.write_lines(run.out / "metrics.jsonl", run.lines)
 
 
 def environment(device):
