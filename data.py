@@ -836,12 +836,14 @@ def collate(examples, pad_id):
     }
 
 
-def pad(rows, value):
+def pad(rows, value, side="right"):
     """Lists of unequal lengths -> a tensor (B, T)."""
     import torch
 
     rows = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=value, padding_side=side
+    )
 
 
 # ------------------------------------------------------------------------------------------- show

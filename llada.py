@@ -19,7 +19,7 @@ LLaDA is arXiv 2502.09992; "reference" below means its released `generate.py` an
 import torch
 
 import maskft
-from data import IGNORE, Example, UserError
+from data import IGNORE, Example, UserError, pad
 
 # --------------------------------------------------------------------------- difference 2: the loss
 
@@ -134,13 +134,10 @@ def masked_answers(model, prompts, max_new_tokens):
     """
     mask_id = model.config.raw["mask_token_id"]
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    masks = [mask_id] * max_new_tokens
-    ids = [[mask_id] * (width - len(prompt)) + prompt + masks for prompt in prompts]
-    key_mask = [
-        [False] * (width - len(prompt)) + [True] * len(prompt + masks) for prompt in prompts
-    ]
-    return torch.tensor(ids, device=device), torch.tensor(key_mask, device=device)
+    rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
+    ids = pad(rows, mask_id, "left")
+    key_mask = pad([[True] * len(row) for row in rows], False, "left")
+    return ids.to(device), key_mask.to(device)
 
 
 def masks_between(ids, model, start, end):

@@ -303,9 +303,8 @@ def uneven_prompts(tokenizer):
 @torch.no_grad()
 def their_batch(model, tokenizer, prompts, longest):
     """The greedy answers of transformers' generate; lists of ids, cut as ours."""
-    reverse = [prompt[::-1] for prompt in prompts]  # padding stands on the left
-    ids = data.pad(reverse, tokenizer.pad_id).flip(1)
-    real = data.pad([[1] * len(prompt) for prompt in prompts], 0).flip(1)
+    ids = data.pad(prompts, tokenizer.pad_id, "left")
+    real = data.pad([[1] * len(prompt) for prompt in prompts], 0, "left")
     whole = model.generate(
         ids,
         attention_mask=real,
