@@ -170,9 +170,8 @@ def tokens_per_step(max_new_tokens, steps, block_length, threshold=None):
             f"steps {steps} is not a positive multiple of the {blocks} blocks of "
             f"{block_length} tokens"
         )
-    each, more = divmod(block_length, steps // blocks)
-    counts = [each + 1] * more + [each] * (steps // blocks - more)
-    return [count for count in counts if count]
+    passes = min(steps // blocks, block_length)
+    return [len(range(i, block_length, passes)) for i in range(passes)]  # dealt like cards
 
 
 def predict(model, ids, key_mask, where, width, cfg_scale):
