@@ -106,33 +106,35 @@ def sample(
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:
         return []
-    ids, key_mask = masked_answers(model, prompts, max_new_tokens)  # (B, T) each
+    mask_id = model.config.raw["mask_token_id"]
+    ids, key_mask = masked_answers(model, mask_id, prompts, max_new_tokens)  # (B, T)
     width = ids.shape[1] - max_new_tokens  # of the prompts
-    rows = torch.arange(len(prompts), device=ids.device)  # the prompt that each row answers
-    answers = ids[:, width:].clone()  # (B, max_new_tokens), of all rows, also those that left
+    rows = range(len(prompts))  # the prompt that each row answers
+    answers = {}  # of all prompts, also those whose rows left
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
         for count in counts:
-            masks = masks_between(ids, model, width, end)  # (B, T)
+            masks = masks_between(ids, mask_id, width, end)  # (B, T)
             if not masks.any():
                 break  # this block was done in fewer steps, or no row is left
-            logits = predict(model, ids, key_mask, masks, width, cfg_scale)  # (N, V)
+            logits = predict(model, mask_id, ids, key_mask, masks, width, cfg_scale)  # (N, V)
             new = gumbel(logits, temperature, generator).argmax(-1)  # (N,)
             score = confidence(logits, new, remasking, generator)  # (N,)
             ids = keep_best(ids, masks, new, score, count, threshold)
-            answers[rows] = ids[:, width:]
-            going = ~has_ended(ids[:, width:], model, stop_ids)
+            texts = [maskft.until_stop(row, stop_ids) for row in ids[:, width:].tolist()]
+            answers.update(zip(rows, texts, strict=True))
+            # a stop id ends a row once there is no mask before it
+            going = [n for n, text in enumerate(texts) if mask_id in text]
             ids = ids[going]
             key_mask = key_mask[going]
-            rows = rows[going]
-    return [maskft.until_stop(row, stop_ids) for row in answers.tolist()]
+            rows = [rows[n] for n in going]
+    return [answers[row] for row in range(len(prompts))]
 
 
-def masked_answers(model, prompts, max_new_tokens):
+def masked_answers(model, mask_id, prompts, max_new_tokens):
     """ids (B, T) of the prompts with a masked answer behind each, and key_mask (B, T).
 
     Padding is on the left, so that the blocks of all rows are the same columns.
     """
-    mask_id = model.config.raw["mask_token_id"]
     device = next(model.parameters()).device
     rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
     ids = pad(rows, mask_id, "left")
@@ -140,13 +142,13 @@ def masked_answers(model, prompts, max_new_tokens):
     return ids.to(device), key_mask.to(device)
 
 
-def masks_between(ids, model, start, end):
+def masks_between(ids, mask_id, start, end):
     """(B, T) bool: the masks in these columns.
 
     Looked for anew in every step: a model may predict the mask token itself, which leaves a mask. A
     bug of the reference: it fills in masks of the prompt too.
     """
-    masks = ids == model.config.raw["mask_token_id"]
+    masks = ids == mask_id
     masks[:, :start] = False
     masks[:, end:] = False
     return masks
@@ -174,7 +176,7 @@ def tokens_per_step(max_new_tokens, steps, block_length, threshold=None):
     return [len(range(i, block_length, passes)) for i in range(passes)]  # dealt like cards
 
 
-def predict(model, ids, key_mask, where, width, cfg_scale):
+def predict(model, mask_id, ids, key_mask, where, width, cfg_scale):
     """Logits (N, V) at `where`; with guidance, pushed away from those for a prompt of masks.
 
     A bug of the reference: guidance without an attention mask reads a variable that was never set.
@@ -182,7 +184,7 @@ def predict(model, ids, key_mask, where, width, cfg_scale):
     if not cfg_scale:
         return model(ids, key_mask, pick=where)
     blind = ids.clone()
-    blind[:, :width] = model.config.raw["mask_token_id"]
+    blind[:, :width] = mask_id
     both = model(torch.cat([ids, blind]), key_mask.repeat(2, 1), pick=where.repeat(2, 1))  # (2N, V)
     seen, unseen = both.chunk(2)
     return unseen + (cfg_scale + 1) * (seen - unseen)
@@ -226,13 +228,6 @@ def keep_best(ids, masks, new, score, count, threshold):
         kept |= scores >= threshold
     # a row with fewer masks than `count` keeps places that are none, with the tokens they have
     return torch.where(kept, ids.masked_scatter(masks, new), ids)
-
-
-def has_ended(answers, model, stop_ids):
-    """(B,) bool: whether a stop id stands before the first mask; one behind it ends nothing yet."""
-    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=answers.device)
-    text = (answers != model.config.raw["mask_token_id"]).cumprod(1).bool()
-    return (text & torch.isin(answers, stop)).any(1)
 
 
 def answer(
