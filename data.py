@@ -26,7 +26,7 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from glob import glob
 from hashlib import sha256
 from itertools import groupby
@@ -260,14 +260,9 @@ class Tokenizer:
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
-        # a document is seen in every epoch, and the same question in every evaluation
-        self._encode_once = lru_cache(2**17)(self._encode)
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        return list(self._encode_once(text))  # a copy: callers may change it
-
-    def _encode(self, text):
         ids = []
         for part in self.by_added.split(text):
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
