@@ -244,7 +244,6 @@ class Tokenizer:
     bos_id: int  # None where the model declares none
     eos_id: int
     eot_id: int  # end of turn
-    pad_id: int
     stop_ids: tuple
 
     def __post_init__(self):
@@ -260,6 +259,11 @@ class Tokenizer:
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
         self.by_special = any_of(self.special)
         self.by_added = any_of(self.added)
+
+    @property
+    def pad_id(self):
+        """For who pads outside this project; here, padding is masked out whatever its id."""
+        return self.eos_id
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
@@ -339,7 +343,7 @@ class Tokenizer:
             return 128013  # the paper's, of Llama 3's many reserved ones
         if self.ranks.get(b"[]") == 1294:
             return 1294  # Qwen reserves nothing: the paper takes the text `[]`
-        used = {self.bos_id, self.pad_id, *self.stop_ids}
+        used = {self.bos_id, *self.stop_ids}
         # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
             found = {i for token, i in self.special.items() if regex.search(pattern, token)} - used
@@ -378,7 +382,7 @@ def load_tokenizer(path):
                 f"no embedding for the token of id {last}: transformers' resize_token_embeddings "
                 "makes more"
             )
-        texts, bos, eos, pad = read_declared(settings, [generation, config], tokens, known)
+        texts, bos, eos = read_declared(settings, [generation, config], tokens, known)
         frames, opening, eot = read_chat_form(find_template(path, settings), texts, tokens)
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
@@ -394,7 +398,6 @@ def load_tokenizer(path):
             bos_id=bos[0] if bos else None,
             eos_id=[*eos, eot][0],
             eot_id=eot,
-            pad_id=[*pad, *eos, eot][0],  # any: it is masked out everywhere
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
         )
 
@@ -404,13 +407,13 @@ DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
 def read_declared(settings, configs, tokens, known):
-    """({"bos_token": its text, ...}, ids of bos, of eos, of pad) as a model's files declare them.
+    """({"bos_token": its text, ...}, ids of bos, of eos) as a model's files declare them.
 
     tokens   text -> id of those that may be declared by text
     known    all ids: those of ordinary tokens may be declared, too"""
     texts = {}
     ids = []
-    for name in ("bos_token", "eos_token", "pad_token"):
+    for name in ("bos_token", "eos_token"):
         token = settings.get(name)
         if isinstance(token, dict):
             token = token["content"]
@@ -578,18 +581,19 @@ def write_chat_files(tokenizer, source, target):
     target = Path(target)
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
+    end = tokenizer.decode([tokenizer.eos_id], special=True)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "pad_token": end,
         **read_object(source / "tokenizer_config.json"),
-        "eos_token": tokenizer.decode([tokenizer.eos_id], special=True),
-        "pad_token": tokenizer.decode([tokenizer.pad_id], special=True),
+        "eos_token": end,
         "chat_template": template,
     }
     generation = {
+        "pad_token_id": tokenizer.eos_id,
         **read_object(source / "generation_config.json"),
         "eos_token_id": tokenizer.stop_ids,
-        "pad_token_id": tokenizer.pad_id,
     }
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "generation_config.json", generation)
@@ -810,10 +814,10 @@ class Example:
     denominator: float  # the step's summed loss is divided by the sum of this over its examples
 
 
-def collate(examples, pad_id):
+def collate(examples):
     """A micro-batch, padded on the right: a dict of
 
-        ids, labels   (B, T) int64
+        ids, labels   (B, T) int64; any id is padding, as it is masked out everywhere
         key_mask      (B, T) bool, True where there is a token; None where there is no padding
         weights       (B,) fp32
 
@@ -821,10 +825,10 @@ def collate(examples, pad_id):
     part in the step."""
     import torch
 
-    examples = examples or [Example([pad_id], [IGNORE], 0.0, 0.0)]
+    examples = examples or [Example([0], [IGNORE], 0.0, 0.0)]
     key_mask = pad([[True] * len(e.ids) for e in examples], False)
     return {
-        "ids": pad([e.ids for e in examples], pad_id),
+        "ids": pad([e.ids for e in examples], 0),
         "labels": pad([e.labels for e in examples], IGNORE),
         "key_mask": None if key_mask.all() else key_mask,
         "weights": torch.tensor([e.weight for e in examples]),

@@ -1760,7 +1760,7 @@ def summed_losses(run, examples):
     """The loss, summed over its tokens, of each of this rank's micro-batches in turn."""
     tokens = run.settings.micro_batch_tokens
     for micro in micro_batches(examples, tokens, rank(), world_size()):
-        batch = data.collate(micro, run.tokenizer.pad_id)
+        batch = data.collate(micro)
         if run.model.config.causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
         with run.autocast:

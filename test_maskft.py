@@ -1496,7 +1496,7 @@ def test_loss_is_plain_cross_entropy(monkeypatch):
         torch.testing.assert_close(loss, plain)
         found = torch.autograd.grad(loss, parameters)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    nothing = model(**data.collate([], 0))
+    nothing = model(**data.collate([]))
     assert nothing.requires_grad and nothing.item() == 0
 
 

@@ -39,7 +39,7 @@ def loss_of_answers(model, prompts, answers, device):
     """Mean negative log-likelihood of these answers, in nats a token."""
     total = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
-        batch = data.collate([maskft.supervise(prompt, answer)], pad_id=0)
+        batch = data.collate([maskft.supervise(prompt, answer)])
         batch["ids"] = batch["ids"].to(device)
         with torch.no_grad():
             total += model(**batch).item()
