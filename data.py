@@ -306,8 +306,7 @@ class Tokenizer:
             if role != "system" or message["content"]:
                 parts += self._split(self.frames[f"{before}>{role}"]) + [message["content"]]
                 before = role
-        behind = "assistant" if before == "user" else ""
-        parts += self._split(self.frames[f"{before}>{behind}"])
+        parts += self._split(self.frames[f"{before}>"])
         return self._join(parts)
 
     def prompt(self, content):
@@ -540,6 +539,7 @@ def read_chat_form(template, texts, tokens):
         frames[">system"], frames["system>user"], _ = around("system", "user")
     frames |= {
         "user>assistant": answer,
+        "user>": answer,
         "assistant>user": question,
         # a turn that the template slips in is left out
         ">user": start + header if system else opening,
@@ -602,7 +602,7 @@ def write_chat_files(tokenizer, source, target):
 
 def jinja_template(frames):
     """A chat template as other programs read it. As `Tokenizer.chat` has it, no system turn is
-    slipped in, and an empty one is left out."""
+    slipped in, an empty one is left out, and the last user is always answered."""
     template = (
         '{% set frames = FRAMES %}{% set chat = namespace(before="") %}'
         "{% for message in messages %}"
@@ -610,7 +610,7 @@ def jinja_template(frames):
         '{{ frames[chat.before + ">" + message["role"]] + message["content"] }}'
         '{% set chat.before = message["role"] %}'
         "{% endif %}{% endfor %}"
-        '{{ "" + frames[chat.before + ">" + ("assistant" if add_generation_prompt else "")] }}'
+        '{{ "" + frames[chat.before + ">"] }}'
     )
     return template.replace("FRAMES", json.dumps(frames, ensure_ascii=False))
 
