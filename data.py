@@ -413,15 +413,16 @@ def read_declared(settings, configs, tokens, known):
     texts = {}
     ids = []
     for name in ("bos_token", "eos_token"):
-        token = settings.get(name)
-        if isinstance(token, dict):
-            token = token["content"]
-        if token:
-            texts[name] = token
-        given = [tokens.get(token)]
+        match settings.get(name):
+            case {"content": str(text)} | str(text):
+                texts[name] = text
+        given = [tokens.get(texts.get(name))]
         for config in configs:
-            more = config.get(f"{name}_id")
-            given += more if isinstance(more, list) else [more]
+            match config.get(f"{name}_id"):
+                case [*several]:
+                    given += several
+                case one:
+                    given.append(one)
         ids.append([i for i in given if i in known])
     return texts, *ids
 
