@@ -719,7 +719,7 @@ def load_set(kind, count, paraphrase, seed):
     files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
     dataset = read_files(kind, files, paraphrase)
     if kind == "nd":
-        keep_facts(dataset, int(count or ND_FACTS), seed)
+        keep_facts(dataset, max(0, int(count or ND_FACTS)), seed)
     elif count:
         raise UserError("no such set")
     return dataset
@@ -778,11 +778,10 @@ def digest(records):
 
 def keep_facts(dataset, count, seed):
     """Leave at most `count` facts of each of two kinds, with their wordings and their questions."""
-    if count < 1:
-        raise UserError("no such set")
     rng = Random(seed)
-    chosen = world.shuffled(rng, range(ND_FACTS))[:count]
-    chosen += world.shuffled(rng, range(ND_FACTS, 2 * ND_FACTS))[:count]
+    chosen = []
+    for first in (0, ND_FACTS):
+        chosen += world.shuffled(rng, range(first, first + ND_FACTS))[:count]
     for records in (dataset.documents, dataset.questions):
         size = len(records) // (2 * ND_FACTS)  # records of a fact
         records[:] = [record for n, record in enumerate(records) if n // size in chosen]
