@@ -6,7 +6,6 @@ Those that compare with transformers, tokenizers or rouge are skipped where thes
 import dataclasses
 import gc
 import gzip
-import hashlib
 import itertools
 import json
 import logging
@@ -29,9 +28,12 @@ import unicodedata
 from argparse import Namespace
 from functools import cache, partial
 from hashlib import sha256
+from http.client import HTTPResponse
+from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from unittest.mock import Mock
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -250,7 +252,7 @@ def random_text(rng):
 
 
 def sha(value):
-    return hashlib.sha256(str(value).encode()).hexdigest()[:16]
+    return sha256(str(value).encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -811,19 +813,25 @@ def test_a_set_that_there_is_not_is_refused(wanted):
     assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
 
 
+HALF = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"question": "Who?"}\n'
+
+
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", str(cache))
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", cache)
     monkeypatch.setattr(data, "GITHUB", f"{tmp_path.as_uri()}/")
     monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.RELEASED, "c.jsonl"))
-    wanted = {data.RELEASED["none"]: {"text": "a"}, data.RELEASED["same"]: {"text": "b"}}
-    for name, record in (wanted | {"c.jsonl": ASKED}).items():
-        write(tmp_path / name, record)
-    monkeypatch.setattr(data, "SHA256", {"c.jsonl": "0" * 64})
-    message = refusal(data.load, "wiki")
+    first = data.RELEASED["none"]
+    write(tmp_path / first, {"text": "a"})
+    write(tmp_path / data.RELEASED["same"], {"text": "b"})
+    write(tmp_path / "c.jsonl", ASKED)
+    half = HTTPResponse(Mock(makefile=lambda _: BytesIO(HALF)))
+    half.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "urlopen", lambda url: half if "c.jsonl" in url else urlopen(url))
+        message = refusal(data.load, "wiki")
     assert (tmp_path / "c.jsonl").as_uri() in message and str(cache) in message
-    assert [p.name for p in cache.rglob("*.*")] == [data.RELEASED["none"]]
-    data.SHA256["c.jsonl"] = sha256((tmp_path / "c.jsonl").read_bytes()).hexdigest()
+    assert [p.name for p in cache.rglob("*.*")] == [first]
     for paraphrase, text in [("none", "a"), ("same", "b"), ("none", "a")]:
         dataset = data.load("wiki", paraphrase)
         assert bare(dataset.documents + dataset.questions) == [{"text": text}, ASKED]
