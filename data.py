@@ -640,7 +640,12 @@ ND_WORDINGS = 30  # of a fact; they stand one after the other
 # test files whose tasks are directions: N2D is forward, but in DescriptionIsName
 RELEASED_TESTS = r"(people-description_open-QAs|(ND|biography)_test)\.jsonl"
 
-PARAPHRASES = ("none", "same", "permute")
+# of --paraphrase: how the file of a released set ends
+PARAPHRASES = {
+    "none": "train_no_paraphrase.json",
+    "same": "train_paraphrase_same_order.json",
+    "permute": "train_paraphrase_change_order.json",
+}
 # made anew at every start: name -> count, paraphrase, seed -> documents, questions; how many unless
 # told; the paraphrases it has
 GENERATED = {
@@ -649,17 +654,12 @@ GENERATED = {
     "math-made": (world.make_math, 200, ("none",)),
     "world": (world.make_world, 160, ("none",)),
 }
-RELEASED = {
-    "none": "train_no_paraphrase.json",
-    "same": "train_paraphrase_same_order.json",
-    "permute": "train_paraphrase_change_order.json",
-}
 ND_NAME = "people-description.json"
 ND_FILE = f"training_data/{ND_NAME}"
 # downloaded once: name -> where from on GitHub, {paraphrase: the documents}, the questions
 PUBLISHED = {
-    "bio-released": (AUTHORS + "biography_", RELEASED, "test.jsonl"),
-    "wiki": (AUTHORS + "wiki_", RELEASED, "test.jsonl"),
+    "bio-released": (AUTHORS + "biography_", PARAPHRASES, "test.jsonl"),
+    "wiki": (AUTHORS + "wiki_", PARAPHRASES, "test.jsonl"),
     "nd": (
         THINKING_BIAS,
         {"none": ND_FILE, "same": ND_FILE},
@@ -720,11 +720,11 @@ def load_set(kind, count, paraphrase, seed):
 def read_files(name, files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
     dataset = Dataset(name, [], [])
-    wording = RELEASED[paraphrase]
+    wording = PARAPHRASES[paraphrase]
     training = wording if paraphrase == "permute" else (wording, ND_NAME)
     if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
         raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
-    others = tuple({*RELEASED.values()} - {wording})  # what else the released layout has
+    others = tuple({*PARAPHRASES.values()} - {wording})  # what else the released layout has
     left = []
     for file in files:
         if ending(file) in READERS and not file.name.endswith(others):

@@ -820,10 +820,10 @@ def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypat
     cache = tmp_path / "cache"
     monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", cache)
     monkeypatch.setattr(data, "GITHUB", f"{tmp_path.as_uri()}/")
-    monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.RELEASED, "c.jsonl"))
-    first = data.RELEASED["none"]
+    monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.PARAPHRASES, "c.jsonl"))
+    first = data.PARAPHRASES["none"]
     write(tmp_path / first, {"text": "a"})
-    write(tmp_path / data.RELEASED["same"], {"text": "b"})
+    write(tmp_path / data.PARAPHRASES["same"], {"text": "b"})
     write(tmp_path / "c.jsonl", ASKED)
     half = HTTPResponse(Mock(makefile=lambda _: BytesIO(HALF)))
     half.begin()
