@@ -198,16 +198,14 @@ def gumbel(logits, temperature, generator):
     """
     if temperature == 0:
         return logits
-    uniform = torch.rand(
-        logits.shape, dtype=torch.float64, device=logits.device, generator=generator
-    )
+    uniform = torch.rand_like(logits, dtype=torch.float64, generator=generator)
     return logits.double() - temperature * torch.log(-torch.log(uniform))
 
 
 def confidence(logits, new, remasking, generator):
     """How good each prediction is (N,): its probability, or chance."""
     if remasking == "random":
-        return torch.rand(new.shape, dtype=torch.float64, device=new.device, generator=generator)
+        return torch.rand_like(new, dtype=torch.float64, generator=generator)
     if remasking == "low_confidence":
         # in float64: near 1 the probabilities of several tokens are one number in fp32, and by the
         # dozen in bf16
@@ -221,8 +219,8 @@ def keep_best(ids, masks, new, score, count, threshold):
     masks (B, T) bool has N places, new (N,) the predictions for them and score (N,) how good each
     is.
     """
-    scores = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
-    scores = scores.masked_scatter(masks, score)  # (B, T)
+    scores = torch.full_like(ids, -torch.inf, dtype=torch.float64)  # (B, T)
+    scores[masks] = score
     kept = torch.zeros_like(masks).scatter(1, scores.topk(count, dim=1).indices, True)
     if threshold is not None:
         kept |= scores >= threshold
