@@ -222,10 +222,12 @@ def passages(document, fits):
 NOWHERE = "(?!)"  # splits no text
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
-# seen, as one from 256 on.
-SEEN = {chr(byte): byte for byte in range(33, 256) if chr(byte).isprintable()}
-UNSEEN = [byte for byte in range(256) if chr(byte) not in SEEN]
-ALPHABET = SEEN | {chr(seen): byte for seen, byte in enumerate(UNSEEN, 256)}
+# seen, as the next one from 256 on.
+STAND_INS = iter(range(256, 512))
+ALPHABET = {
+    chr(byte if byte > 32 and chr(byte).isprintable() else next(STAND_INS)): byte
+    for byte in range(256)
+}
 
 
 @dataclass

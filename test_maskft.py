@@ -134,7 +134,7 @@ def write_tokenizer(
     """A model directory with nothing but a tokenizer; `model` is what its BPE model has besides.
 
     Ids: bytes but those in `lack`, merged tokens, `unmerged`, special, `plain` added."""
-    characters = [character for character in data.ALPHABET if character not in lack]
+    characters = [character for character in sorted(data.ALPHABET) if character not in lack]
     merged = ["".join(merge).replace(" ", "") for merge in merges]
     tokens = list(dict.fromkeys([*characters, *merged, *unmerged]))
     if shuffle:
@@ -824,18 +824,18 @@ def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypat
     first = data.PARAPHRASES["none"]
     write(tmp_path / first, {"text": "a"})
     write(tmp_path / data.PARAPHRASES["same"], {"text": "b"})
-    write(tmp_path / "c.jsonl", ASKED)
+    questions = write(tmp_path / "c.jsonl", ASKED)
     half = HTTPResponse(Mock(makefile=lambda _: BytesIO(HALF)))
     half.begin()
     with monkeypatch.context() as patch:
         patch.setattr(data, "urlopen", lambda url: half if "c.jsonl" in url else urlopen(url))
         message = refusal(data.load, "wiki")
-    assert (tmp_path / "c.jsonl").as_uri() in message and str(cache) in message
+    assert questions.as_uri() in message and str(cache) in message
     assert [p.name for p in cache.rglob("*.*")] == [first]
     for paraphrase, text in [("none", "a"), ("same", "b"), ("none", "a")]:
         dataset = data.load("wiki", paraphrase)
         assert bare(dataset.documents + dataset.questions) == [{"text": text}, ASKED]
-        (tmp_path / "c.jsonl").unlink(missing_ok=True)
+        questions.unlink(missing_ok=True)
 
 
 # --- long documents ---
