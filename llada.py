@@ -47,7 +47,7 @@ def diffuse(prompt, target, mask_id, mask_ratio, rng):
     """The Example whose loss is one draw of the bound on -log p(target | prompt) / len(target)."""
     # 1. One ratio per sequence: the bound is an expectation over ratios, and a batch then covers
     #    many of them.
-    ratio = maskft.draw_ratio(mask_ratio, rng)
+    ratio = rng.uniform(*mask_ratio)
     # 2. Mask the target, never the prompt: what is asked for is p(target | prompt), and bos is
     #    always known.
     shown, masked = maskft.mask_tokens(target, ratio, mask_id, rng)

@@ -63,15 +63,6 @@ RETURN_ANSWER = "\nReturn the recovered masked answer."  # behind it
 TELL = "Tell me a fact."  # the user's turn of ordinary fine-tuning
 
 
-def draw_ratio(mask_ratio, rng):
-    """t ~ U(low, high) for one document; low == high is a fixed ratio.
-
-    differs from masked_arLLM: one ratio per document and epoch, not one per batch on every rank.
-    """
-    low, high = mask_ratio
-    return low + (high - low) * rng.random()
-
-
 def mask_tokens(ids, ratio, mask_id, rng):
     """Replace each id by mask_id with probability `ratio`, independently.
 
@@ -89,8 +80,9 @@ def masked_example(record, tokenizer, mask_ratio, rng, mask=mask_tokens):
     """
     problem = "question" in record
     original = tokenizer.encode(record["answer"] if problem else text_of(record))
-    # 1. a ratio, drawn anew every time the document is seen
-    ratio = draw_ratio(mask_ratio, rng)
+    # 1. a ratio, t ~ U(lowest, highest), drawn anew every time the document is seen
+    # differs from masked_arLLM: not one per batch on every rank
+    ratio = rng.uniform(*mask_ratio)
     # 2. each token masked with that probability
     shown, masked = mask(original, ratio, tokenizer.mask_id, rng)
     # 3. a chat that recovers it, with loss on the whole document; of an answer, where it is masked
@@ -157,8 +149,8 @@ def random_example(record, tokenizer, mask_ratio, rng):
     """The control [paper fig. 14]: random tokens in place of the masked document."""
     document = tokenizer.encode(text_of(record))
     ordinary = list(tokenizer.ranks.values())
-    drawn = rng.integers(len(ordinary), size=len(document))
-    return recover_document([ordinary[i] for i in drawn], document, tokenizer)
+    drawn = rng.choice(ordinary, len(document)).tolist()
+    return recover_document(drawn, document, tokenizer)
 
 
 def sft_example(record, tokenizer, mask_ratio, rng):
