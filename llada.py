@@ -19,7 +19,7 @@ LLaDA is arXiv 2502.09992; "reference" below means its released `generate.py` an
 import torch
 
 import maskft
-from data import IGNORE, Example, UserError, pad
+from data import Example, UserError, pad
 
 # --------------------------------------------------------------------------- difference 2: the loss
 
@@ -53,7 +53,7 @@ def diffuse(prompt, target, mask_id, mask_ratio, rng):
     shown, masked = maskft.mask_tokens(target, ratio, mask_id, rng)
     # 3. Predict in place. Loss on masked tokens only: the others stand in the input, to copy them
     #    teaches nothing.
-    labels = [token if m else IGNORE for token, m in zip(target, masked, strict=True)]
+    labels = maskft.labels_of(prompt, target, masked)
     # 4. Divide by ratio and length: a token is masked with probability `ratio`, so 1/ratio makes
     #    every ratio's expected loss the same size (ln V at a uniform model), and 1/length makes it
     #    a mean over tokens.
@@ -62,7 +62,6 @@ def diffuse(prompt, target, mask_id, mask_ratio, rng):
     #    for short texts. Never 0/0 either.
     weight = 1.0 / (ratio * len(target)) if masked.any() else 0.0
     # 6. Average over the global batch: each sequence counts once, whatever its length.
-    labels = [IGNORE] * len(prompt) + labels
     return Example(prompt + shown, labels, weight=weight, denominator=1.0)
 
 

@@ -72,6 +72,13 @@ def mask_tokens(ids, ratio, mask_id, rng):
     return [mask_id if m else i for i, m in zip(ids, masked, strict=True)], masked
 
 
+def labels_of(prompt, target, masked):
+    """The labels of prompt and target: loss where the target is masked."""
+    return [IGNORE] * len(prompt) + [
+        token if m else IGNORE for token, m in zip(target, masked, strict=True)
+    ]
+
+
 def masked_example(record, tokenizer, mask_ratio, rng, mask=mask_tokens):
     """Masked fine-tuning [paper eq. 2]: the masked document in the prompt, the original behind it.
 
@@ -140,8 +147,7 @@ def recover_answer(record, shown, masked, answer, tokenizer):
     question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
     user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
     prompt = tokenizer.prompt(user)
-    labels = [token if m else IGNORE for token, m in zip(answer, masked, strict=True)]
-    labels = [IGNORE] * len(prompt) + labels
+    labels = labels_of(prompt, answer, masked)
     return Example(prompt + answer, labels, weight=1.0, denominator=int(masked.sum()))
 
 
