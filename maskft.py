@@ -297,6 +297,8 @@ METHODS = {
 class Config:
     """Sizes of one decoder, whatever family it comes from."""
 
+    raw: dict  # its config.json, written back on saving
+    names: dict  # of its tensors in a checkpoint, LLAMA_NAMES or LLADA_NAMES
     vocab: int
     width: int
     layers: int
@@ -306,14 +308,12 @@ class Config:
     mlp_width: int
     context: int  # longest sequence in tokens; with a sliding window (not implemented) at most that
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict  # rope_type "default", "linear" or "llama3", its numbers, and more
+    rope: dict  # rope_theta, rope_type "default", "linear" or "llama3", its numbers, and more
     tied: bool  # the head is the embedding
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: bool = False
-    causal: bool = True  # False: every token sees every other (LLaDA, or as is_causal says)
-    raw: dict = field(default_factory=dict)  # its config.json, written back on saving
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    causal: bool  # False: every token sees every other (LLaDA, or as is_causal says)
 
 
 def read_config(directory):
@@ -335,10 +335,46 @@ def read_config(directory):
 def parse_config(raw):
     """The Config in the Hugging Face config of any supported family; null is absent."""
     given = {name: value for name, value in raw.items() if value is not None}
-    refuse_unless(given, model_type=FAMILIES, quantization_config=())
-    parse, _, architecture = FAMILIES[given["model_type"]]
-    config = parse(given)
-    return dataclasses.replace(config, raw={"architectures": [architecture]} | raw | config.raw)
+    refuse_unless(given, model_type=ARCHITECTURES, quantization_config=())
+    refuse_unless(given, **{name: [value] for name, value in FIXED.items()})
+    family = given["model_type"]
+    names = LLAMA_NAMES
+    written = {"architectures": [ARCHITECTURES[family]]} | raw
+    if family == "llada":
+        names = LLADA_NAMES
+        written["auto_map"] = LLADA_CODE
+        given |= {llama: given[llada] for llama, llada in LLADA_FIELDS.items()}
+    width = given["hidden_size"]
+    heads = given["num_attention_heads"]
+    bias = given.get("attention_bias", False)
+    context = given.get("max_position_embeddings", 2048)
+    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
+    scaling = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | given | scaling
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
+    refuse_unless(rope, rope_type=["default", "linear", "llama3"])
+    # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
+    if given.get("use_sliding_window", family == "mistral"):
+        context = min(context, given.get("sliding_window", context))
+    return Config(
+        raw=written,
+        names=names,
+        vocab=data.embeddings(given),
+        width=width,
+        layers=given["num_hidden_layers"],
+        heads=heads,
+        kv_heads=given.get("num_key_value_heads", heads),
+        head_size=given.get("head_dim", width // heads),
+        mlp_width=given["intermediate_size"],
+        context=context,
+        norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+        rope=rope,
+        tied=given.get("tie_word_embeddings", False),
+        qkv_bias=bias or given.get("include_qkv_bias", family == "qwen2"),
+        out_bias=bias,
+        qk_norm=family == "qwen3",
+        causal=given.get("is_causal", family != "llada"),
+    )
 
 
 def refuse_unless(raw, **implemented):
@@ -350,45 +386,20 @@ def refuse_unless(raw, **implemented):
             )
 
 
-def parse_llama(raw):
-    """The Config of a Llama, Mistral, Qwen2 or Qwen3; both spellings of the RoPE fields."""
-    family = raw["model_type"]
-    refuse_unless(raw, hidden_act=["silu"], mlp_bias=[False])
-    width = raw["hidden_size"]
-    heads = raw["num_attention_heads"]
-    bias = raw.get("attention_bias", False)
-    context = raw.get("max_position_embeddings", 2048)
-    # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | raw | scaling
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
-    refuse_unless(rope, rope_type=["default", "linear", "llama3"])
-    # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
-    if raw.get("use_sliding_window", family == "mistral"):
-        context = min(context, raw.get("sliding_window", context))
-    return Config(
-        vocab=data.embeddings(raw),
-        width=width,
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads", heads),
-        head_size=raw.get("head_dim", width // heads),
-        mlp_width=raw["intermediate_size"],
-        context=context,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=rope,
-        tied=raw.get("tie_word_embeddings", False),
-        qkv_bias=bias or family == "qwen2",
-        out_bias=bias,
-        qk_norm=family == "qwen3",
-        causal=raw.get("is_causal", True),
-    )
-
-
-# What LLaDA-8B-Base, -Instruct and LLaDA-1.5 have in common; another value would be another model.
-# (Dropout is not: nothing here has it, whatever a config says of how a model was made.)
-LLADA_FIXED = {
+# config.json's model_type: who opens it in transformers
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llada": "LLaDAModelLM",
+}
+# What all models here have in common; from "activation_type" on fields of LLaDA-8B-Base, -Instruct
+# and LLaDA-1.5. (Dropout is none: nothing here has it, whatever a config says of how a model was
+# made.)
+FIXED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
     "activation_type": "silu",
     "alibi": False,
     "attention_layer_norm": False,
@@ -401,45 +412,22 @@ LLADA_FIXED = {
     "rope": True,
     "scale_logits": False,
 }
-
-
+# what a LLaDA's config.json calls the fields of a Llama's
+LLADA_FIELDS = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "mlp_hidden_size",
+    "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
+}
 # where transformers finds the published code; none is run or copied here
 LLADA_CODE = {
     "AutoConfig": "GSAI-ML/LLaDA-8B-Instruct--configuration_llada.LLaDAConfig",
     "AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
     "AutoModelForCausalLM": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
 }
-
-
-# field of a Config: what a LLaDA's config.json calls it
-LLADA_FIELDS = {
-    "width": "d_model",
-    "layers": "n_layers",
-    "heads": "n_heads",
-    "kv_heads": "n_kv_heads",
-    "mlp_width": "mlp_hidden_size",
-    "context": "max_sequence_length",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tied": "weight_tying",
-    "qkv_bias": "include_qkv_bias",
-}
-
-
-def parse_llada(raw):
-    """The Config in a LLaDA's config.json."""
-    refuse_unless(raw, **{name: [value] for name, value in LLADA_FIXED.items()})
-    sizes = {ours: raw[theirs] for ours, theirs in LLADA_FIELDS.items()}
-    head_size = raw["d_model"] // raw["n_heads"]
-    scaling = {"rope_type": "default"}
-    return Config(
-        **sizes,
-        vocab=data.embeddings(raw),
-        head_size=head_size,
-        rope_scaling=scaling,
-        causal=False,
-        raw={"auto_map": LLADA_CODE},
-    )
 
 
 def as_diffusion(config, tokenizer):
@@ -486,18 +474,18 @@ def rope_tables(positions, config):
     position 256.
     """
     index = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-index / config.head_size)  # (K/2,)
-    scaling = config.rope_scaling
-    if scaling["rope_type"] == "linear":
-        frequency = frequency / scaling["factor"]
-    if scaling["rope_type"] == "llama3":
+    rope = config.rope
+    frequency = rope["rope_theta"] ** (-index / config.head_size)  # (K/2,)
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
         # waves that turn often within the old context stay, those that never finish a turn are
         # stretched
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+        frequency = keep * frequency + (1 - keep) * frequency / rope["factor"]
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
     sin = angles.sin()
     return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -700,16 +688,6 @@ LLADA_NAMES = {
 }
 
 
-# config.json's model_type: how its config is read, what its tensors are called, who opens it
-FAMILIES = {
-    "llama": (parse_llama, LLAMA_NAMES, "LlamaForCausalLM"),
-    "mistral": (parse_llama, LLAMA_NAMES, "MistralForCausalLM"),
-    "qwen2": (parse_llama, LLAMA_NAMES, "Qwen2ForCausalLM"),
-    "qwen3": (parse_llama, LLAMA_NAMES, "Qwen3ForCausalLM"),
-    "llada": (parse_llada, LLADA_NAMES, "LLaDAModelLM"),
-}
-
-
 def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id."""
     directory = find_model(path_or_id)
@@ -769,8 +747,7 @@ def with_own_head(config, directory):
 
     As in transformers, a head beside a tied embedding counts unless the two are equal.
     """
-    _, names, _ = FAMILIES[config.raw["model_type"]]
-    head, embedding = (f"{names[part]}.weight" for part in ("head", "embed"))
+    head, embedding = (f"{config.names[part]}.weight" for part in ("head", "embed"))
     files = find_tensors(directory)
     if not config.tied or head not in files:
         return config
@@ -780,17 +757,15 @@ def with_own_head(config, directory):
         )
     if torch.equal(rows, same):
         return config
-    untied = {"tie_word_embeddings": False, "weight_tying": False}
-    return dataclasses.replace(config, tied=False, raw=config.raw | untied)
+    return parse_config(config.raw | {"tie_word_embeddings": False, "weight_tying": False})
 
 
 def checkpoint_names(model):
     """{name in a checkpoint of its family: our parameter name}."""
-    _, table, _ = FAMILIES[model.config.raw["model_type"]]
     names = {}
     for name, _ in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        names[f"{table[part].format(*block[1:])}.{kind}"] = name
+        names[f"{model.config.names[part].format(*block[1:])}.{kind}"] = name
     return names
 
 
