@@ -19,7 +19,7 @@ LLaDA is arXiv 2502.09992; "reference" below means its released `generate.py` an
 import torch
 
 import maskft
-from data import Example, UserError, pad
+from data import Example, UserError, pad, reading
 
 # --------------------------------------------------------------------------- difference 2: the loss
 
@@ -105,7 +105,8 @@ def sample(
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:
         return []
-    mask_id = model.config.raw["mask_token_id"]
+    with reading("config.json"):  # of another program, it may have is_causal alone
+        mask_id = model.config.raw["mask_token_id"]
     ids, key_mask = masked_answers(model, mask_id, prompts, max_new_tokens)  # (B, T)
     width = ids.shape[1] - max_new_tokens  # of the prompts
     rows = range(len(prompts))  # the prompt that each row answers
