@@ -541,10 +541,8 @@ class Block(nn.Module):
         return self.down(F.silu(gate) * up)
 
     def attention(self, x, positions, rope, mask, cache):
-        B, T, _ = x.shape
-
         def heads(linear):
-            return linear(x).view(B, T, -1, self.config.head_size).transpose(1, 2)
+            return linear(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
 
         q = rotate(self.q_norm(heads(self.q)), *rope)  # (B, H, T, K)
         k = rotate(self.k_norm(heads(self.k)), *rope)  # (B, G, T, K)
@@ -559,10 +557,10 @@ class Block(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and self.config.causal and T > 1,
+            is_causal=mask is None and self.config.causal,
             enable_gqa=self.config.heads != self.config.kv_heads,
         )  # (B, H, T, K)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        return self.o(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class Model(nn.Module):
