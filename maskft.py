@@ -1077,14 +1077,6 @@ def launched():
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
-def joined():
-    """torchrun's group. A restart has the store of the attempt before it, with old addresses in it
-    under the same names."""
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
-
-
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
     GPUs. The device."""
@@ -1103,10 +1095,17 @@ def start_processes():
             raise UserError(f"only {visible} GPUs are visible: torchrun --nproc_per_node that many")
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # a notebook may train twice
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store, number, processes = dist.HashStore(), 0, 1
+        if launched():
+            store, number, processes = next(dist.rendezvous("env://"))
+            # a restart has the store of the attempt before it, with old addresses in it under the
+            # same names
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(attempt, store)
         # an hour: ranks wait for each other while one of them still answers questions
-        group = joined() if launched() else alone
-        dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
+        dist.init_process_group(
+            backend, timeout=timedelta(hours=1), store=store, rank=number, world_size=processes
+        )
     if rank():
         huggingface_hub.utils.disable_progress_bars()  # of downloads
         data.LOG.disabled = True
