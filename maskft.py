@@ -903,9 +903,9 @@ def generate(
         for row in reversed(range(before)):
             answer = answers[going[row]]
             if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
-                cache[row] = cache[len(going) - 1]
                 going[row] = going[-1]
                 going.pop()
+                cache[row] = cache[len(going)]
         if on_answer:
             on_answer(before - len(going))
     return [until_stop(answer, stop_ids) for answer in answers]
@@ -1129,7 +1129,7 @@ def on_rank_0(body):
 
 def sum_over_ranks(*numbers):
     """Numbers summed over the ranks, as floats, in one collective."""
-    packed = torch.tensor(list(map(float, numbers)), dtype=torch.float64)
+    packed = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(packed)
     return packed.tolist()
 
@@ -1161,15 +1161,15 @@ def gathered(model):
     """All parameters whole on every rank: inside, ranks may call the model unequally often."""
     units = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
         unit.unshard()
     try:
         yield
     finally:
         for unit in units:
             unit.reshard()
-            # the root stays whole from forward to backward
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            # the root, which is the first, stays whole from forward to backward
+            unit.set_reshard_after_forward(unit is not model)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
