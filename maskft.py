@@ -350,8 +350,12 @@ def parse_config(raw):
     context = given.get("max_position_embeddings", 2048)
     # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
     scaling = given.get("rope_scaling") or given.get("rope_parameters") or {}
-    rope = {"original_max_position_embeddings": context, "rope_theta": 1e4} | given | scaling
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
+    usual = {
+        "rope_type": scaling.get("type", "default"),  # as transformers spelled it once
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": context,
+    }
+    rope = usual | given | scaling
     refuse_unless(rope, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
     if given.get("use_sliding_window", family == "mistral"):
