@@ -721,7 +721,11 @@ def find_model(name):
         ) from None
 
 
-NOT_WEIGHTS = "no whole safetensors file, or a Git LFS pointer: git lfs pull"
+NOT_WEIGHTS = (
+    "no whole safetensors file. A Git LFS pointer? git lfs pull. A download that is not complete? "
+    "`hf download` goes on with it. Or an adapter? Merge it into its base model. Pickled weights "
+    "are never read"
+)
 
 
 def find_tensors(directory):
@@ -731,17 +735,12 @@ def find_tensors(directory):
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
-    if single.exists():
-        with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index.exists():
-        raise UserError(
-            f"{directory} has no weights. A download that is not complete? `hf download` goes on "
-            "with it. Or an adapter? Merge it into its base model. Pickled weights are never read"
-        )
-    with data.reading(index):
-        weight_map = data.read_json(index)["weight_map"]
-        return {name: directory / Path(file).name for name, file in weight_map.items()}
+    if index.exists() and not single.exists():
+        with data.reading(index):
+            weight_map = data.read_json(index)["weight_map"]
+            return {name: directory / Path(file).name for name, file in weight_map.items()}
+    with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
 
 
 def with_own_head(config, directory):
