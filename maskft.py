@@ -1077,7 +1077,7 @@ def dealt(number, work, what, unit, each=1):
 
 def launched():
     """Whether torchrun, or another launcher, made this process one of a group."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def start_processes():
