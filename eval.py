@@ -39,12 +39,14 @@ from data import UserError
 
 # ---------------------------------------------------------------------------------------- metrics
 
-CONTRACTION = re.compile(
-    r"(?i)\b(can(?=not)|gon(?=na)|wan(?=na)|gim(?=me)|lem(?=me)|got(?=ta))(not|na|me|ta)\b"
-)
 PUNCTUATION = re.compile(r"[!-/:-@[-`{-~]")  # all of ASCII's
-# what ASCII lacks and NLTK's tokenizer splits off: quotation marks and dashes
-SPLIT_OFF = re.compile("[«“‘„»”’\u2012-\u2015]")
+# what NLTK's tokenizer splits: contractions, and from words the marks and dashes that ASCII lacks
+SPLIT = re.compile(
+    r"""(?xi)
+    \b ( can(?=not) | gon(?=na) | wan(?=na) | gim(?=me) | lem(?=me) | got(?=ta) ) (not|na|me|ta) \b
+    | ( [«“‘„»”’\u2012-\u2015] )
+    """
+)
 # what changes no answer; it leaves 3.5, -5, 1/2, 10-12 and C++ as they are
 SENTENCE_MARKS = re.compile(
     r"""(?x)
@@ -63,8 +65,7 @@ def words(text, deleted=PUNCTUATION):
     dashes and six contractions. NFC: an accent may be a character of its own on one side only.
     """
     text = deleted.sub("", unicodedata.normalize("NFC", text))
-    text = SPLIT_OFF.sub(r" \g<0> ", text)
-    return CONTRACTION.sub(r" \1 \2 ", text).split()
+    return SPLIT.sub(r" \1 \2 \3 ", text).split()
 
 
 FUNCTION_WORDS = words("a of the and is are be to on in at an for")
