@@ -118,10 +118,8 @@ def math_scores(prediction, reference):
 
 
 def bare_number(text):
-    """What lm-eval compares: without commas, dollars, all before "#### " and a last full stop."""
-    for deleted in (",", r"\$", r"(?s).*#### ", r"\.$"):  # in this order
-        text = re.sub(deleted, "", text)
-    return text
+    """What lm-eval compares: without all before "#### ", commas, dollars and a last full stop."""
+    return re.sub(r"(?s).*#### |[,$]|\.(?=[,$]*$)", "", text)
 
 
 def score(prediction, question):
