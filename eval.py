@@ -148,8 +148,8 @@ def average(predictions):
     groups = defaultdict(list)
     for prediction in predictions:
         if "answer" in prediction:
-            groups[prediction["direction"]].append(prediction)
-            groups["{direction}/{group}".format(**prediction)].append(prediction)
+            for name in ("{direction}", "{direction}/{group}"):
+                groups[name.format(**prediction)].append(prediction)
     return {name: average_group(group) for name, group in sorted(groups.items())}
 
 
