@@ -96,10 +96,12 @@ def exact_match(prediction, reference):
 
 
 def f1(prediction, reference):
-    """Harmonic mean of word precision and recall over multisets, as SQuAD has it."""
+    """Harmonic mean of word precision and recall over multisets, as SQuAD has it.
+
+    ZeroDivisionError where neither has a word.
+    """
     found, expected = map(Counter, scored_words(prediction, reference))
-    common = (found & expected).total()
-    return 2 * common / (found.total() + expected.total()) if common else 0.0
+    return 2 * (found & expected).total() / (found.total() + expected.total())
 
 
 def math_scores(prediction, reference):
