@@ -144,7 +144,7 @@ METRICS = ("rouge1", "exact", "f1", "strict", "flexible", "length")
 def average(predictions):
     """Mean scores of each direction, "forward", and of each group in it, "forward/city".
 
-    {"forward": {"rouge1": mean, ..., "n": questions, "interval": {"rouge1": [low, high], ...}}}
+    {"forward": {"n": questions, "rouge1": [mean, low, high], ...}, ...}
     Questions without an answer are in none.
     """
     groups = defaultdict(list)
@@ -156,22 +156,22 @@ def average(predictions):
 
 
 def average_group(predictions):
-    """{metric: mean, ..., "n", "interval": {metric: [low, high]}} of some predictions.
+    """{"n": how many, metric: [mean, low, high], ...} of some predictions.
 
-    Intervals hold 95 % of 1,000 means of as many questions, drawn with replacement as if those
-    about one document had nothing in common: how much depends on the questions. How much depends
-    on chance in training, only more seeds tell.
+    From low to high are 95 % of 1,000 means of as many questions, drawn with replacement as if
+    those about one document had nothing in common: how much depends on the questions. How much
+    depends on chance in training, only more seeds tell.
     """
     n = len(predictions)
     draws = np.random.default_rng(0).integers(n, size=(1000, n))
-    means, intervals = {}, {}
+    group = {"n": n}
     for metric in METRICS:
         if metric in predictions[0]:
-            values = np.array([prediction[metric] for prediction in predictions])
-            means[metric] = float(sum(values) / n)
-            drawn_means = values[draws].mean(1)  # (1000,)
-            intervals[metric] = np.quantile(drawn_means, (0.025, 0.975)).tolist()
-    return {**means, "n": n, "interval": intervals}
+            values = [prediction[metric] for prediction in predictions]
+            drawn_means = np.array(values)[draws].mean(1)  # (1000,)
+            interval = np.quantile(drawn_means, (0.025, 0.975)).tolist()
+            group[metric] = [sum(values) / n, *interval]
+    return group
 
 
 # ----------------------------------------------------------------------------- report and figures
@@ -197,9 +197,8 @@ SAMPLE = "\n{direction}: {question}\n  answered {prediction!r}"
 INTERVAL = "{:.3f} [{:.2f}-{:.2f}]"  # mean, low, high
 
 
-def reported_scores(evaluation):
-    """The scores of an evaluation that reports show: {"forward": 0.98, ...}."""
-    scores = evaluation["scores"]
+def reported_scores(scores):
+    """Those that reports show: {"forward": [mean, low, high], ...}."""
     return {
         name: scores[direction][metric]
         for name, (direction, metric) in REPORTED.items()
@@ -208,8 +207,12 @@ def reported_scores(evaluation):
 
 
 def best_of(evaluations):
-    """The evaluation with the highest sum of reported scores."""
-    return max(evaluations, key=lambda evaluation: sum(reported_scores(evaluation).values()))
+    """The evaluation with the highest sum of reported means."""
+
+    def total(evaluation):
+        return sum(mean for mean, *_ in reported_scores(evaluation["scores"]).values())
+
+    return max(evaluations, key=total)
 
 
 def write_results(out, results, predictions):
@@ -260,24 +263,21 @@ def table_title(name, scores):
 
 
 def over_seeds(evaluations):
-    """{"step", "drift": [mean, low, high], "forward": [mean, low, high], ...}.
+    """{"step", "forward": [mean, low, high], ..., "drift": [mean, low, high]}.
 
     low to high is the range over the evaluations, one a seed; of a score of one alone, its 95 %
     interval.
     """
-    merged = {"step": evaluations[0]["step"]}
-    scores = [reported_scores(evaluation) for evaluation in evaluations]
-    for name in scores[0]:
-        merged[name] = mean_and_range([score[name] for score in scores])
-        if len(scores) == 1:
-            direction, metric = REPORTED[name]
-            merged[name][1:] = evaluations[0]["scores"][direction]["interval"][metric]
-    merged["drift"] = mean_and_range([evaluation["drift"] for evaluation in evaluations])
+    seeds = [
+        reported_scores(evaluation["scores"]) | {"drift": [evaluation["drift"]] * 3}
+        for evaluation in evaluations
+    ]
+    merged = {"step": evaluations[0]["step"], **seeds[0]}
+    if len(seeds) > 1:
+        for name in seeds[0]:
+            means = [scores[name][0] for scores in seeds]
+            merged[name] = [sum(means) / len(means), min(means), max(means)]
     return merged
-
-
-def mean_and_range(values):
-    return [sum(values) / len(values), min(values), max(values)]
 
 
 def difference(row, rows):
@@ -424,8 +424,7 @@ def score_table(scores):
     lines = [["", "n", "mean [95 % interval]"]]
     for name, group in scores.items():
         means = [
-            f"{metric} " + INTERVAL.format(group[metric], *ends)
-            for metric, ends in group["interval"].items()
+            f"{metric} " + INTERVAL.format(*group[metric]) for metric in METRICS if metric in group
         ]
         lines.append([name, str(group["n"]), "  ".join(means)])
     return markdown(lines)

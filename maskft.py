@@ -1029,7 +1029,7 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
 
     answer       prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called
                  once a rank, with all of its prompts; it calls on_answer(n) for n more answers
-    scores       {"forward": {"rouge1", "exact", "f1", "length", "n", "interval"},
+    scores       {"forward": {"n", "rouge1": [mean, low, high], "exact", "f1", "length"},
                   "forward/<group>": ..., "backward": ...}
     predictions  one dict a question, in the order of the questions
     """
@@ -1758,8 +1758,8 @@ def evaluate_and_record(run, step, epoch):
     run.results["seconds"] = run.seconds
     if rank() == 0:
         evaluation.write_results(run.out, run.results, run.predictions)
-    reported = evaluation.reported_scores(asked) | {"drift": drift}
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in reported.items())
+    reported = evaluation.reported_scores(scores) | {"drift": [drift]}
+    shown = "  ".join(f"{name} {mean:.3f}" for name, (mean, *_) in reported.items())
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
 
 

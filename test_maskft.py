@@ -1061,9 +1061,9 @@ def test_scores_are_averaged_by_group_with_an_interval():
     predictions += [usual | {"direction": "math", "strict": 1.0}]
     scores = evaluation.average(predictions)
     assert list(scores) == ["forward", "forward/g", "math", "math/g"]
-    assert scores["math"] == {"strict": 1, "n": 1, "interval": {"strict": [1, 1]}}
-    interval = {"rouge1": pytest.approx([0.72, 0.88]), "length": [2, 2]}  # as recorded
-    expected = {"rouge1": 0.8, "length": 2, "n": 100, "interval": interval}
+    assert scores["math"] == {"strict": [1, 1, 1], "n": 1}
+    rouge1 = pytest.approx([0.8, 0.72, 0.88])  # as recorded
+    expected = {"rouge1": rouge1, "length": [2, 2, 2], "n": 100}
     assert scores["forward"] == scores["forward/g"] == expected
 
 
@@ -1080,10 +1080,9 @@ def write_run(folder, *scores, start=0, metric="rouge1", **arguments):
     for n, score in enumerate(scores, start):
         groups = {
             direction: {
-                metric: x,
-                "strict": x / 2,
+                metric: [x, x - 0.01, x + 0.01],
+                "strict": [x / 2, 0, 1],
                 "n": 54,
-                "interval": {metric: [x - 0.01, x + 0.01], "strict": [0, 1]},
             }
             for direction, x in (score if isinstance(score, dict) else {"forward": score}).items()
         }

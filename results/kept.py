@@ -82,7 +82,7 @@ def measure(args, device="cpu"):
             "share": share,
             "questions": right / len(questions),
             "nll": loss_of_answers(model, prompts, said, device),
-            "facts": evaluation.reported_scores({"scores": scores}),
+            "facts": evaluation.reported_scores(scores),
         }
         maskft.print0(*line.values())
         return line
