@@ -375,8 +375,10 @@ def over_ratios(row):
     return row._replace(curve=[row.best | {"step": ratio} for ratio in row.settings["mask_ratio"]])
 
 
-def report(directories, out=None):
+def report(directories, out=None, **others):
     """Print one table of many runs; with `out`, write report.json and figures first."""
+    if others:
+        raise UserError("--report asks nothing: give --out alone with it")
     runs = []
     for directory in directories:
         try:
@@ -486,26 +488,15 @@ def arguments():
 def main():
     """Ask a model the questions of a data set, or one's own; or report runs."""
     flags = vars(arguments().parse_args())
+    if "report" not in flags:
+        import maskft  # here: --help and --report do not wait for torch
+
+        maskft.entry_point(partial(ask, flags))
+        return
     try:
-        check_flags(flags)
-        if "report" in flags:
-            report(flags["report"], flags.get("out"))
-            return
+        report(flags.pop("report"), **flags)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    import maskft  # here: --help and --report do not wait for torch
-
-    maskft.entry_point(partial(ask, flags))
-
-
-def check_flags(flags):
-    """UserError for what would be ignored."""
-    if "report" in flags and flags.keys() - {"report", "out"}:
-        raise UserError("--report asks nothing: give --out alone with it")
-    if "ask" in flags and flags.keys() & {"data", "out", "seed", "paraphrase"}:
-        raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
-    if flags.get("max_new_tokens", 1) < 1:
-        raise UserError("--max-new-tokens must be above 0")
 
 
 def ask(flags):
@@ -513,9 +504,10 @@ def ask(flags):
     import llada  # here, because both import this file
     import maskft
 
+    longest = flags.get("max_new_tokens")
+    if longest is not None and longest < 1:
+        raise UserError("--max-new-tokens must be above 0")
     device = maskft.start_processes()
-    if "out" in flags:  # a new one: no results of a run are lost
-        maskft.on_rank_0(partial(os.makedirs, flags["out"]))
     directory = maskft.find_model(flags["model"])
     usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype(device)}
     path = directory / "results.json"
@@ -524,9 +516,14 @@ def ask(flags):
         # no question depends on the documents' wording
         settings = usual | of_run | {"paraphrase": "none"} | flags
         dtype = getattr(maskft.torch, settings["dtype"])
-    tokenizer = data.load_tokenizer(directory)
-    if "ask" not in flags:
+    if "ask" in flags:
+        if flags.keys() & {"data", "out", "seed", "paraphrase"}:
+            raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
+    else:
+        if "out" in flags:  # a new one: no results of a run are lost
+            maskft.on_rank_0(partial(os.makedirs, flags["out"]))
         dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
+    tokenizer = data.load_tokenizer(directory)
     model = maskft.load(directory, device, dtype)
     causal = model.config.causal
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
@@ -534,7 +531,6 @@ def ask(flags):
         raise UserError("--block-length, --steps and --threshold are for a diffusion model")
     answers = maskft.ar_answer if causal else llada.answer
     answer = partial(answers, model, tokenizer, **given)
-    longest = flags.get("max_new_tokens")
 
     def answered(questions):
         maskft.check_questions(questions, tokenizer, model, longest)
