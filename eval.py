@@ -463,7 +463,7 @@ def arguments():
     add(
         "--paraphrase",
         choices=data.PARAPHRASES,
-        help="of the documents; no question depends on it (default: none)",
+        help="of the documents; changes nothing here, as no question depends on it",
     )
     add(
         "--seed",
@@ -512,17 +512,15 @@ def ask(flags):
     usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype(device)}
     path = directory / "results.json"
     with data.reading(path, "not the results of a run"):
-        of_run = data.read_object(path).get("arguments", {})
-        # no question depends on the documents' wording
-        settings = usual | of_run | {"paraphrase": "none"} | flags
+        settings = usual | data.read_object(path).get("arguments", {}) | flags
         dtype = getattr(maskft.torch, settings["dtype"])
     if "ask" in flags:
-        if flags.keys() & {"data", "out", "seed", "paraphrase"}:
-            raise UserError("--ask has its own questions: no --data, --out, --seed or --paraphrase")
+        if flags.keys() & {"data", "out", "seed"}:
+            raise UserError("--ask has its own questions: no --data, --out or --seed")
     else:
         if "out" in flags:  # a new one: no results of a run are lost
             maskft.on_rank_0(partial(os.makedirs, flags["out"]))
-        dataset = data.load(settings["data"], settings["paraphrase"], settings["seed"])
+        dataset = data.load(settings["data"], seed=settings["seed"])
     tokenizer = data.load_tokenizer(directory)
     model = maskft.load(directory, device, dtype)
     causal = model.config.causal
