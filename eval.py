@@ -523,11 +523,12 @@ def ask(flags):
         dataset = data.load(settings["data"], seed=settings["seed"])
     tokenizer = data.load_tokenizer(directory)
     model = maskft.load(directory, device, dtype)
-    causal = model.config.causal
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
-    if causal and given:
-        raise UserError("--block-length, --steps and --threshold are for a diffusion model")
-    answers = maskft.ar_answer if causal else llada.answer
+    answers = llada.answer
+    if model.config.causal:
+        answers = maskft.ar_answer
+        if given:
+            raise UserError("--block-length, --steps and --threshold are for a diffusion model")
     answer = partial(answers, model, tokenizer, **given)
 
     def answered(questions):
@@ -535,7 +536,8 @@ def ask(flags):
         return maskft.evaluate(answer, tokenizer, questions, longest)
 
     if "ask" in flags:
-        for question in own_questions(flags["ask"]):
+        for text in flags["ask"] or typed_lines():
+            question = data.parse_record({"question": text.strip()}, "--ask")
             _, (prediction,) = answered([question])
             maskft.print0(prediction["prediction"])
         return
@@ -549,16 +551,13 @@ def ask(flags):
         print(samples(predictions))
 
 
-def own_questions(texts):
-    """The questions of --ask; without any the lines of the standard input, on every rank."""
-    if not texts:
-        import maskft
+def typed_lines():
+    """The lines of the standard input that are not blank, one by one, on every rank."""
+    import maskft
 
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-        print("one question a line:", file=sys.stderr)
-        texts = filter(str.strip, iter(partial(maskft.on_rank_0, sys.stdin.readline), ""))
-    for text in texts:
-        yield data.parse_record({"question": text.strip()}, "--ask")
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    print("one question a line:", file=sys.stderr)
+    return filter(str.strip, iter(partial(maskft.on_rank_0, sys.stdin.readline), ""))
 
 
 if __name__ == "__main__":
