@@ -247,8 +247,8 @@ def summary(runs):
         name=settings["method"],
         seeds=sorted(run["arguments"]["seed"] for run in runs),
         title=table_title(settings["data"], evaluations[0][-1]["scores"]),
-        best=over_seeds(list(map(best_of, evaluations))),
-        curve=[over_seeds(same_step) for same_step in zip(*evaluations, strict=False)],
+        best=over_seeds(*map(best_of, evaluations)),
+        curve=list(map(over_seeds, *evaluations)),
     )
 
 
@@ -262,7 +262,7 @@ def table_title(name, scores):
     return f"{Path(name).name}, {' and '.join(asked) or 'no'} questions"
 
 
-def over_seeds(evaluations):
+def over_seeds(*evaluations):
     """{"step", "forward": [mean, low, high], ..., "drift": [mean, low, high]}.
 
     low to high is the range over the evaluations, one a seed; of a score of one alone, its 95 %
@@ -297,8 +297,8 @@ def table(rows):
     parts = [LEGEND]
     for title, same in groupby(rows, lambda row: row.title):
         cells = [table_cells(row) for row in same]
-        lines = [[*row.values()] for row in cells]
-        parts += [f"{title}:", markdown([[*cells[0]], *lines])]
+        lines = [cells[0].keys(), *(row.values() for row in cells)]
+        parts += [f"{title}:", markdown(lines)]
     return "\n\n".join(parts)
 
 
