@@ -163,13 +163,12 @@ def average_group(predictions):
     depends on chance in training, only more seeds tell.
     """
     n = len(predictions)
-    draws = np.random.default_rng(0).integers(n, size=(1000, n))
     group = {"n": n}
     for metric in METRICS:
         if metric in predictions[0]:
             values = [prediction[metric] for prediction in predictions]
-            drawn_means = np.array(values)[draws].mean(1)  # (1000,)
-            interval = np.quantile(drawn_means, (0.025, 0.975)).tolist()
+            drawn = np.random.default_rng(0).choice(values, (1000, n))  # of each metric the same
+            interval = np.quantile(drawn.mean(1), (0.025, 0.975)).tolist()
             group[metric] = [sum(values) / n, *interval]
     return group
 
