@@ -341,8 +341,10 @@ def draw_curves(rows, path, xlabel="step"):
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         return
-    names = dict.fromkeys(name for asked in rows[0].curve for name in asked)
-    names.pop("step")
+    names = {}
+    for asked in rows[0].curve:
+        names |= asked
+    del names["step"]
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for number, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), number)
