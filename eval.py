@@ -446,6 +446,7 @@ def arguments():
     what.add_argument("--model", help="directory, built-in name or hub id of the model to ask")
     what.add_argument(
         "--report",
+        dest="directories",
         nargs="+",
         metavar="DIR",
         help="ask nothing; one table of these runs, and with --out figures",
@@ -489,13 +490,13 @@ def arguments():
 def main():
     """Ask a model the questions of a data set, or one's own; or report runs."""
     flags = vars(arguments().parse_args())
-    if "report" not in flags:
+    if "model" in flags:
         import maskft  # here: --help and --report do not wait for torch
 
         maskft.entry_point(partial(ask, flags))
         return
     try:
-        report(flags.pop("report"), **flags)
+        report(**flags)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
