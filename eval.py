@@ -275,7 +275,7 @@ def over_seeds(*evaluations):
     if len(seeds) > 1:
         for name in seeds[0]:
             means = [scores[name][0] for scores in seeds]
-            merged[name] = [sum(means) / len(means), min(means), max(means)]
+            merged[name] = [np.mean(means), min(means), max(means)]
     return merged
 
 
