@@ -22,7 +22,6 @@ A question without an answer is asked like the others and not scored.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -227,7 +226,7 @@ def summarize(runs):
     """A Row for each setting, over the runs that differ in their seed alone; table by table."""
     groups = defaultdict(list)
     for run in runs:
-        groups[json.dumps(run["arguments"] | {"seed": None})].append(run)
+        groups[str(run["arguments"] | {"seed": None})].append(run)
     rows = sorted(map(summary, groups.values()), key=place)
     return [row._replace(name=row.name + difference(row, rows)) for row in rows]
 
@@ -317,7 +316,7 @@ def table_cells(row):
         "method": row.name,
         "paraphrase": row.settings["paraphrase"],
         "seeds": ",".join(map(str, row.seeds)),
-        "before": " / ".join(before) if first["step"] == 0 else "-",
+        "before": "-" if first["step"] else " / ".join(before),
         **scores,
         "drift": drift.format(*last["drift"]),
     }
