@@ -276,7 +276,7 @@ METHODS = {
         answer=answer,
         chat=chat_example,
         tiny=maskft.TINY(lr=4e-4, steps=350),
-        small=maskft.SMALL(lr=3e-4, epochs=80),
+        small=maskft.SMALL(lr=3e-4, most_epochs=80),
         large=maskft.PAPER(lr=1e-5),
     )
 }

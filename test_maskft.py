@@ -2480,6 +2480,7 @@ DEFAULTS = """
 7B      masked  bio           64  64 5000 5e-6
 135M    masked  bio           10  10 100  6e-4
 135M    sft     bio           29  10 40   1e-4
+135M    llada   wiki          500 10 31   3e-4
 tiny    masked  bio           20  20 300  6e-4
 tiny    sft     bio           20  20 100  5e-4
 tiny    raw     bio           59  20 34   5e-4
