@@ -1597,12 +1597,11 @@ def make_optimizer(model, eps):
     gradient into full steps, and the model forgets how to answer. Large models have far more tokens
     and steps, and keep the usual eps.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    decays = {2: 0.1, 1: 0.0}  # by the dimensions of a parameter
     # those that are frozen have no gradient, and AdamW leaves them as they are
     groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() == dim], "weight_decay": decay}
+        for dim, decay in decays.items()
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, fused=True)
 
