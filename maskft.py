@@ -1693,11 +1693,8 @@ def examples_of_step(run, step):
     others = []
     if step >= run.epoch_steps:
         # behind the last epoch as many chats as documents
-        first = (step - run.epoch_steps) * chats_of_step(run)
-        written = len(run.chats) - CHATS_HELD_OUT
-        others = [
-            build_chat(run, CHATS_HELD_OUT + (first + n) % written) for n in range(len(numbers))
-        ]
+        first = CHATS_HELD_OUT + (step - run.epoch_steps) % CHAT_STEPS * chats_of_step(run)
+        others = [build_chat(run, first + n) for n in range(len(numbers))]
         if run.dataset.learned:  # beside half as many documents, and questions
             numbers = numbers[: math.ceil(len(numbers) / 2)]
             others += questions_of_step(run, step, len(numbers))
