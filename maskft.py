@@ -1687,7 +1687,7 @@ def examples_of_step(run, step):
     """
     epoch, nth = divmod(step, run.steps_per_epoch)
     documents = run.dataset.documents
-    order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(documents)).tolist()
+    order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(documents))
     size = run.settings.batch_size
     numbers = order[nth * size :][:size]
     others = []
