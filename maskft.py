@@ -1920,9 +1920,9 @@ def questions_of_step(run, step, number):
     if not learned:
         return []
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
-    asked = [learned[rng.integers(len(learned))] for _ in range(number)]
+    asked = [*rng.choice(learned, number)]
     for _ in range(GAPS * number):
-        document = documents[rng.integers(len(documents))]
+        document = rng.choice(documents)
         asked.append(gap_question(document["text"], rng))
     asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
