@@ -2017,7 +2017,6 @@ def prepare(settings, method, device):
     recipe = recipe_of(method, model) | {"dtype": native_dtype(device)}
     if dataset.learned:
         recipe["rehearse"] = ANSWER_STEPS
-    why = "as set" if settings.dtype else "native here"
     decide(settings, method, recipe)
     if dataset.learned and not settings.rehearse:
         raise UserError("--rehearse 0 learns no question: --data has some to learn")
@@ -2043,7 +2042,7 @@ def prepare(settings, method, device):
         "arguments": dataclasses.asdict(settings),
         "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
     }
-    describe(run, why)
+    describe(run)
     return run
 
 
@@ -2051,18 +2050,17 @@ PLAN = """\
 {method}: {documents} records and {learned} questions to learn, {questions} to ask
   {epochs} epochs of batches of {batch_size} and {rehearse} steps of --rehearse, lr {lr:g}
   defaults: {recipe}
-  computes in {dtype} ({why}), weights and gradient sums in float32"""
+  computes in {dtype} (--dtype, else what is native here), weights and gradient sums in float32"""
 
 
-def describe(run, why):
-    """Say what will be trained; `why` is the reason for the dtype."""
+def describe(run):
+    """Say what will be trained."""
     settings = run.settings
     if settings.model in BUILT_IN and Path(settings.data).exists():
         print0(f"{settings.model} has words for its own people alone: give a real --model")
     print0(
         PLAN.format(
             **vars(settings),
-            why=why,
             documents=len(run.dataset.documents),
             learned=len(run.dataset.learned),
             questions=len(run.dataset.questions),
