@@ -2040,7 +2040,7 @@ def prepare(settings, method, device):
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),
-        "dataset": data.digest(dataset.documents + dataset.learned + dataset.questions),
+        "dataset": data.digest(vars(dataset)),
     }
     describe(run)
     return run
