@@ -2181,7 +2181,6 @@ def finish(run):
     run.model = run.optimizer = None
     gc.collect()
     if run.device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
