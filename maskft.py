@@ -1649,6 +1649,7 @@ def train(run, stop):
             lr=lr,
             grad_norm=norm,
             memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
+            seconds=run.seconds,
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         # 5. what is needed to go on
@@ -1760,8 +1761,7 @@ def evaluate_and_record(run, step, epoch):
 
 
 def log(run, **line):
-    """Add a line to metrics.jsonl, with the seconds that the run has taken so far."""
-    line["seconds"] = run.seconds
+    """Add a line to metrics.jsonl."""
     run.lines.append(line)
     if rank() == 0:
         with (run.out / "metrics.jsonl").open("a") as file:
