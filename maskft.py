@@ -1610,8 +1610,8 @@ def train(run, stop):
     """Fine-tune run.model; with a signal in `stop`, save and raise KeyboardInterrupt.
 
     Epochs run 0..N-1, then come steps that rehearse; the model is evaluated before the epochs in
-    eval_at and at the end: what is saved was scored. differs from masked_arLLM, which trains an
-    epoch more than it scores.
+    eval_at and, by `finish`, at the end: what is saved is scored. differs from masked_arLLM, which
+    trains an epoch more than it scores.
     """
     saved_at = time.monotonic()
     prepare_chats(run)
@@ -1658,7 +1658,6 @@ def train(run, stop):
             saved_at = time.monotonic()
         if stopping:
             raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
-    evaluate_and_record(run, run.steps, run.settings.epochs)
 
 
 def lr_of_step(run, step):
@@ -2170,13 +2169,14 @@ def explained(run):
 
 
 def finish(run):
-    """Write the model, its card and the curves; delete the checkpoints, free the memory."""
-    save(run.model, run.out, run.settings.dtype)  # it was scored in
+    """Write the model, its scores, its card and the curves; delete the checkpoints, free the
+    memory."""
+    save(run.model, run.out, run.settings.dtype)  # it is scored in
     run.results["finished"] = True
+    evaluate_and_record(run, run.steps, run.settings.epochs)
     if rank() == 0:
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
-        evaluation.write_results(run.out, run.results, run.predictions)
         shutil.rmtree(run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
     gc.collect()
