@@ -1441,15 +1441,25 @@ def arguments(description, methods):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    several = "one, or several to compare (default: the last; of tiny the last two)"
-    add("--method", nargs="+", choices=methods, help=several)
+    add(
+        "--method",
+        nargs="+",
+        choices=methods,
+        help="one, or several to compare (default: the last; of tiny the last two)",
+    )
     for setting in dataclasses.fields(Settings):
         if setting.metadata:
             add(f"--{setting.name.replace('_', '-')}", **setting.metadata)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
-    show = "print what the model would see of N documents (3), and train nothing"
-    add("--show", type=at_least(1), nargs="?", const=3, metavar="N", help=show)
+    add(
+        "--show",
+        type=at_least(1),
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="print what the model would see of N documents (3), and train nothing",
+    )
     return parser
 
 
@@ -1725,8 +1735,7 @@ def update(run, examples, lr):
 
 def summed_losses(run, examples):
     """The loss, summed over its tokens, of each of this rank's micro-batches in turn."""
-    tokens = run.settings.micro_batch_tokens
-    for micro in micro_batches(examples, tokens, rank(), world_size()):
+    for micro in micro_batches(examples, run.settings.micro_batch_tokens, rank(), world_size()):
         batch = data.collate(micro)
         if run.model.config.causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
@@ -1914,14 +1923,13 @@ def questions_of_step(run, step, number):
 
     So many of these, as ordinary chats, and for each some documents with a gap.
     """
-    documents = run.dataset.documents
     learned = run.dataset.learned
     if not learned:
         return []
     rng = np.random.default_rng([run.settings.seed, step, 0, 3])
     asked = [*rng.choice(learned, number)]
     for _ in range(GAPS * number):
-        document = rng.choice(documents)
+        document = rng.choice(run.dataset.documents)
         asked.append(gap_question(document["text"], rng))
     asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
