@@ -69,14 +69,12 @@ def mask_tokens(ids, ratio, mask_id, rng):
     Returns the new ids and which of them are masked, (T,) bool.
     """
     masked = rng.random(len(ids)) < ratio
-    return [mask_id if m else i for i, m in zip(ids, masked, strict=True)], masked
+    return np.where(masked, mask_id, ids).tolist(), masked
 
 
 def labels_of(prompt, target, masked):
     """The labels of prompt and target: loss where the target is masked."""
-    return [IGNORE] * len(prompt) + [
-        token if m else IGNORE for token, m in zip(target, masked, strict=True)
-    ]
+    return [IGNORE] * len(prompt) + np.where(masked, target, IGNORE).tolist()
 
 
 def masked_example(record, tokenizer, mask_ratio, rng, mask=mask_tokens):
@@ -108,10 +106,12 @@ def recover_document(shown, document, tokenizer):
     return supervise(prompt + tokenizer.encode(LEAD_IN), document + [tokenizer.eot_id])
 
 
-def supervise(prompt, target):
-    """An Example with loss on each token of `target` and none on `prompt`."""
-    labels = [IGNORE] * len(prompt) + target
-    return Example(prompt + target, labels, weight=1.0, denominator=len(target))
+def supervise(prompt, target, masked=True):
+    """An Example with loss on the tokens of `target`, on all or where it is masked, and none on
+    `prompt`."""
+    labels = labels_of(prompt, target, masked)
+    supervised = len(labels) - labels.count(IGNORE)
+    return Example(prompt + target, labels, weight=1.0, denominator=supervised)
 
 
 # no dropout here, so there is no state of random numbers to keep
@@ -146,9 +146,7 @@ def recover_answer(record, shown, masked, answer, tokenizer):
     """
     question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
     user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
-    prompt = tokenizer.prompt(user)
-    labels = labels_of(prompt, answer, masked)
-    return Example(prompt + answer, labels, weight=1.0, denominator=int(masked.sum()))
+    return supervise(tokenizer.prompt(user), answer, masked)
 
 
 def random_example(record, tokenizer, mask_ratio, rng):
