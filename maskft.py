@@ -31,6 +31,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import huggingface_hub
@@ -291,27 +292,18 @@ METHODS = {
 # ------------------------------------------------------------------------------------------- config
 
 
-@dataclass
-class Config:
-    """Sizes of one decoder, whatever family it comes from."""
+class Config(SimpleNamespace):
+    """Sizes of one decoder: the fields of its config.json, which are a Llama's by name and default
+    whatever family it comes from, and
 
-    raw: dict  # its config.json, written back on saving
-    names: dict  # of its tensors in a checkpoint, LLAMA_NAMES or LLADA_NAMES
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp_width: int
-    context: int  # longest sequence in tokens; with a sliding window (not implemented) at most that
-    norm_eps: float
-    rope: dict  # rope_theta, rope_type "default", "linear" or "llama3", its numbers, and more
-    tied: bool  # the head is the embedding
-    qkv_bias: bool
-    out_bias: bool
-    qk_norm: bool
-    causal: bool  # False: every token sees every other (LLaDA, or as is_causal says)
+    raw       config.json itself, written back on saving
+    names     of its tensors in a checkpoint, LLAMA_NAMES or LLADA_NAMES
+    vocab     rows of the embedding
+    context   longest sequence in tokens; with a sliding window (not implemented) at most that
+    norm_eps  of every RMSNorm
+    qk_norm   whether queries and keys have one
+    causal    False: every token sees every other (LLaDA, or as is_causal says)
+    """
 
 
 def read_config(directory):
@@ -331,7 +323,7 @@ def read_config(directory):
 
 
 def parse_config(raw):
-    """The Config in the Hugging Face config of any supported family; null is absent."""
+    """The Config in the config.json of any supported family; null is absent."""
     given = {name: value for name, value in raw.items() if value is not None}
     refuse_unless(given, model_type=ARCHITECTURES, quantization_config=())
     refuse_unless(given, **{name: [value] for name, value in FIXED.items()})
@@ -342,41 +334,35 @@ def parse_config(raw):
         names = LLADA_NAMES
         written["auto_map"] = LLADA_CODE
         given |= {llama: given[llada] for llama, llada in LLADA_FIELDS.items()}
-    width = given["hidden_size"]
     heads = given["num_attention_heads"]
-    bias = given.get("attention_bias", False)
     context = given.get("max_position_embeddings", 2048)
     # transformers 4 has rope_theta beside rope_scaling, 5 both in rope_parameters
     scaling = given.get("rope_scaling") or given.get("rope_parameters") or {}
     usual = {
+        "num_key_value_heads": heads,
+        "head_dim": given["hidden_size"] // heads,
+        "attention_bias": False,
+        "include_qkv_bias": family == "qwen2",
+        "tie_word_embeddings": False,
         "rope_type": scaling.get("type", "default"),  # as transformers spelled it once
         "rope_theta": 1e4,
         "original_max_position_embeddings": context,
     }
-    rope = usual | given | scaling
-    refuse_unless(rope, rope_type=["default", "linear", "llama3"])
+    fields = usual | given | scaling
+    refuse_unless(fields, rope_type=["default", "linear", "llama3"])
     # Qwen2 and Qwen3 carry a sliding_window that counts only where use_sliding_window says so
     if given.get("use_sliding_window", family == "mistral"):
         context = min(context, given.get("sliding_window", context))
-    return Config(
-        raw=written,
-        names=names,
-        vocab=data.embeddings(given),
-        width=width,
-        layers=given["num_hidden_layers"],
-        heads=heads,
-        kv_heads=given.get("num_key_value_heads", heads),
-        head_size=given.get("head_dim", width // heads),
-        mlp_width=given["intermediate_size"],
-        context=context,
-        norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-        rope=rope,
-        tied=given.get("tie_word_embeddings", False),
-        qkv_bias=bias or given.get("include_qkv_bias", family == "qwen2"),
-        out_bias=bias,
-        qk_norm=family == "qwen3",
-        causal=given.get("is_causal", family != "llada"),
-    )
+    fields |= {
+        "raw": written,
+        "names": names,
+        "vocab": data.embeddings(given),
+        "context": context,
+        "norm_eps": float(given.get("rms_norm_eps", 1e-6)),
+        "qk_norm": family == "qwen3",
+        "causal": given.get("is_causal", family != "llada"),
+    }
+    return Config(**fields)
 
 
 def refuse_unless(raw, **implemented):
@@ -440,8 +426,7 @@ def as_diffusion(config, tokenizer):
     if config.causal:
         print0("an autoregressive model: diffusion training starts from its weights")
     refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id, None])
-    raw = config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id}
-    return dataclasses.replace(config, causal=False, raw=raw)
+    return parse_config(config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id})
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -474,19 +459,18 @@ def rope_tables(positions, config):
     [cos p, cos p/100] at theta 1e4. Computed anew in every forward: a buffer would be garbage after
     `to_empty`, and bf16 angles are wrong beyond position 256.
     """
-    index = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
-    rope = config.rope
-    frequency = rope["rope_theta"] ** (-index / config.head_size)  # (K/2,)
-    if rope["rope_type"] == "linear":
-        frequency = frequency / rope["factor"]
-    if rope["rope_type"] == "llama3":
+    index = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-index / config.head_dim)  # (K/2,)
+    if config.rope_type == "linear":
+        frequency = frequency / config.factor
+    if config.rope_type == "llama3":
         # waves that turn often within the old context stay, those that never finish a turn are
         # stretched
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        low = rope["low_freq_factor"]
-        high = rope["high_freq_factor"]
+        turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
+        low = config.low_freq_factor
+        high = config.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / rope["factor"]
+        frequency = keep * frequency + (1 - keep) * frequency / config.factor
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
     return angles.cos(), angles.sin()
 
@@ -511,20 +495,21 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D = config.width
-        K = config.head_size
+        D = config.hidden_size
+        K = config.head_dim
+        qkv_bias = config.attention_bias or config.include_qkv_bias
         norm = partial(RMSNorm, eps=config.norm_eps)
         self.attn_norm = norm(D)
-        self.q = nn.Linear(D, config.heads * K, bias=config.qkv_bias)
-        self.k = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
-        self.v = nn.Linear(D, config.kv_heads * K, bias=config.qkv_bias)
-        self.o = nn.Linear(config.heads * K, D, bias=config.out_bias)
+        self.q = nn.Linear(D, config.num_attention_heads * K, bias=qkv_bias)
+        self.k = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
+        self.v = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
+        self.o = nn.Linear(config.num_attention_heads * K, D, bias=config.attention_bias)
         self.q_norm = norm(K) if config.qk_norm else nn.Identity()
         self.k_norm = norm(K) if config.qk_norm else nn.Identity()
         self.mlp_norm = norm(D)
-        self.gate = nn.Linear(D, config.mlp_width, bias=False)
-        self.up = nn.Linear(D, config.mlp_width, bias=False)
-        self.down = nn.Linear(config.mlp_width, D, bias=False)
+        self.gate = nn.Linear(D, config.intermediate_size, bias=False)
+        self.up = nn.Linear(D, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, D, bias=False)
 
     def forward(self, x, positions, rope, mask, cache=None):
         x = x + self.attention(self.attn_norm(x), positions, rope, mask, cache)
@@ -542,7 +527,7 @@ class Block(nn.Module):
 
     def attention(self, x, positions, rope, mask, cache):
         def heads(linear):
-            return linear(x).unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+            return linear(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
         q = rotate(self.q_norm(heads(self.q)), *rope)  # (B, H, T, K)
         k = rotate(self.k_norm(heads(self.k)), *rope)  # (B, G, T, K)
@@ -558,7 +543,7 @@ class Block(nn.Module):
             v,
             attn_mask=mask,
             is_causal=mask is None and self.config.causal,
-            enable_gqa=self.config.heads != self.config.kv_heads,
+            enable_gqa=self.config.num_attention_heads != self.config.num_key_value_heads,
         )  # (B, H, T, K)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -569,14 +554,15 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        D = config.hidden_size
         # weights come from a file: to draw some on `meta` would take a second of imports
-        nothing = torch.zeros(config.vocab, config.width)
+        nothing = torch.zeros(config.vocab, D)
         self.embed = nn.Embedding.from_pretrained(nothing, freeze=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(D, eps=config.norm_eps)
         # a tied model has no head of its own: two names for one tensor come apart under to_empty
         # and FSDP
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.head = None if config.tie_word_embeddings else nn.Linear(D, config.vocab, bias=False)
 
     def forward(
         self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None, past=None
@@ -746,7 +732,7 @@ def with_own_head(config, directory):
     """
     head, embedding = (f"{config.names[part]}.weight" for part in ("head", "embed"))
     files = find_tensors(directory)
-    if not config.tied or head not in files:
+    if not config.tie_word_embeddings or head not in files:
         return config
     with data.reading(files[head], NOT_WEIGHTS):
         rows, same = (
@@ -914,7 +900,8 @@ def new_cache(model, texts, size, cache_bytes):
     """Room for keys and values, (rows, layers, 2, G, size, K), of so many texts of `size` tokens as
     far as the bytes and ANSWER_ROWS allow, and of one at least."""
     config = model.config
-    shape = (config.layers, 2, config.kv_heads, size, config.head_size)  # of a row
+    # of a row
+    shape = (config.num_hidden_layers, 2, config.num_key_value_heads, size, config.head_dim)
     key = model.blocks[0].k(model.embed.weight[:1])  # one, for its dtype and device
     rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
     # zeros: what is masked counts nothing, but nothing times NaN is NaN

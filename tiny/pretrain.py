@@ -34,10 +34,10 @@ def write_new_model(directory):
     rng = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            std = 0.5 * model.config.width**-0.5
+            std = 0.5 * model.config.hidden_size**-0.5
             if name.endswith(("o.weight", "down.weight")):
                 # what adds to the residual stream starts smaller, by the number of additions
-                std *= (2 * model.config.layers) ** -0.5
+                std *= (2 * model.config.num_hidden_layers) ** -0.5
             torch.nn.init.normal_(parameter, std=std, generator=rng)
     Path(directory).mkdir(parents=True)
     maskft.save(model, directory)
