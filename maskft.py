@@ -743,13 +743,13 @@ def with_own_head(config, directory):
     return parse_config(config.raw | {"tie_word_embeddings": False, "weight_tying": False})
 
 
-def checkpoint_names(model):
-    """{name in a checkpoint of its family: our parameter name}."""
-    names = {}
-    for name, _ in model.named_parameters():
+def named(model):
+    """{name in a checkpoint of its family: parameter}."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        names[f"{model.config.names[part].format(*block[1:])}.{kind}"] = name
-    return names
+        parameters[f"{model.config.names[part].format(*block[1:])}.{kind}"] = parameter
+    return parameters
 
 
 # a copy of the embedding, which a tied model needs not, and a buffer of early Llama 2's
@@ -762,24 +762,26 @@ def load_weights(model, directory, device):
     Each rank reads only the rows it holds. UserError names a tensor that is missing, too many, of
     another shape, quantized, or no numbers.
     """
+    with data.reading(directory, "more memory than there is: --offload, or a smaller --model"):
+        model.to_empty(device=device)
     files = find_tensors(directory)
-    names = checkpoint_names(model)
+    parameters = named(model)
     # names on one side only: not in the files, or unknown to the model
-    odd = names.keys() ^ {name for name in files if name in names or not name.endswith(UNREAD)}
+    odd = parameters.keys() ^ {
+        name for name in files if name in parameters or not name.endswith(UNREAD)
+    }
     if odd:
         raise UserError(
             f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
             "such): are they of one model, not quantized, and complete?"
         )
-    with data.reading(directory, "more memory than there is: --offload, or a smaller --model"):
-        model.to_empty(device=device)
-    for theirs, ours in names.items():
-        with data.reading(files[theirs], NOT_WEIGHTS):
-            read_rows(files[theirs], theirs, model.get_parameter(ours))
+    for name, parameter in parameters.items():
+        with data.reading(files[name], NOT_WEIGHTS):
+            read_rows(files[name], name, parameter)
 
 
 def read_rows(path, name, parameter):
-    """Fill what this rank holds of a parameter.
+    """Fill what this rank holds of a parameter; only that is read of a tensor, which is mapped.
 
     The file is opened for each tensor anew: what was read stays mapped until it is closed.
     """
@@ -788,14 +790,14 @@ def read_rows(path, name, parameter):
     if hasattr(parameter, "to_local"):
         # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
         local = local.to_local()
-        start = min(rank() * math.ceil(len(parameter) / world_size()), len(parameter))
+        start = rank() * math.ceil(len(parameter) / world_size())
     with safetensors.safe_open(path, "pt") as file:
-        rows = file.get_slice(name)
-        kind = rows.get_dtype()
-        shape = rows.get_shape()
-        if shape != list(parameter.shape) or kind not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{name} is {kind} {shape}: quantized, or not of this config.json")
-        local.copy_(rows[start : start + len(local)])
+        tensor = file.get_tensor(name)
+    if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        raise UserError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}: quantized, or not of this config.json"
+        )
+    local.copy_(tensor[start : start + len(local)])
     if not (local.abs() < 1e12).all():  # a flipped bit makes 1e38 of 1
         raise UserError(
             f"{name} holds NaN, infinite or absurdly large numbers (as {local.dtype}): download "
@@ -816,10 +818,10 @@ def save(model, path, dtype="float32"):
     path = Path(path)
     raw = model.config.raw | {"dtype": dtype, "torch_dtype": dtype}
     tensors = {}
-    for theirs, ours in checkpoint_names(model).items():
-        tensor = whole(model.get_parameter(ours).detach())
+    for name, parameter in named(model).items():
+        tensor = whole(parameter.detach())
         if rank() == 0:
-            tensors[theirs] = tensor.to("cpu", getattr(torch, dtype))
+            tensors[name] = tensor.to("cpu", getattr(torch, dtype))
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         config = path / "config.json"
