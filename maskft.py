@@ -564,9 +564,7 @@ class Model(nn.Module):
         # and FSDP
         self.head = None if config.tie_word_embeddings else nn.Linear(D, config.vocab, bias=False)
 
-    def forward(
-        self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None, past=None
-    ):
+    def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None, past=0):
         """Logits, or with `labels` the summed loss.
 
         ids       (B, T) int64
@@ -580,7 +578,7 @@ class Model(nn.Module):
         pick      an index into (B, T), as a mask or (rows, columns): logits only there
         cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
                   those of ids, whose padding is on the right, are written behind them
-        past      (B,) int64, how many tokens each row of the cache has
+        past      (B, 1) int64, how many tokens each row of the cache has; 0 = none has any
         returns   logits (B, T, V), or (N, V) with `pick`; or with `labels` the weighted sum of
                   cross entropies, a scalar
         """
@@ -609,9 +607,8 @@ class Model(nn.Module):
         """Attention mask (B, 1, T, S) bool, None where SDPA needs none; positions (B, T)."""
         B, T = ids.shape
         self.check_length(T)
-        positions = torch.arange(T, device=ids.device).expand(B, T)
+        positions = (torch.arange(T, device=ids.device) + past).expand(B, T)
         if cache is not None:
-            positions = positions + past[:, None]
             columns = torch.arange(cache.shape[4], device=ids.device)  # (S,)
             # S = T: no row has a past, so the causal mask is all there is
             mask = None if len(columns) == T else columns <= positions[:, None, :, None]
@@ -621,7 +618,7 @@ class Model(nn.Module):
         key_mask = key_mask.to(ids.device, non_blocking=True)
         positions = (key_mask.cumsum(1) - 1).clamp(min=0)
         mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
-        earlier = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        earlier = key_mask.new_ones(T, T).tril()
         if self.config.causal:
             mask = mask & earlier
         # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN spreads
@@ -931,7 +928,7 @@ def last_logits(model, cache, past, ids):
         padded,
         pick=(range(len(ids)), last),
         cache=cache[..., : max(past) + padded.shape[1], :],
-        past=torch.tensor(past, device=cache.device),
+        past=torch.tensor(past, device=cache.device)[:, None],
     )
 
 
