@@ -504,8 +504,9 @@ class Block(nn.Module):
         self.k = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
         self.v = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
         self.o = nn.Linear(config.num_attention_heads * K, D, bias=config.attention_bias)
-        self.q_norm = norm(K) if config.qk_norm else nn.Identity()
-        self.k_norm = norm(K) if config.qk_norm else nn.Identity()
+        head_norm = norm if config.qk_norm else nn.Identity
+        self.q_norm = head_norm(K)
+        self.k_norm = head_norm(K)
         self.mlp_norm = norm(D)
         self.gate = nn.Linear(D, config.intermediate_size, bias=False)
         self.up = nn.Linear(D, config.intermediate_size, bias=False)
