@@ -492,9 +492,10 @@ KEPT = 2**21
 class Block(nn.Module):
     """One pre-norm Llama layer: grouped-query attention, then SwiGLU."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.config = config
+        self.layer = layer
         D = config.hidden_size
         K = config.head_dim
         qkv_bias = config.attention_bias or config.include_qkv_bias
@@ -512,7 +513,7 @@ class Block(nn.Module):
         self.up = nn.Linear(D, config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, D, bias=False)
 
-    def forward(self, x, positions, rope, mask, cache=None):
+    def forward(self, x, positions, rope, mask, cache):
         x = x + self.attention(self.attn_norm(x), positions, rope, mask, cache)
         h = self.mlp_norm(x)
         gate = self.gate(h)  # (B, T, F)
@@ -536,8 +537,8 @@ class Block(nn.Module):
         if cache is not None:
             # put where they belong; what comes back is the cache, all keys and values of these rows
             at = positions[:, None, :, None].expand_as(k)  # (B, G, T, K)
-            k = cache[:, 0].scatter_(2, at, k)  # (B, G, S, K)
-            v = cache[:, 1].scatter_(2, at, v)  # (B, G, S, K)
+            k = cache[:, self.layer, 0].scatter_(2, at, k)  # (B, G, S, K)
+            v = cache[:, self.layer, 1].scatter_(2, at, v)  # (B, G, S, K)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -559,7 +560,7 @@ class Model(nn.Module):
         # weights come from a file: to draw some on `meta` would take a second of imports
         nothing = torch.zeros(config.vocab, D)
         self.embed = nn.Embedding.from_pretrained(nothing, freeze=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, eps=config.norm_eps)
         # a tied model has no head of its own: two names for one tensor come apart under to_empty
         # and FSDP
@@ -587,8 +588,8 @@ class Model(nn.Module):
         mask, positions = self.mask_and_positions(ids, key_mask, cache, past)
         rope = rope_tables(positions, self.config)
         x = self.embed(ids)  # (B, T, D)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, positions, rope, mask, None if cache is None else cache[:, layer])
+        for block in self.blocks:
+            x = block(x, positions, rope, mask, cache)
         head = (self.head or self.embed).weight  # (V, D)
         if labels is not None:
             if self.config.causal:
