@@ -106,7 +106,7 @@ def sample(
     if not prompts:
         return []
     with reading("config.json"):  # of another program, it may have is_causal alone
-        mask_id = model.config.raw["mask_token_id"]
+        mask_id = model.config.mask_token_id
     ids, key_mask = masked_answers(model, mask_id, prompts, max_new_tokens)  # (B, T)
     width = ids.shape[1] - max_new_tokens  # of the prompts
     rows = range(len(prompts))  # the prompt that each row answers

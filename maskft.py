@@ -308,7 +308,7 @@ class Config(SimpleNamespace):
 
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
-    path = Path(directory) / "config.json"
+    path = directory / "config.json"
     if not path.exists():
         raise UserError(
             f"{directory} has no config.json. A run that is not finished? --resume it. Or an "
@@ -319,7 +319,7 @@ def read_config(directory):
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         with torch.device("meta"):
             Model(config).check_length(1)  # and sizes that cannot be
-    return with_own_head(config, path.parent)
+    return with_own_head(config, directory)
 
 
 def parse_config(raw):
@@ -595,11 +595,11 @@ class Model(nn.Module):
             if self.config.causal:
                 labels = labels[:, 1:]
             # norm, head and loss are spent on labelled positions only
-            at = (labels != IGNORE).nonzero(as_tuple=True)  # rows (N,), columns (N,)
-            weights = weights[at[0]]  # (N,)
+            at = (labels != IGNORE).nonzero(as_tuple=True)  # rows, columns
             row, column, labels, weights = (
-                picked.to(x.device, non_blocking=True) for picked in (*at, labels[at], weights)
-            )
+                picked.to(x.device, non_blocking=True)
+                for picked in (*at, labels[at], weights[at[0]])
+            )  # (N,) each
             return loss_sum(x[row, column], self.norm, head, labels, weights)
         if pick is not None:
             x = x[pick]  # (N, D)
@@ -815,7 +815,6 @@ def save(model, path, dtype="float32"):
     Call it on every rank: tensors are gathered one by one, onto rank 0's CPU.
     """
     path = Path(path)
-    raw = model.config.raw | {"dtype": dtype, "torch_dtype": dtype}
     tensors = {}
     for name, parameter in named(model).items():
         tensor = whole(parameter.detach())
@@ -824,7 +823,7 @@ def save(model, path, dtype="float32"):
     if rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
         config = path / "config.json"
-        data.write_json(config, raw)
+        data.write_json(config, model.config.raw | {"dtype": dtype, "torch_dtype": dtype})
         huggingface_hub.save_torch_state_dict(tensors, path)  # in place of what was there
         for file in path.glob("model*.safetensors*"):
             file.chmod(config.stat().st_mode)  # the library's are its owner's alone
