@@ -109,25 +109,21 @@ def sample(
         mask_id = model.config.mask_token_id
     ids, key_mask = masked_answers(model, mask_id, prompts, max_new_tokens)  # (B, T)
     width = ids.shape[1] - max_new_tokens  # of the prompts
-    rows = range(len(prompts))  # the prompt that each row answers
-    answers = {}  # of all prompts, also those whose rows left
+    going = range(len(prompts))  # rows whose text has not ended
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
         for count in counts:
-            masks = masks_between(ids, mask_id, width, end)  # (B, T)
+            batch = ids[going]
+            masks = masks_between(batch, mask_id, width, end)  # (B, T), of N places
             if not masks.any():
                 break  # this block was done in fewer steps, or no row is left
-            logits = predict(model, mask_id, ids, key_mask, masks, width, cfg_scale)  # (N, V)
+            logits = predict(model, mask_id, batch, key_mask[going], masks, width, cfg_scale)
             new = gumbel(logits, temperature, generator).argmax(-1)  # (N,)
             score = confidence(logits, new, remasking, generator)  # (N,)
-            ids = keep_best(ids, masks, new, score, count, threshold)
+            ids[going] = keep_best(batch, masks, new, score, count, threshold)
             texts = [maskft.until_stop(row, stop_ids) for row in ids[:, width:].tolist()]
-            answers.update(zip(rows, texts, strict=True))
             # a stop id ends a row once there is no mask before it
-            going = [n for n, text in enumerate(texts) if mask_id in text]
-            ids = ids[going]
-            key_mask = key_mask[going]
-            rows = [rows[n] for n in going]
-    return [answers[row] for row in range(len(prompts))]
+            going = [n for n in going if mask_id in texts[n]]
+    return texts
 
 
 def masked_answers(model, mask_id, prompts, max_new_tokens):
