@@ -610,22 +610,21 @@ class Model(nn.Module):
         B, T = ids.shape
         self.check_length(T)
         positions = (torch.arange(T, device=ids.device) + past).expand(B, T)
-        if cache is not None:
+        mask = None
+        if cache is not None and cache.shape[4] > T:  # else no row has a past
             columns = torch.arange(cache.shape[4], device=ids.device)  # (S,)
-            # S = T: no row has a past, so the causal mask is all there is
-            mask = None if len(columns) == T else columns <= positions[:, None, :, None]
-            return mask, positions
-        if key_mask is None:
-            return None, positions
-        key_mask = key_mask.to(ids.device, non_blocking=True)
-        positions = (key_mask.cumsum(1) - 1).clamp(min=0)
-        mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
-        earlier = key_mask.new_ones(T, T).tril()
-        if self.config.causal:
-            mask = mask & earlier
-        # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN spreads
-        # in backward
-        return mask | earlier.triu(), positions  # (B, 1, T, T), (B, T)
+            mask = columns <= positions[:, None, :, None]
+        if key_mask is not None:
+            key_mask = key_mask.to(ids.device, non_blocking=True)
+            positions = key_mask.cumsum(1) - 1
+            mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
+            earlier = key_mask.new_ones(T, T).tril()
+            if self.config.causal:
+                mask = mask & earlier
+            # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN
+            # spreads in backward
+            mask = mask | earlier.triu()  # (B, 1, T, T)
+        return mask, positions
 
     def check_length(self, tokens):
         if tokens > self.config.context:
