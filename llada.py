@@ -131,11 +131,10 @@ def masked_answers(model, mask_id, prompts, max_new_tokens):
 
     Padding is on the left, so that the blocks of all rows are the same columns.
     """
-    device = next(model.parameters()).device
     rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
     ids = pad(rows, mask_id, "left")
     key_mask = pad([[True] * len(row) for row in rows], False, "left")
-    return ids.to(device), key_mask.to(device)
+    return ids.to(model.norm.weight.device), key_mask
 
 
 def masks_between(ids, mask_id, start, end):

@@ -910,11 +910,11 @@ def new_cache(model, texts, size, cache_bytes):
 def take_rows(cache, going, waiting, room):
     """Give free rows to waiting prompts, which are returned; several at a time, as together they
     cost less."""
-    rows, _, _, _, size, _ = cache.shape
+    rows = len(cache)
     first = len(going)
     if rows - first >= min(len(waiting), rows // 8):
         # much shorter ones wait, until there can be more and shorter rows
-        while waiting and len(going) < rows and 2 * room[waiting[-1]] > size:
+        while waiting and len(going) < rows and 2 * room[waiting[-1]] > cache.shape[4]:
             going.append(waiting.pop())
     return going[first:]
 
