@@ -176,12 +176,12 @@ def predict(model, mask_id, ids, key_mask, where, width, cfg_scale):
 
     A bug of the reference: guidance without an attention mask reads a variable that was never set.
     """
+    seen = model(ids, key_mask, pick=where)
     if not cfg_scale:
-        return model(ids, key_mask, pick=where)
+        return seen
     blind = ids.clone()
     blind[:, :width] = mask_id
-    both = model(torch.cat([ids, blind]), key_mask.repeat(2, 1), pick=where.repeat(2, 1))  # (2N, V)
-    seen, unseen = both.chunk(2)
+    unseen = model(blind, key_mask, pick=where)
     return unseen + (cfg_scale + 1) * (seen - unseen)
 
 
