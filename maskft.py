@@ -518,7 +518,7 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         gate = self.gate(h)  # (B, T, F)
         up = self.up(h)  # (B, T, F)
-        if torch.is_grad_enabled() and gate.numel() > KEPT:
+        if gate.numel() > KEPT:
             # silu(gate) and the product are made again in backward: two of the four (B, T, F) are
             # kept, and no matmul runs twice (checkpoint stops once it has the input of `down`)
             return x + recompute(self.activate, gate, up)
