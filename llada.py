@@ -35,22 +35,20 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
     else:
         prompt = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         target = tokenizer.encode(maskft.text_of(record)) + [tokenizer.eos_id]
-    return diffuse(prompt, target, tokenizer.mask_id, mask_ratio, rng)
+    return diffuse(prompt, target, tokenizer, mask_ratio, rng)
 
 
-def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """A chat that the model wrote before it learned anything new: its answer is masked."""
-    return diffuse(prompt, answer, tokenizer.mask_id, mask_ratio, rng)
+def diffuse(prompt, target, tokenizer, mask_ratio, rng):
+    """The Example whose loss is one draw of the bound on -log p(target | prompt) / len(target).
 
-
-def diffuse(prompt, target, mask_id, mask_ratio, rng):
-    """The Example whose loss is one draw of the bound on -log p(target | prompt) / len(target)."""
+    Also of a chat that the model wrote before it learned anything new: its answer is masked.
+    """
     # 1. One ratio per sequence: the bound is an expectation over ratios, and a batch then covers
     #    many of them.
     ratio = rng.uniform(*mask_ratio)
     # 2. Mask the target, never the prompt: what is asked for is p(target | prompt), and bos is
     #    always known.
-    shown, masked = maskft.mask_tokens(target, ratio, mask_id, rng)
+    shown, masked = maskft.mask_tokens(target, ratio, tokenizer.mask_id, rng)
     # 3. Predict in place. Loss on masked tokens only: the others stand in the input, to copy them
     #    teaches nothing.
     labels = maskft.labels_of(prompt, target, masked)
@@ -269,7 +267,7 @@ METHODS = {
         diffusion_example,
         causal=False,
         answer=answer,
-        chat=chat_example,
+        chat=diffuse,
         tiny=maskft.TINY(lr=4e-4, steps=350),
         small=maskft.SMALL(lr=3e-4, most_epochs=80),
         large=maskft.PAPER(lr=1e-5),
