@@ -46,7 +46,7 @@ from tiny.world import as_problem
 
 # torch takes seconds to import: those who make batches import it, --help does not.
 
-LOG = logging.getLogger("maskft")  # what the user should know of a model or of files, on stderr
+LOG = logging.getLogger("maskft")  # what the user should know of files, on stderr
 
 # --------------------------------------------------------------------------- records and files in
 
@@ -248,6 +248,7 @@ class Tokenizer:
     eos_id: int
     eot_id: int  # end of turn
     stop_ids: tuple
+    notes: list  # what the user should know of the model
 
     def __post_init__(self):
         # tiktoken's own pattern is not used.
@@ -387,9 +388,10 @@ def load_tokenizer(path):
         texts, bos, eos = read_declared(settings, [generation, config], tokens, known)
         frames, opening, eot = read_chat_form(find_template(path, settings), texts, tokens)
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
+        notes = []
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
         if eos and eot not in eos and "<|mdm_mask|>" not in special:
-            LOG.warning("a base model: it learns where a turn ends")
+            notes.append("a base model: it learns where a turn ends")
         return Tokenizer(
             ranks,
             read_steps(content),
@@ -401,6 +403,7 @@ def load_tokenizer(path):
             eos_id=[*eos, eot][0],
             eot_id=eot,
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
+            notes=notes,
         )
 
 

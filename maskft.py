@@ -1997,6 +1997,8 @@ def prepare(settings, method, device):
     """A Run with every setting decided and its data checked, before there are weights."""
     directory = find_model(settings.model)
     tokenizer = data.load_tokenizer(directory)
+    for note in tokenizer.notes:
+        print0(note)
     config = read_config(directory)
     if not method.causal:
         config = as_diffusion(config, tokenizer)

@@ -557,11 +557,11 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     assert data.read_json(path / "out/tokenizer_config.json")["pad_token"] == "<|endoftext|>"
 
 
-def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path, caplog):
+def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
     named = [{"name": "default", "template": CHATML_TEMPLATE}]
     path = write_tokenizer(tmp_path, template=named, config={"eos_token": "<|endoftext|>"})
     ours = data.load_tokenizer(path)
-    assert "base model" in caplog.text
+    assert ours.notes == ["a base model: it learns where a turn ends"]
     assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
 
 
