@@ -249,20 +249,8 @@ class Tokenizer:
     eot_id: int  # end of turn
     stop_ids: tuple
     notes: list  # what the user should know of the model
-
-    def __post_init__(self):
-        # tiktoken's own pattern is not used.
-        self.encoding = tiktoken.Encoding(
-            "bpe",
-            pat_str=GPT2_PIECES,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.special | self.added,
-        )
-        self.ordinary = {*self.ranks.values(), *self.added.values()}
-        self.known = self.ordinary | {*self.special.values()}
-        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.ranks)
-        self.by_special = any_of(self.special)
-        self.by_added = any_of(self.added)
+    known: set  # the ids of all these tokens: models pad their vocabulary
+    encoding: tiktoken.Encoding  # merges the bytes of a piece; its own pattern is not used
 
     @property
     def pad_id(self):
@@ -272,7 +260,7 @@ class Tokenizer:
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
         ids = []
-        for part in self.by_added.split(text):
+        for part in any_of(self.added).split(text):
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
         return ids
 
@@ -284,17 +272,17 @@ class Tokenizer:
         ids = []
         for piece in pieces:
             # The reference drops bytes without a token, and only now: the patterns must see them.
-            known = piece.encode().translate(None, self.missing)
-            if known:
-                ids += self.encoding._encode_single_piece(known)
+            kept = bytes(byte for byte in piece.encode() if bytes([byte]) in self.ranks)
+            if kept:
+                ids += self.encoding._encode_single_piece(kept)
         return ids
 
     def decode(self, ids, special=False):
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD.
 
-        An id without a token (models pad their vocabulary) is nothing."""
-        shown = self.known if special else self.ordinary
-        return self.encoding.decode([i for i in ids if i in shown])
+        An id without a token is nothing."""
+        hidden = () if special else self.special.values()
+        return self.encoding.decode([i for i in ids if i in self.known and i not in hidden])
 
     def chat(self, messages):
         """The ids of [{"role", "content"}], a content being text or a list of ids.
@@ -324,7 +312,7 @@ class Tokenizer:
 
     def _split(self, text):
         """A template's own text: the one place where special tokens are read as such, each [id]."""
-        parts = self.by_special.split(text)
+        parts = any_of(self.special).split(text)
         return [[self.special[part]] if part in self.special else part for part in parts]
 
     def _join(self, parts):
@@ -404,6 +392,10 @@ def load_tokenizer(path):
             eot_id=eot,
             stop_ids=tuple(dict.fromkeys([eot, *eos])),
             notes=notes,
+            known=known,
+            encoding=tiktoken.Encoding(
+                "bpe", pat_str=GPT2_PIECES, mergeable_ranks=ranks, special_tokens=tokens
+            ),
         )
 
 
