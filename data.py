@@ -242,8 +242,7 @@ class Tokenizer:
     steps: list  # functions, each takes what the one before left apart: text -> pieces
     special: dict  # text -> id of tokens that text never becomes
     added: dict  # the same of other added tokens (Qwen's <think>), which text does become
-    frames: dict  # "user>assistant" -> what stands between the contents of the two
-    opening: str  # all that the model's own template puts before a user's first word
+    frames: dict  # "user>assistant" -> what stands between the two; ">" -> before a first user
     bos_id: int  # None where the model declares none
     eos_id: int
     eot_id: int  # end of turn
@@ -259,10 +258,7 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        ids = []
-        for part in any_of(self.added).split(text):
-            ids += [self.added[part]] if part in self.added else self._encode_plain(part)
-        return ids
+        return join(apart(text, self.added), self._encode_plain)
 
     def _encode_plain(self, text):
         """Ids of text without added tokens: take it apart into pieces, then merge within each."""
@@ -296,10 +292,12 @@ class Tokenizer:
         for message in messages:
             role = message["role"]
             if role != "system" or message["content"]:
-                parts += self._split(self.frames[f"{before}>{role}"]) + [message["content"]]
+                # the one place where special tokens are read as such: a template's own text
+                parts += apart(self.frames[f"{before}>{role}"], self.special)
+                parts.append(message["content"])
                 before = role
-        parts += self._split(self.frames[f"{before}>"])
-        return self._join(parts)
+        parts += apart(self.frames[f"{before}>"], self.special)
+        return join(parts, self.encode)
 
     def prompt(self, content):
         """The ids of a chat of one user's turn, text or ids, up to the answer."""
@@ -308,24 +306,7 @@ class Tokenizer:
     def user_header(self):
         """The ids of a chat up to the first word of a user, as the model was made to see it: with
         the system turn of its own template. Without, few models draw what a user would say."""
-        return self._join(self._split(self.opening))
-
-    def _split(self, text):
-        """A template's own text: the one place where special tokens are read as such, each [id]."""
-        parts = any_of(self.special).split(text)
-        return [[self.special[part]] if part in self.special else part for part in parts]
-
-    def _join(self, parts):
-        """The ids of parts that are text or ids. Neighbouring texts are one."""
-        ids = []
-        text = ""
-        for part in [*parts, []]:
-            if isinstance(part, str):
-                text += part
-            else:
-                ids += self.encode(text) + part
-                text = ""
-        return ids
+        return self.chat([])
 
     @cached_property
     def mask_id(self):
@@ -346,10 +327,28 @@ class Tokenizer:
         )
 
 
-def any_of(tokens):
-    """A pattern that splits a text into the tokens, of two the longer, and what is between."""
-    pattern = r"(\L<tokens>)" if tokens else NOWHERE  # a list of nothing is found everywhere
-    return regex.compile(pattern, ignore_unused=True, tokens=tokens)
+ANY_TOKEN = r"(\L<tokens>)"  # of two the longer
+
+
+def apart(text, tokens):
+    """The parts of a text: [id] of each of the tokens, and what is between."""
+    if not tokens:  # nothing is found everywhere
+        return [text]
+    parts = regex.split(ANY_TOKEN, text, tokens=tokens)
+    return [[tokens[part]] if part in tokens else part for part in parts]
+
+
+def join(parts, encode):
+    """The ids of parts that are text or ids. Neighbouring texts are one."""
+    ids = []
+    text = ""
+    for part in [*parts, []]:
+        if isinstance(part, str):
+            text += part
+        else:
+            ids += encode(text) + part
+            text = ""
+    return ids
 
 
 def load_tokenizer(path):
@@ -374,7 +373,7 @@ def load_tokenizer(path):
                 "makes more"
             )
         texts, bos, eos = read_declared(settings, [generation, config], tokens, known)
-        frames, opening, eot = read_chat_form(find_template(path, settings), texts, tokens)
+        frames, eot = read_chat_form(find_template(path, settings), texts, tokens)
         special, added = read_added(content["added_tokens"], "".join(frames.values()))
         notes = []
         # LLaDA's end of text is no sign of a base model: it ends its chats with both
@@ -386,7 +385,6 @@ def load_tokenizer(path):
             special,
             added,
             frames,
-            opening,
             bos_id=bos[0] if bos else None,
             eos_id=[*eos, eot][0],
             eot_id=eot,
@@ -520,13 +518,13 @@ def read_chat_form(template, texts, tokens):
 
     texts    special tokens by the names that a template has for them
     tokens   text -> id, of which one ends a turn
-    returns  frames; all that the template puts before a user's first word; the id of the special
-             token that ends a turn"""
+    returns  frames, with all that the template puts before a user's first word as that of no turn;
+             the id of the special token that ends a turn"""
     around = partial(render, template, texts)
     opening, answer, question, prompt = around("user", "assistant", "user")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
     *_, last = around("user", "assistant")
-    _, end, header = any_of(tokens).split(question, maxsplit=1)
+    _, end, header = regex.split(ANY_TOKEN, question, maxsplit=1, tokens=tokens)
     header = header.lstrip()
     bos = texts.get("bos_token", "")
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
@@ -543,8 +541,9 @@ def read_chat_form(template, texts, tokens):
         # a turn that the template slips in is left out
         ">user": start + header if system else opening,
         "assistant>": last,
+        ">": opening,
     }
-    return frames, opening, tokens[end]
+    return frames, tokens[end]
 
 
 MARK = "\ue000"  # stands for a content; for private use, so in no template's text
