@@ -219,7 +219,6 @@ def passages(document, fits):
 
 # -------------------------------------------------------------------------------------- tokenizer
 
-NOWHERE = "(?!)"  # splits no text
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
 # seen, as the next one from 256 on.
@@ -381,7 +380,7 @@ def load_tokenizer(path):
             notes.append("a base model: it learns where a turn ends")
         return Tokenizer(
             ranks,
-            read_steps(content),
+            read_steps([content["normalizer"] or [], content["pre_tokenizer"]]),
             special,
             added,
             frames,
@@ -447,32 +446,24 @@ def read_ranks(model, added):
     return {bytes(map(ALPHABET.get, token)): vocab[token] for token in tokens}
 
 
-def read_steps(content):
-    """The steps of a Tokenizer, from tokenizer.json, whose post-processor is left aside."""
-    steps = []
-    for given in (content["normalizer"] or {"normalizers": []}, content["pre_tokenizer"]):
-        match given:
-            case {"normalizers": several} | {"pretokenizers": several}:
-                steps += several
-            case one:
-                steps.append(one)
-    return [read_step(step) for step in steps]
-
-
-def read_step(step):
-    """What a step of a normalizer or of a pre-tokenizer does: text -> pieces."""
-    match step:
+def read_steps(given):
+    """The steps of a Tokenizer, from a normalizer, a pre-tokenizer, or a list of such."""
+    match given:
+        case [*several] | {"normalizers": several} | {"pretokenizers": several}:
+            return [step for one in several for step in read_steps(one)]
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+            return []
         case {"type": "NFC"}:
-            return lambda text: [unicodedata.normalize("NFC", text)]
+            return [lambda text: [unicodedata.normalize("NFC", text)]]
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            pattern = GPT2_PIECES
         case {"type": "Digits", "individual_digits": one}:
             pattern = r"\p{N}" if one else r"\p{N}+"
         case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
             pass
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            pattern = GPT2_PIECES if step.get("use_regex", True) else NOWHERE
         case other:
             raise ValueError(f"normalizer or pre-tokenizer {other}")
-    return regex.compile(f"({pattern})").split  # the group: `split` gives the matches, too
+    return [regex.compile(f"({pattern})").split]  # the group: `split` gives the matches, too
 
 
 # special whatever a tokenizer's file says: nothing in a text may mask
