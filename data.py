@@ -317,9 +317,9 @@ class Tokenizer:
         used = {self.bos_id, *self.stop_ids}
         # SmolLM2 reserves nothing either, but no prose has its mark of cells without output.
         for pattern in (r"<\|mdm_mask\|>", "reserved|unused|mask", "<empty_output>"):
-            found = {i for token, i in self.special.items() if regex.search(pattern, token)} - used
-            if found:
-                return min(found)
+            for token, i in self.special.items():
+                if regex.search(pattern, token) and i not in used:
+                    return i
         raise UserError(
             "the tokenizer has no unused special token to mask with: add one named <|mask|> to its "
             "tokenizer.json, or use a method that masks nothing (sft, raw)"
@@ -466,19 +466,16 @@ def read_steps(given):
     return [regex.compile(f"({pattern})").split]  # the group: `split` gives the matches, too
 
 
-# special whatever a tokenizer's file says: nothing in a text may mask
-ALWAYS_SPECIAL = ("<|mdm_mask|>", "<|mask|>")
-
-
 def read_added(tokens, form):
     """({text: id} of special tokens, the same of others) in tokenizer.json.
 
-    Special whatever the file says: what stands in the form of a chat, as no text may end a turn."""
+    Special whatever the file says: what stands in the form of a chat, and masks. No text may end a
+    turn, or mask."""
     special = {}
     added = {}
     for token in tokens:
         text = token["content"]
-        if token["special"] or text in form or text in ALWAYS_SPECIAL:
+        if token["special"] or text in form or text.endswith("mask|>"):
             special[text] = token["id"]
         elif token["lstrip"] or token["rstrip"] or token["single_word"]:
             raise ValueError(f"added token {token}")
@@ -494,13 +491,14 @@ def find_template(path, settings):
     """The text of a directory's own chat template; UserError if it has none."""
     file = path / "chat_template.jinja"
     template = read_text(file) if file.exists() else settings.get("chat_template")
-    if not template:
-        raise UserError(
-            "no chat template; use the model's instruct version, or put its chat_template.jinja "
-            "here"
-        )
-    if isinstance(template, list):  # named ones
-        return {named["name"]: named["template"] for named in template}["default"]
+    match template:
+        case None | "":
+            raise UserError(
+                "no chat template; use the model's instruct version, or put its "
+                "chat_template.jinja here"
+            )
+        case [*several]:
+            return {named["name"]: named["template"] for named in several}["default"]
     return template
 
 
