@@ -671,17 +671,17 @@ def load(name, paraphrase="none", seed=0):
     of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
     path = Path(name)
-    if kind in SETS:
-        with reading(f"--data {name} --paraphrase {paraphrase}", "no such set"):
+    with reading(name, "no such --data, or not with this --paraphrase"):
+        if kind in SETS:
             dataset = load_set(kind, count, paraphrase, seed)
-    else:
-        if not path.exists():
-            raise UserError(f"--data {name}: no such file, folder or set; it takes {DATA_HELP}")
-        # a run's directory is called so, and safetensors opens no name that is not UTF-8
-        stem = path.absolute().stem.encode(errors="replace").decode()
-        dataset = read_files(stem, files_in(path), paraphrase)
-    if not dataset.documents + dataset.questions:
-        raise UserError(f"--data {name}: nothing found to learn or ask; it takes {DATA_HELP}")
+        elif path.exists():
+            # a run's directory is called so, and safetensors opens no name that is not UTF-8
+            stem = path.absolute().stem.encode(errors="replace").decode()
+            dataset = read_files(stem, files_in(path), paraphrase)
+        else:
+            raise UserError(f"no such file, folder or set; --data takes {DATA_HELP}")
+        if not dataset.documents + dataset.questions:
+            raise UserError(f"nothing found to learn or ask; --data takes {DATA_HELP}")
     return dataset
 
 
@@ -690,7 +690,7 @@ def load_set(kind, count, paraphrase, seed):
     if kind in GENERATED:
         make, usual, wordings = GENERATED[kind]
         if paraphrase not in wordings:
-            raise UserError("no such set")
+            raise UserError(f"no --paraphrase {paraphrase}")
         return Dataset(kind, *make(int(count or usual), paraphrase, seed))
     source, training, asked = PUBLISHED[kind]
     files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
@@ -698,7 +698,7 @@ def load_set(kind, count, paraphrase, seed):
     if kind == "nd":
         keep_facts(dataset, max(0, int(count or ND_FACTS)), seed)
     elif count:
-        raise UserError("no such set")
+        raise UserError("no such --data")
     return dataset
 
 
@@ -708,7 +708,7 @@ def read_files(name, files, paraphrase):
     wording = PARAPHRASES[paraphrase]
     training = wording if paraphrase == "permute" else (wording, ND_NAME)
     if paraphrase != "none" and not any(file.name.endswith(training) for file in files):
-        raise UserError(f"--data {name} --paraphrase {paraphrase}: no file ..._{wording}")
+        raise UserError(f"no --paraphrase {paraphrase}: no file ..._{wording}")
     others = tuple({*PARAPHRASES.values()} - {wording})  # what else the released layout has
     left = []
     for file in files:

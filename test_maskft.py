@@ -810,7 +810,7 @@ tiny --paraphrase same
 @pytest.mark.parametrize("wanted", BAD_SETS.strip().splitlines())
 def test_a_set_that_there_is_not_is_refused(wanted):
     name, _, paraphrase = wanted.partition(" --paraphrase ")
-    assert refusal(data.load, name, paraphrase or "none").startswith(f"--data {name}")
+    assert refusal(data.load, name, paraphrase or "none").startswith(f"{name}: ")
 
 
 HALF = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"question": "Who?"}\n'
