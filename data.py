@@ -160,12 +160,11 @@ def parse_record(row, where, learned=False):
         "text, question, answer and group have to be text, and what is learned needs an answer",
     ):
         row = {k: v for k, v in row.items() if v is not None and v == v and str(v).strip()}
-        for name in ("text", "question", "answer", "group"):
-            row.get(name, "").encode()  # fails for what is no text, as half a surrogate pair
         if ("text" in row) == ("question" in row):
             found = ", ".join(row) or "nothing"
             raise UserError(f'a "text" or a "question" is needed, and not both; found {found}')
         record = {"text": row["text"]} if "text" in row else parse_question(row, where, learned)
+        "".join(record.values()).encode()  # fails for what is no text, as half a surrogate pair
         return record | {"where": where}
 
 
