@@ -65,8 +65,7 @@ def reading(file, broken="cannot be read"):
             raise
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # a list stands for an object, a field is missing, ...
-        why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file}: {broken} ({' '.join(why.split())[:200]})") from None
+        raise UserError(f"{file}: {broken} ({error!r:.200})") from None  # in one line
 
 
 POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
