@@ -210,8 +210,12 @@ def passages(document, fits):
         end = min(ends, key=lambda end: abs(end - middle), default=0)
         if abs(end - middle) < middle / 2:
             halves = (text[:end].strip(), text[end:].strip())
-            parts = [document | {"text": half} for half in halves if half]
-            return [passage for part in parts for passage in passages(part, fits)]
+            return [
+                passage
+                for half in halves
+                if half
+                for passage in passages(document | {"text": half}, fits)
+            ]
     return []
 
 
