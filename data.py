@@ -438,8 +438,7 @@ def read_ranks(model, added):
     vocab = model["vocab"]
     # "a b" or ["a", "b"]
     merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
-    ids = [vocab[token] for token in merged]
-    if ids != sorted(ids):
+    if merged != sorted(merged, key=vocab.get):
         raise ValueError("ids are in another order than merges")
     tokens = [token for token in vocab if token in ALPHABET] + merged
     unmade = vocab.keys() - {*tokens, *added}
@@ -515,8 +514,8 @@ def read_chat_form(template, texts, tokens):
     opening, answer, question, prompt = around("user", "assistant", "user")
     # the last answer may begin otherwise (Qwen3's thoughts); it is trained as the others
     *_, last = around("user", "assistant")
-    _, end, header = regex.split(ANY_TOKEN, question, maxsplit=1, tokens=tokens)
-    header = header.lstrip()
+    # a line may end behind a turn
+    _, end, header = regex.split(ANY_TOKEN + r"\s*", question, maxsplit=1, tokens=tokens)
     bos = texts.get("bos_token", "")
     start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
     system = opening.removeprefix(start).removesuffix(header).strip()
