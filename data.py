@@ -750,8 +750,8 @@ def files_in(path):
     return sorted(p for p in paths if not p.is_dir() or not os.access(p, os.R_OK))
 
 
-def digest(records):
-    return sha256(json.dumps(records).encode()).hexdigest()
+def digest(dataset):
+    return sha256(repr(dataset).encode()).hexdigest()
 
 
 def keep_facts(dataset, count, seed):

@@ -2033,7 +2033,7 @@ def prepare(settings, method, device):
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),
-        "dataset": data.digest(vars(dataset)),
+        "dataset": data.digest(dataset),
     }
     describe(run)
     return run
