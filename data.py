@@ -160,8 +160,7 @@ def parse_record(row, where, learned=False):
     ):
         row = {k: v for k, v in row.items() if v is not None and v == v and str(v).strip()}
         if ("text" in row) == ("question" in row):
-            found = ", ".join(row) or "nothing"
-            raise UserError(f'a "text" or a "question" is needed, and not both; found {found}')
+            raise UserError(f'a "text" or a "question" is needed, and not both; found {[*row]}')
         record = {"text": row["text"]} if "text" in row else parse_question(row, where, learned)
         "".join(record.values()).encode()  # fails for what is no text, as half a surrogate pair
         return record | {"where": where}
@@ -718,7 +717,7 @@ def read_files(name, files, paraphrase):
         else:
             left.append(str(file))
     if left:
-        LOG.warning(f"not read, by ending or --paraphrase: {', '.join(left)[:300]}")
+        LOG.warning(f"not read, by ending or --paraphrase: {left!s:.300}")
     if not dataset.documents:  # by themselves they are problems, whose answers a method may mask
         dataset.documents, dataset.learned = dataset.learned, []
     return dataset
@@ -740,7 +739,7 @@ def read_file(file, paraphrase, dataset):
             dataset.questions.append(record)
     unread = sorted({name for row in rows for name in row} - FIELDS)
     if unread:
-        LOG.warning(f"{file}: fields that nothing reads: {', '.join(unread)}")
+        LOG.warning(f"{file}: fields that nothing reads: {unread}")
 
 
 def files_in(path):

@@ -657,8 +657,8 @@ def test_a_folder_is_read_with_its_subfolders_and_what_is_not_read_is_named(tmp_
     assert texts == [FACT, "Plain text.\n\nAnother paragraph.", LONG, "# Ivo", "a", "b"]
     assert bare(dataset.learned) == [{"question": WHO, "answer": "Orla Venn"}]
     unread, left = caplog.messages
-    assert unread.endswith("old.jsonl: fields that nothing reads: Text")
-    assert left == f"not read, by ending or --paraphrase: {tmp_path}/other/table.xlsx"
+    assert unread.endswith("old.jsonl: fields that nothing reads: ['Text']")
+    assert left == f"not read, by ending or --paraphrase: ['{tmp_path}/other/table.xlsx']"
     assert ".jsonl" in refusal(data.load, str(tmp_path / "other"))
 
 
