@@ -73,7 +73,7 @@ POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer be
 
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
-    opened = gzip.open if str(path).endswith(".gz") else open
+    opened = gzip.open if path.suffix == ".gz" else open
     where = reading(path, "no such file, no UTF-8 text, or a Git LFS pointer: git lfs pull")
     with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
         text = file.read()
@@ -147,7 +147,7 @@ FIELDS = {"text", "question", "answer", "direction", "task", "group", "id", "whe
 
 def ending(path):
     """What tells how to read a file: ".jsonl" of a.JSONL.gz."""
-    return Path(str(path).removesuffix(".gz")).suffix.lower()
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def parse_record(row, where, learned=False):
@@ -746,7 +746,7 @@ def files_in(path):
     """The files in a folder and its subfolders, by name, but for hidden ones; or the one file."""
     paths = [path, *(path / name for name in glob("**", root_dir=path, recursive=True))]
     # of folders those that are closed, to be named
-    return sorted(p for p in paths if not p.is_dir() or not os.access(p, os.R_OK))
+    return sorted(p for p in paths if not (p.is_dir() and os.access(p, os.R_OK)))
 
 
 def digest(dataset):
