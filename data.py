@@ -833,9 +833,9 @@ def show(example, tokenizer):
         mask = tokenizer.decode([mask_id], special=True)
     text = ""
     # runs of tokens with or without loss, decoded together: a character may be several tokens
-    pairs = zip(example.ids, example.labels, strict=True)
-    for has_loss, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        part = tokenizer.decode([token for token, _ in run], special=True).replace(mask, "_")
+    ids = iter(example.ids)
+    for has_loss, run in groupby(example.labels, key=lambda label: label != IGNORE):
+        part = tokenizer.decode([next(ids) for _ in run], special=True).replace(mask, "_")
         text += f"[{part}]" if has_loss else part
     masked = example.ids.count(mask_id)
     supervised = sum(label != IGNORE for label in example.labels)
