@@ -802,9 +802,10 @@ def collate(examples):
     import torch
 
     examples = examples or [Example([0], [IGNORE], 0.0, 0.0)]
-    key_mask = pad([[True] * len(e.ids) for e in examples], False)
+    ids = pad([e.ids for e in examples], -1)
+    key_mask = ids >= 0
     return {
-        "ids": pad([e.ids for e in examples], 0),
+        "ids": ids.clamp(0),
         "labels": pad([e.labels for e in examples], IGNORE),
         "key_mask": None if key_mask.all() else key_mask,
         "weights": torch.tensor([e.weight for e in examples]),
