@@ -74,8 +74,10 @@ POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer be
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
     opened = gzip.open if path.suffix == ".gz" else open
-    where = reading(path, "no such file, no UTF-8 text, or a Git LFS pointer: git lfs pull")
-    with where, opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a BOM
+    with (
+        reading(path, "no such file, no UTF-8 text, or a Git LFS pointer: git lfs pull"),
+        opened(path, "rt", encoding="utf-8-sig") as file,  # some begin with a BOM
+    ):
         text = file.read()
         if text.startswith(POINTER):  # else a document like any other
             raise UserError("a Git LFS pointer: git lfs pull")
@@ -358,11 +360,11 @@ def load_tokenizer(path):
     path = Path(path)
     content = read_json(path / "tokenizer.json")
     settings, generation, config = [read_object(path / name) for name in DECLARING]
-    form = (
+    with reading(
+        path,
         "not byte-level BPE as in Llama 3, Qwen and SmolLM2, or no chat template whose turns are "
-        "alike and end with a special token"
-    )
-    with reading(path, form):
+        "alike and end with a special token",
+    ):
         tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
         ranks = read_ranks(content["model"], tokens)
         known = {*ranks.values(), *tokens.values()}
@@ -768,8 +770,10 @@ def fetch(name, url):
     """A file of a published set, in the hub's cache, where it is downloaded to once."""
     path = Path(huggingface_hub.constants.HF_ASSETS_CACHE, "maskft", name, Path(url).name)
     if not path.exists():
-        broken = f"could not be had: put it at {path}, or take --data bio"
-        with reading(url, broken), urlopen(url) as response:
+        with (
+            reading(url, f"could not be had: put it at {path}, or take --data bio"),
+            urlopen(url) as response,
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, response.read().decode())  # an error if it ends too early
     return path
