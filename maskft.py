@@ -1539,6 +1539,10 @@ class Run:
         """That it has taken, with those before it was resumed."""
         return round(time.monotonic() - self.clock, 3)
 
+    def rng(self, *what):
+        """Random numbers that depend on the seed and these numbers alone."""
+        return np.random.default_rng([self.settings.seed, *what])
+
     @property
     def autocast(self):
         """bf16 autocast. Under FSDP2 the weights are bf16 already: it then casts the rest only."""
@@ -1550,7 +1554,7 @@ class Run:
 def example_of(run, record, number, epoch):
     """The Example of document `number` in one epoch; random by (seed, epoch, document) alone."""
     # + 1: numpy takes [a, b, 0] for [a, b], which is the seed of the epoch's order
-    rng = np.random.default_rng([run.settings.seed, epoch, number + 1])
+    rng = run.rng(epoch, number + 1)
     return run.method.example(record, run.tokenizer, run.settings.mask_ratio, rng)
 
 
@@ -1681,7 +1685,7 @@ def examples_of_step(run, step):
     """
     epoch, nth = divmod(step, run.steps_per_epoch)
     documents = run.dataset.documents
-    order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(documents))
+    order = run.rng(epoch).permutation(len(documents))
     size = run.settings.batch_size
     numbers = order[nth * size :][:size]
     others = []
@@ -1846,7 +1850,7 @@ def build_chat(run, number):
     """The Example of a chat; random by (seed, chat) alone, and of the usual mask ratio, so that
     drift is counted alike whatever ratio is trained with."""
     # four numbers: no document (seed, epoch, document + 1) has the same
-    rng = np.random.default_rng([run.settings.seed, 0, number, 2])
+    rng = run.rng(0, number, 2)
     chat = run.chats[number]
     example = run.method.chat or chat_example
     return example(chat["prompt"], chat["answer"], run.tokenizer, USUAL_RATIO, rng)
@@ -1910,7 +1914,7 @@ def questions_of_step(run, step, number):
     learned = run.dataset.learned
     if not learned:
         return []
-    rng = np.random.default_rng([run.settings.seed, step, 0, 3])
+    rng = run.rng(step, 0, 3)
     asked = [*rng.choice(learned, number)]
     for _ in range(GAPS * number):
         document = rng.choice(run.dataset.documents)
@@ -2087,7 +2091,7 @@ def fit_documents(run):
         )
     for question in dataset.learned:
         with data.reading(question["where"]):
-            example = question_example(run, question, np.random.default_rng(0))
+            example = question_example(run, question, run.rng())
             run.model.check_length(len(example.ids))
 
 
