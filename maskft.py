@@ -1701,16 +1701,11 @@ def examples_of_step(run, step):
 
 def update(run, examples, lr):
     """A step of the optimizer on a global batch: this rank's part of the loss, and the gradient's
-    norm before clipping, which a GPU may still compute.
-
-    Every rank builds the whole global batch, so the loss denominator is known without asking.
-    """
+    norm before clipping, which a GPU may still compute."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    denominator = max(1, sum(example.denominator for example in examples))
     total = 0
-    for loss in summed_losses(run, examples):
-        loss = loss / denominator
+    for loss in losses(run, examples):
         # FSDP2 averages gradients over the ranks: times their number it is the sum, whatever the
         # split
         (loss * world_size()).backward()
@@ -1721,15 +1716,19 @@ def update(run, examples, lr):
     return total, norm
 
 
-def summed_losses(run, examples):
-    """The loss, summed over its tokens, of each of this rank's micro-batches in turn."""
+def losses(run, examples):
+    """What each of this rank's micro-batches adds to the loss of all examples, in turn.
+
+    Every rank builds the whole global batch, so the loss denominator is known without asking.
+    """
+    denominator = max(1, sum(example.denominator for example in examples))
     for micro in micro_batches(examples, run.settings.micro_batch_tokens, rank(), world_size()):
         batch = data.collate(micro)
         if run.model.config.causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
         with run.autocast:
             loss = run.model(**batch)
-        yield loss
+        yield loss / denominator
 
 
 @contextmanager
@@ -1940,8 +1939,8 @@ def chat_loss(run):
     Of a diffusion model one draw of its bound, the mean over chats; the masks are always the same.
     """
     examples = [build_chat(run, number) for number in range(CHATS_HELD_OUT)]
-    (total,) = sum_over_ranks(sum(summed_losses(run, examples)))
-    return total / sum(example.denominator for example in examples)
+    (loss,) = sum_over_ranks(sum(losses(run, examples)))
+    return loss
 
 
 # --------------------------------------------------------------------------------------------- main
