@@ -1515,7 +1515,6 @@ class Run:
     results: dict  # of results.json, from `prepare` the first
     chats: list  # that the model wrote before it learned anything
     lines: list  # of metrics.jsonl, one a step
-    predictions: list  # of the last evaluation
     out: Path = None  # of the run, once it has one
     optimizer: torch.optim.Optimizer = None
     clock: float = 0.0  # the time.monotonic() at which its seconds began
@@ -1741,18 +1740,19 @@ def answering(run):
 
 def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
-    then print the scores."""
+    then print the scores. The predictions."""
     with answering(run) as answer:
-        scores, run.predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
+        scores, predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = run.seconds
     if rank() == 0:
-        evaluation.write_results(run.out, run.results, run.predictions)
+        evaluation.write_results(run.out, run.results, predictions)
     reported = evaluation.reported_scores(scores) | {"drift": [drift]}
     shown = "  ".join(f"{name} {mean:.3f}" for name, (mean, *_) in reported.items())
     print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
+    return predictions
 
 
 def log(run, **line):
@@ -1981,7 +1981,6 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
                 train(run, stop)
                 finish(run)
     print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
-    print0(evaluation.samples(runs[-1].predictions))
     print_where(runs)
 
 
@@ -2029,7 +2028,6 @@ def prepare(settings, method, device):
         results={},
         chats=[],
         lines=[],
-        predictions=[],
     )
     fit_documents(run)
     decide_epochs(settings, len(dataset.documents))
@@ -2166,11 +2164,12 @@ def explained(run):
 
 
 def finish(run):
-    """Write the model, its scores, its card and the curves; delete the checkpoints, free the
-    memory."""
+    """Write the model, its scores, its card and the curves, print some of its answers; delete the
+    checkpoints, free the memory."""
     save(run.model, run.out, run.settings.dtype)  # it is scored in
     run.results["finished"] = True
-    evaluate_and_record(run, run.steps, run.settings.epochs)
+    predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
+    print0(evaluation.samples(predictions))
     if rank() == 0:
         data.write_text(run.out / "README.md", model_card(run))
         draw(run)
