@@ -1491,10 +1491,10 @@ def decide(settings, method, recipe):
     return settings
 
 
-def decide_epochs(settings, documents):
-    """Set how often so many documents are seen."""
+def decide_epochs(settings, steps_per_epoch):
+    """Set how often the documents are seen."""
     steps = settings.steps or STEPS.get(regex.match(r"\w*", settings.data)[0], WIKI_STEPS)
-    enough = math.ceil(steps / math.ceil(documents / settings.batch_size))
+    enough = math.ceil(steps / steps_per_epoch)
     settings.epochs = settings.epochs or min(settings.most_epochs, enough)
 
 
@@ -2030,7 +2030,7 @@ def prepare(settings, method, device):
         lines=[],
     )
     fit_documents(run)
-    decide_epochs(settings, len(dataset.documents))
+    decide_epochs(settings, run.steps_per_epoch)
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),

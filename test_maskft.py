@@ -2463,30 +2463,30 @@ SHAPES = {
     "8B": WIDE | {"vocab_size": 128256},
 }
 
-# size, method, data, documents -> batch size, epochs, lr [paper A.4 for 3B and 8B]; for documents
-# that fill several batches as many steps, but 135M sees each as often
+# size, method, data, steps an epoch -> batch size, epochs, lr [paper A.4 for 3B and 8B]; of several
+# batches an epoch as many steps, but 135M sees each document as often
 DEFAULTS = """
-8B      sft     bio:100       64  64 5000 5e-6
-8B      masked  bio-released  64  64 5000 3e-6
-8B      random  nd            64  64 1400 3e-6
-8B      masked  nd-made:9     64  64 1400 3e-6
-8B      masked  gsm8k         64  64 810  3e-6
-8B      masked  math-made:9   64  64 810  3e-6
-8B      masked  facts.jsonl   64  64 1550 3e-6
-8B      masked  facts.jsonl   192 64 517  3e-6
-8B      masked  facts.jsonl   193 64 388  3e-6
-8B      llada   wiki          64  64 1550 1e-5
-3B      masked  bio           64  64 5000 5e-6
-7B      masked  bio           64  64 5000 5e-6
-135M    masked  bio           10  10 100  6e-4
-135M    sft     bio           29  10 40   1e-4
-135M    llada   bio           10  10 80   3e-4
-135M    llada   bio           999 10 50   3e-4
-tiny    masked  bio           20  20 300  6e-4
-tiny    sft     bio           20  20 100  5e-4
-tiny    raw     bio           59  20 34   5e-4
-tiny    reverse bio           20  20 200  5e-4
-tiny    llada   bio           20  20 350  4e-4
+8B      sft     bio:100       1   64 5000 5e-6
+8B      masked  bio-released  1   64 5000 3e-6
+8B      random  nd            1   64 1400 3e-6
+8B      masked  nd-made:9     1   64 1400 3e-6
+8B      masked  gsm8k         1   64 810  3e-6
+8B      masked  math-made:9   1   64 810  3e-6
+8B      masked  facts.jsonl   1   64 1550 3e-6
+8B      masked  facts.jsonl   3   64 517  3e-6
+8B      masked  facts.jsonl   4   64 388  3e-6
+8B      llada   wiki          1   64 1550 1e-5
+3B      masked  bio           1   64 5000 5e-6
+7B      masked  bio           1   64 5000 5e-6
+135M    masked  bio           1   10 100  6e-4
+135M    sft     bio           3   10 40   1e-4
+135M    llada   bio           1   10 80   3e-4
+135M    llada   bio           100 10 50   3e-4
+tiny    masked  bio           1   20 300  6e-4
+tiny    sft     bio           1   20 100  5e-4
+tiny    raw     bio           3   20 34   5e-4
+tiny    reverse bio           1   20 200  5e-4
+tiny    llada   bio           1   20 350  4e-4
 """
 
 
@@ -2500,11 +2500,11 @@ def meta_model(size):
 @pytest.mark.parametrize("row", DEFAULTS.strip().splitlines())
 def test_settings_that_no_flag_gives(row):
     """The paper's for large models, measured ones for small and tiny ones."""
-    size, name, dataset, documents, *expected = row.split()
+    size, name, dataset, steps, *expected = row.split()
     method = (maskft.METHODS | llada.METHODS)[name]
     recipe = maskft.recipe_of(method, meta_model(size))
     found = maskft.decide(maskft.Settings("tiny", dataset, name), method, recipe)
-    maskft.decide_epochs(found, int(documents))
+    maskft.decide_epochs(found, int(steps))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     chosen = [size, name] == ["135M", "masked"]
     assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
