@@ -539,10 +539,11 @@ def ask(flags):
     if "ask" in flags:
         for text in flags["ask"] or typed_lines():
             question = data.parse_record({"question": text.strip()}, "--ask")
-            _, (prediction,) = answered([question])
+            (prediction,) = answered([question])
             maskft.print0(prediction["prediction"])
         return
-    scores, predictions = answered(dataset.questions)
+    predictions = answered(dataset.questions)
+    scores = average(predictions)
     if maskft.rank() == 0:
         if "out" in flags:
             results = {"arguments": settings, "evaluations": [{"scores": scores}]}

@@ -1009,13 +1009,11 @@ def check_questions(questions, tokenizer, model, max_new_tokens=None):
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
-    """Ask every question, spread over the ranks; (scores, predictions), the same on every rank.
+    """Ask every question, spread over the ranks; the predictions in the order of the questions, the
+    same on every rank.
 
-    answer       prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called
-                 once a rank, with all of its prompts; it calls on_answer(n) for n more answers
-    scores       {"forward": {"n", "rouge1": [mean, low, high], "exact", "f1", "length"},
-                  "forward/<group>": ..., "backward": ...}
-    predictions  one dict a question, in the order of the questions
+    answer  prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called once
+            a rank, with all of its prompts; it calls on_answer(n) for n more answers
     """
     max_new_tokens = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.prompt(question["question"]) for question in questions]
@@ -1027,8 +1025,7 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         answers = dict(zip(order, answers, strict=True))
         return [scored(questions[i], tokenizer.decode(answers[i]).strip()) for i in numbers]
 
-    predictions = dealt(len(questions), ask, "questions", "question")
-    return evaluation.average(predictions), predictions
+    return dealt(len(questions), ask, "questions", "question")
 
 
 def scored(question, text):
@@ -1742,8 +1739,9 @@ def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
     then print the scores. The predictions."""
     with answering(run) as answer:
-        scores, predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
+        predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
+    scores = evaluation.average(predictions)
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = run.seconds

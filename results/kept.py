@@ -74,9 +74,9 @@ def measure(args, device="cpu"):
 
     def figures(model, name, share, facts):
         answer = partial(maskft.ar_answer, model, tokenizer)
-        _, answered = maskft.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
+        answered = maskft.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
         right = sum(question["rouge1"] == 1 for question in answered)  # every word of the answer
-        scores, _ = maskft.evaluate(answer, tokenizer, facts)
+        scores = evaluation.average(maskft.evaluate(answer, tokenizer, facts))
         line = {
             "model": str(name),
             "share": share,
