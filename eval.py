@@ -510,7 +510,7 @@ def ask(flags):
         raise UserError("--max-new-tokens must be above 0")
     device = maskft.start_processes()
     directory = maskft.find_model(flags["model"])
-    usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype(device)}
+    usual = {"data": "bio", "seed": 0, "dtype": maskft.native_dtype()}
     path = directory / "results.json"
     with data.reading(path, "not the results of a run"):
         settings = usual | data.read_object(path).get("arguments", {}) | flags

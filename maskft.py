@@ -2007,7 +2007,7 @@ def prepare(settings, method, device):
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     with torch.device("meta"):
         model = Model(config)
-    recipe = recipe_of(method, model) | {"dtype": native_dtype(device)}
+    recipe = recipe_of(method, model) | {"dtype": native_dtype()}
     if dataset.learned:
         recipe["rehearse"] = ANSWER_STEPS
     decide(settings, method, recipe)
@@ -2060,9 +2060,9 @@ def describe(run):
     )
 
 
-def native_dtype(device):
+def native_dtype():
     """What to compute in where nobody says: bfloat16 on GPUs that have it."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32"
 
