@@ -520,7 +520,7 @@ def ask(flags):
             raise UserError("--ask has its own questions: no --data, --out or --seed")
     else:
         if "out" in flags:  # a new one: no results of a run are lost
-            maskft.on_rank_0(partial(os.makedirs, flags["out"]))
+            maskft.on_rank_0(os.makedirs, flags["out"])
         dataset = data.load(settings["data"], seed=settings["seed"])
     tokenizer = data.load_tokenizer(directory)
     model = maskft.load(directory, device, dtype)

@@ -1094,12 +1094,12 @@ def start_processes():
     return device
 
 
-def on_rank_0(body):
-    """What body() returns on rank 0, or its error for the user, on every rank."""
+def on_rank_0(body, *given, **named):
+    """What body(...) returns on rank 0, or its error for the user, on every rank."""
     outcome = [None]
     if rank() == 0:
         try:
-            outcome = [body()]
+            outcome = [body(*given, **named)]
         except (UserError, OSError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
@@ -1165,7 +1165,7 @@ def save_checkpoint(run, step):
     import torch.distributed.checkpoint as dcp
 
     part = run.out / "ckpt" / "part"
-    on_rank_0(partial(shutil.rmtree, part, ignore_errors=True))  # cut short before
+    on_rank_0(shutil.rmtree, part, ignore_errors=True)  # cut short before
     state = state_of(run)
     try:
         with dcp_errors():
@@ -1185,7 +1185,7 @@ def load_checkpoint(run):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    saved = on_rank_0(partial(checkpoints, run.out))  # one sight for all: file systems may lag
+    saved = on_rank_0(checkpoints, run.out)  # one sight for all: file systems may lag
     if not saved:
         return
     newest = saved[-1]
@@ -1969,7 +1969,7 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             out = args.out or args.resume
             if args.out and len(runs) > 1:
                 out = f"{args.out}-{run.settings.method}"
-            run.out, run.results = on_rank_0(partial(claim, run, out, ends))
+            run.out, run.results = on_rank_0(claim, run, out, ends)
         for run in runs:
             if run.results.get("finished"):
                 print0(f"{run.out}: finished before, with these settings and data")
