@@ -173,6 +173,11 @@ def sft_example(record, tokenizer, mask_ratio, rng):
     return supervise(prompt, tokenizer.encode(target) + [tokenizer.eot_id])
 
 
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
+    return supervise(prompt, answer)
+
+
 def raw_example(record, tokenizer, mask_ratio, rng):
     """Ordinary fine-tuning in the form of pre-training, as masked_arLLM has it: bos, document, eos.
 
@@ -270,8 +275,8 @@ class Method(NamedTuple):
     # model, tokenizer, prompts, max_new_tokens, generators, on_answer -> answers, at random where
     # there are generators, one a prompt; None = ar_answer
     answer: Callable = None
-    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; None = chat_example
-    chat: Callable = None
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
+    chat: Callable = chat_example
     tiny: dict = TINY(lr=6e-4, steps=300)
     small: dict = SMALL_MASKED
     large: dict = PAPER(lr=5e-6)
@@ -1838,19 +1843,13 @@ def write_chats(run, answer, numbers, on_answer):
     return chats
 
 
-def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
-    return supervise(prompt, answer)
-
-
 def build_chat(run, number):
     """The Example of a chat; random by (seed, chat) alone, and of the usual mask ratio, so that
     drift is counted alike whatever ratio is trained with."""
     # four numbers: no document (seed, epoch, document + 1) has the same
     rng = run.rng(0, number, 2)
     chat = run.chats[number]
-    example = run.method.chat or chat_example
-    return example(chat["prompt"], chat["answer"], run.tokenizer, USUAL_RATIO, rng)
+    return run.method.chat(chat["prompt"], chat["answer"], run.tokenizer, USUAL_RATIO, rng)
 
 
 ANSWER_STEPS = 200  # by default, where questions are learned
