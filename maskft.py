@@ -1643,7 +1643,7 @@ def train(run, stop):
         log(
             run,
             step=step,
-            epoch=min(epoch, run.settings.epochs),  # behind the last one, it stays there
+            epoch=epoch,
             loss=loss,
             lr=lr,
             grad_norm=norm,
