@@ -1064,6 +1064,11 @@ def launched():
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def attempt():
+    """Which one of torchrun's this is: "0", or "1" after its first restart."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
     GPUs. The device."""
@@ -1087,8 +1092,7 @@ def start_processes():
             store, number, processes = next(dist.rendezvous("env://"))
             # a restart has the store of the attempt before it, with old addresses in it under the
             # same names
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(attempt, store)
+            store = dist.PrefixStore(attempt(), store)
         # an hour: ranks wait for each other while one of them still answers questions
         dist.init_process_group(
             backend, timeout=timedelta(hours=1), store=store, rank=number, world_size=processes
@@ -1283,11 +1287,10 @@ def claim(run, out, ends):
 
 def next_directory(run):
     """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, its own."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     newest = None
     for n in count(1):
         out = Path(f"out/{run.dataset.name}-{run.settings.method}-{n}")
-        if again and newest and not out.exists() and results_of(run, newest):
+        if attempt() != "0" and newest and not out.exists() and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
             os.makedirs(out)
