@@ -1756,8 +1756,10 @@ def evaluate_and_record(run, step, epoch):
     if rank() == 0:
         evaluation.write_results(run.out, run.results, predictions)
     reported = evaluation.reported_scores(scores) | {"drift": [drift]}
-    shown = "  ".join(f"{name} {mean:.3f}" for name, (mean, *_) in reported.items())
-    print0(f"{run.settings.method}  epoch {epoch}  step {step}  {shown}")
+    print0(
+        f"{run.settings.method}  epoch {epoch}  step {step}",
+        *(f" {name} {mean:.3f}" for name, (mean, *_) in reported.items()),
+    )
     return predictions
 
 
