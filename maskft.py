@@ -1267,15 +1267,14 @@ def claim(run, out, ends):
     """
     out = Path(out or next_directory(run))
     out.mkdir(parents=True, exist_ok=True)
-    # but for what a crash may leave before there are results
-    filled = any(not path.name.endswith((".lock", ".part")) for path in out.iterdir())
     lock(out, ends)
     found = results_of(run, out)
     if found.get("finished"):
         return out, found
     results = run.results | {"environment": environment(run.device), "evaluations": []}
     if not found:
-        if filled:
+        # but for what a crash may leave before there are results
+        if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
@@ -1971,8 +1970,8 @@ def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
             return
         for run in runs:
             out = args.out or args.resume
-            if args.out and len(runs) > 1:
-                out = f"{args.out}-{run.settings.method}"
+            if out and len(runs) > 1:
+                out = f"{out}-{run.settings.method}"
             run.out, run.results = on_rank_0(claim, run, out, ends)
         for run in runs:
             if run.results.get("finished"):
@@ -2096,8 +2095,10 @@ def fit_documents(run):
 
 def show_examples(run, number):
     """Print training examples as the model sees them: [tokens with loss], _ for a masked token."""
-    documents = run.dataset.documents[:number]
-    examples = [example_of(run, document, n, epoch=0) for n, document in enumerate(documents)]
+    examples = [
+        example_of(run, document, n, epoch=0)
+        for n, document in enumerate(run.dataset.documents[:number])
+    ]
     for example in examples + questions_of_step(run, 0, 1):
         print0(f"{run.settings.method}:\n{data.show(example, run.tokenizer)}\n")
 
