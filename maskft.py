@@ -1752,8 +1752,7 @@ def evaluate_and_record(run, step, epoch):
     asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     run.results["seconds"] = run.seconds
-    if rank() == 0:
-        evaluation.write_results(run.out, run.results, predictions)
+    on_rank_0(evaluation.write_results, run.out, run.results, predictions)
     reported = evaluation.reported_scores(scores) | {"drift": [drift]}
     print0(
         f"{run.settings.method}  epoch {epoch}  step {step}",
@@ -1815,8 +1814,7 @@ def prepare_chats(run):
         write = partial(write_chats, run, answer)
         run.chats = dealt(number, write, f"{number} chats of its own", "turn", each=2)
         run.results["chat_loss"] = chat_loss(run)
-    if rank() == 0:
-        data.write_lines(run.out / "rehearsal.jsonl", run.chats)
+    on_rank_0(data.write_lines, run.out / "rehearsal.jsonl", run.chats)
 
 
 def chats_of_step(run):
@@ -2115,10 +2113,9 @@ def build(run):
     run.optimizer = make_optimizer(run.model, settings.eps)
     load_checkpoint(run)
     run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
-    if rank() == 0:
-        data.write_chat_files(run.tokenizer, run.directory, run.out)
-        # as it was before the first step: a resumed run does again what came behind it
-        data.write_lines(run.out / "metrics.jsonl", run.lines)
+    on_rank_0(data.write_chat_files, run.tokenizer, run.directory, run.out)
+    # as it was before the first step: a resumed run does again what came behind it
+    on_rank_0(data.write_lines, run.out / "metrics.jsonl", run.lines)
 
 
 def environment(device):
