@@ -1318,7 +1318,6 @@ def settings_of(out, methods):
 
 def check_shared(out):
     """UserError unless every rank sees the run's directory: all of them write checkpoints."""
-    dist.barrier()
     (seen,) = sum_over_ranks(out.exists())
     if seen < world_size():
         raise UserError(
