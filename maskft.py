@@ -1354,6 +1354,9 @@ def located(name):
     return str(Path(name).absolute()) if by_path else name
 
 
+positive = at_least(1)
+
+
 @dataclass
 class Settings:
     """What makes a run what it is: its flags, kept in results.json, from where --resume has them.
@@ -1385,17 +1388,15 @@ class Settings:
         type=at_least(0),
         metavar="N",
     )
-    epochs: int = flag("default: by the model's size and the data", type=at_least(1))
+    epochs: int = flag("default: by the model's size and the data", type=positive)
     lr: float = flag("default: by the model's size and the method", type=at_least(0.0))
-    batch_size: int = flag(
-        "documents a step (default: 64; of small models fewer)", type=at_least(1)
-    )
+    batch_size: int = flag("documents a step (default: 64; of small models fewer)", type=positive)
     micro_batch_tokens: int = flag(
         "at a time on a GPU, with padding: memory, not results (default: 4096)",
         4096,
-        type=at_least(1),
+        type=positive,
     )
-    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=at_least(1))
+    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=positive)
     seed: int = flag("of people, order and masks (default: 0)", 0, type=at_least(0))
     dtype: str = flag(
         "of the computation (default: bfloat16 on GPUs that have it)",
@@ -1441,7 +1442,7 @@ def arguments(description, methods):
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     add(
         "--show",
-        type=at_least(1),
+        type=positive,
         nargs="?",
         const=3,
         metavar="N",
