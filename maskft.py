@@ -1944,11 +1944,10 @@ def chat_loss(run):
 
 # --------------------------------------------------------------------------------------------- main
 
-PAPER_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 BUILT_IN = ("tiny", "tiny-llada")
 
 
-def run_methods(args, methods, models=("tiny", PAPER_MODEL)):
+def run_methods(args, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
     """Train with every method that is asked for, in turn, and print one table.
 
     args     what `parse_flags` made of the flags of `arguments`
@@ -2080,7 +2079,7 @@ def fit_documents(run):
     if fitting != dataset.documents:
         print0(f"texts longer than {limit} tokens (--max-len) are cut, answers left out:")
     dataset.documents = fitting
-    if not dataset.documents:
+    if not fitting:
         raise UserError(
             f"--data {run.settings.data}: no document of at most {limit} tokens (--max-len) to "
             "learn; eval.py asks questions alone"
