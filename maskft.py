@@ -1749,9 +1749,8 @@ def evaluate_and_record(run, step, epoch):
         predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
     scores = evaluation.average(predictions)
-    asked = {"step": step, "epoch": epoch, "scores": scores, "drift": drift}
+    asked = {"step": step, "epoch": epoch, "seconds": run.seconds, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
-    run.results["seconds"] = run.seconds
     on_rank_0(evaluation.write_results, run.out, run.results, predictions)
     reported = evaluation.reported_scores(scores) | {"drift": [drift]}
     print0(
