@@ -2168,10 +2168,9 @@ def finish(run):
     run.results["finished"] = True
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
-    if rank() == 0:
-        data.write_text(run.out / "README.md", model_card(run))
-        draw(run)
-        shutil.rmtree(run.out / "ckpt", ignore_errors=True)
+    on_rank_0(data.write_text, run.out / "README.md", model_card(run))
+    on_rank_0(draw, run)
+    on_rank_0(shutil.rmtree, run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
     gc.collect()
     if run.device.type == "cuda":
