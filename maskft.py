@@ -1811,7 +1811,7 @@ def prepare_chats(run):
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     with answering(run) as answer:
         write = partial(write_chats, run, answer)
-        run.chats = dealt(number, write, f"{number} chats of its own", "turn", each=2)
+        run.chats = dealt(number, write, "chats of its own", "turn", each=2)
         run.results["chat_loss"] = chat_loss(run)
     on_rank_0(data.write_lines, run.out / "rehearsal.jsonl", run.chats)
 
