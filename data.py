@@ -522,10 +522,7 @@ def read_chat_form(template, texts, tokens):
     system = opening.removeprefix(start).removesuffix(header).strip()
     if prompt != answer or not last.startswith(end) or system and not system.endswith(end):
         raise ValueError(f"turns differ: {[opening, answer, question, prompt, last]}")
-    frames = {}
-    with suppress(TemplateError, ValueError):  # not every template has system turns
-        frames[">system"], frames["system>user"], _ = around("system", "user")
-    frames |= {
+    frames = {
         "user>assistant": answer,
         "user>": answer,
         "assistant>user": question,
@@ -534,6 +531,8 @@ def read_chat_form(template, texts, tokens):
         "assistant>": last,
         ">": opening,
     }
+    with suppress(TemplateError, ValueError):  # not every template has system turns
+        frames[">system"], frames["system>user"], _ = around("system", "user")
     return frames, tokens[end]
 
 
