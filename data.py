@@ -285,7 +285,8 @@ class Tokenizer:
     def chat(self, messages):
         """The ids of [{"role", "content"}], a content being text or a list of ids.
 
-        After a last message from the user stands the header of the answer. No system turn is
+        After a last message from the user stands the header of the answer; of no messages it is all
+        up to a user's first word, with the system turn of the model's own template. Else none is
         slipped in, and an empty one is left out. Ids are those of the whole chat as one text, as
         transformers reads it, but for contents given as ids. KeyError for a turn that the model's
         template does not have."""
@@ -304,11 +305,6 @@ class Tokenizer:
     def prompt(self, content):
         """The ids of a chat of one user's turn, text or ids, up to the answer."""
         return self.chat([{"role": "user", "content": content}])
-
-    def user_header(self):
-        """The ids of a chat up to the first word of a user, as the model was made to see it: with
-        the system turn of its own template. Without, few models draw what a user would say."""
-        return self.chat([])
 
     @cached_property
     def mask_id(self):

@@ -1831,7 +1831,8 @@ def write_chats(run, answer, numbers, on_answer):
     tokenizer = run.tokenizer
     seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
     generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
-    headers = [tokenizer.user_header()] * len(numbers)
+    # with the system turn of the model's template: without, few models draw what a user would say
+    headers = [tokenizer.chat([])] * len(numbers)
     users = answer(headers, CHAT_USER_TOKENS, generators=generators, on_answer=on_answer)
     prompts = [tokenizer.prompt(user) for user in users]
     answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)

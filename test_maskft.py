@@ -470,7 +470,7 @@ def test_a_chat_has_the_form_that_the_template_renders(name, tmp_path):
     assert shown(system(""), user("a"), assistant("12")) == f"{start}a{answer}12{last}"
     end = ours.decode([ours.eot_id], special=True)
     assert last.startswith(end) and ours.bos_id == ours.special[bos]
-    assert ours.decode(ours.user_header(), special=True) == SLIPPED.get(name, start)
+    assert ours.decode(ours.chat([]), special=True) == SLIPPED.get(name, start)
     # a list of ids is taken as it is: a mask is a special token
     assert shown(user([ours.eot_id])) == f"{start}{end}{answer}"
     if name in ("gemma", "mistral"):
