@@ -655,8 +655,6 @@ DATA_HELP = (
     "ask only, is what the built-in models know), or a custom file or directory "
     f"({', '.join(READERS)}, also .gz)"
 )
-# the longest answer that is waited for [paper A.4]
-ANSWER_TOKENS = {"forward": 128, "backward": 128, "all": 128, "math": 256}
 
 
 def load(name, paraphrase="none", seed=0):

@@ -1910,7 +1910,7 @@ def quick():
     """In a fork: few chats, short answers and no picture."""
     maskft.CHATS_HELD_OUT = 3
     maskft.CHAT_USER_TOKENS = maskft.CHAT_ANSWER_TOKENS = 8
-    data.ANSWER_TOKENS = dict.fromkeys(data.ANSWER_TOKENS, 8)
+    maskft.longest_answer = lambda questions: 8
     sys.modules["matplotlib.figure"] = None
 
 
