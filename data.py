@@ -669,14 +669,14 @@ def load(name, paraphrase="none", seed=0):
     with reading(name, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
             dataset = load_set(kind, count, paraphrase, seed)
-        elif path.exists():
+        else:
             # a run's directory is called so, and safetensors opens no name that is not UTF-8
             stem = path.absolute().stem.encode(errors="replace").decode()
             dataset = read_files(stem, files_in(path), paraphrase)
-        else:
-            raise UserError(f"no such file, folder or set; --data takes {DATA_HELP}")
         if not dataset.documents + dataset.questions:
-            raise UserError(f"nothing found to learn or ask; --data takes {DATA_HELP}")
+            raise UserError(
+                f"no set, file or folder with anything to learn or ask; --data takes {DATA_HELP}"
+            )
     return dataset
 
 
