@@ -103,19 +103,13 @@ def f1(prediction, reference):
     return 2 * (found & expected).total() / (found.total() + expected.total())
 
 
-def math_scores(prediction, reference):
-    """{"strict": is the number behind the first "#### " right, "flexible": is the last number}.
+def number_is_right(pattern, place, prediction, reference):
+    """1.0 if, of the numbers in the prediction, the one in this place is right, else 0.0.
 
     As lm-eval's task gsm8k, version 3, which stops answering where the next question begins.
     """
-    prediction = prediction.split("Question:")[0]
-    strict = re.findall(r"#### (-?[0-9.,]+)", prediction) or [""]
-    flexible = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", prediction) or [""]
-    right = bare_number(reference)
-    return {
-        "strict": float(bare_number(strict[0]) == right),
-        "flexible": float(bare_number(flexible[-1]) == right),
-    }
+    found = re.findall(pattern, prediction.split("Question:")[0]) or [""]
+    return float(bare_number(found[place]) == bare_number(reference))
 
 
 def bare_number(text):
@@ -123,21 +117,19 @@ def bare_number(text):
     return re.sub(r"(?s).*#### |[,$]|\.(?=[,$]*$)", "", text)
 
 
+TEXT_METRICS = {"rouge1": rouge1_recall, "exact": exact_match, "f1": f1}
+MATH_METRICS = {
+    "strict": partial(number_is_right, r"#### (-?[0-9.,]+)", 0),  # the first behind "#### "
+    "flexible": partial(number_is_right, r"-?[$0-9.,]{2,}|-?[0-9]+", -1),  # the last
+}
+METRICS = (*TEXT_METRICS, *MATH_METRICS, "length")
+
+
 def score(prediction, question):
     """All scores of the answer to a question; `length` is its number of words, all counted."""
-    reference = question["answer"]
-    if question["direction"] == "math":
-        scores = math_scores(prediction, reference)
-    else:
-        scores = {
-            "rouge1": rouge1_recall(prediction, reference),
-            "exact": exact_match(prediction, reference),
-            "f1": f1(prediction, reference),
-        }
+    metrics = MATH_METRICS if question["direction"] == "math" else TEXT_METRICS
+    scores = {name: metric(prediction, question["answer"]) for name, metric in metrics.items()}
     return scores | {"length": len(prediction.split())}
-
-
-METRICS = ("rouge1", "exact", "f1", "strict", "flexible", "length")
 
 
 def average(predictions):
