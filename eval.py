@@ -125,11 +125,16 @@ MATH_METRICS = {
 METRICS = (*TEXT_METRICS, *MATH_METRICS, "length")
 
 
-def score(prediction, question):
-    """All scores of the answer to a question; `length` is its number of words, all counted."""
-    metrics = MATH_METRICS if question["direction"] == "math" else TEXT_METRICS
-    scores = {name: metric(prediction, question["answer"]) for name, metric in metrics.items()}
-    return scores | {"length": len(prediction.split())}
+def scored(question, text):
+    """The prediction that `text` is: the question with it and, if there is an answer to compare it
+    with, with all scores; `length` is its number of words, all counted."""
+    prediction = question | {"prediction": text}
+    if "answer" in question:
+        metrics = MATH_METRICS if question["direction"] == "math" else TEXT_METRICS
+        for name, metric in metrics.items():
+            prediction[name] = metric(text, question["answer"])
+        prediction["length"] = len(text.split())
+    return prediction
 
 
 def average(predictions):

@@ -1028,16 +1028,11 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         asked = [prompts[i] for i in order]
         answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=on_answer)
         answers = dict(zip(order, answers, strict=True))
-        return [scored(questions[i], tokenizer.decode(answers[i]).strip()) for i in numbers]
+        return [
+            evaluation.scored(questions[i], tokenizer.decode(answers[i]).strip()) for i in numbers
+        ]
 
     return dealt(len(questions), ask, "questions", "question")
-
-
-def scored(question, text):
-    """The prediction that an answer is: its question, the text and, if there is one to compare it
-    with, how good it is."""
-    scores = evaluation.score(text, question) if "answer" in question else {}
-    return question | {"prediction": text} | scores
 
 
 def dealt(number, work, what, unit, each=1):

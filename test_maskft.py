@@ -1025,7 +1025,7 @@ OTHERS = """
 
 @pytest.mark.parametrize("prediction, reference, exact, f1", cells(OTHERS))
 def test_exact_match_and_f1_compare_what_is_meant(prediction, reference, exact, f1):
-    scores = evaluation.score(prediction, {"direction": "all", "answer": reference})
+    scores = evaluation.scored({"direction": "all", "answer": reference}, prediction)
     assert scores["exact"] == evaluation.exact_match(prediction, reference) == float(exact)
     assert scores["f1"] == evaluation.f1(prediction, reference) == float(f1)
     assert scores["rouge1"] == evaluation.rouge1_recall(prediction, reference)
@@ -1049,9 +1049,9 @@ MATH = [  # (answer, strict, flexible) as lm-eval's gsm8k, version 3
 
 @pytest.mark.parametrize("answer, strict, flexible", MATH)
 def test_math_answers_are_scored_as_lm_eval_does(answer, strict, flexible):
-    reference = "1000+234 = <<1000+234=1234>>1,234\n#### 1,234"
-    scores = evaluation.score(answer, {"direction": "math", "answer": reference})
-    assert scores == {"strict": strict, "flexible": flexible, "length": len(answer.split())}
+    question = {"direction": "math", "answer": "1000+234 = <<1000+234=1234>>1,234\n#### 1,234"}
+    scores = {"strict": strict, "flexible": flexible, "length": len(answer.split())}
+    assert evaluation.scored(question, answer) == {**question, "prediction": answer, **scores}
 
 
 def test_scores_are_averaged_by_group_with_an_interval():
