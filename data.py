@@ -604,9 +604,8 @@ def jinja_template(frames):
 
 @dataclass
 class Dataset:
-    """Documents to learn, questions to ask about them, and the name that run directories get."""
+    """Documents to learn, and questions to ask about them."""
 
-    name: str
     documents: list  # {"text": ..., "where": "FILE, record N"}
     questions: list  # {"question", "answer", "direction": "forward" | "backward" | ..., "group"}
     learned: list = field(default_factory=list)  # questions to learn beside documents
@@ -665,14 +664,11 @@ def load(name, paraphrase="none", seed=0):
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
     kind, _, count = name.partition(":")
-    path = Path(name)
     with reading(name, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
             dataset = load_set(kind, count, paraphrase, seed)
         else:
-            # a run's directory is called so, and safetensors opens no name that is not UTF-8
-            stem = path.absolute().stem.encode(errors="replace").decode()
-            dataset = read_files(stem, files_in(path), paraphrase)
+            dataset = read_files(files_in(Path(name)), paraphrase)
         if not dataset.documents + dataset.questions:
             raise UserError(
                 f"no set, file or folder with anything to learn or ask; --data takes {DATA_HELP}"
@@ -686,10 +682,10 @@ def load_set(kind, count, paraphrase, seed):
         make, usual, wordings = GENERATED[kind]
         if paraphrase not in wordings:
             raise UserError(f"no --paraphrase {paraphrase}")
-        return Dataset(kind, *make(int(count or usual), paraphrase, seed))
+        return Dataset(*make(int(count or usual), paraphrase, seed))
     source, training, asked = PUBLISHED[kind]
     files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
-    dataset = read_files(kind, files, paraphrase)
+    dataset = read_files(files, paraphrase)
     if kind == "nd":
         keep_facts(dataset, max(0, int(count or ND_FACTS)), seed)
     elif count:
@@ -697,9 +693,9 @@ def load_set(kind, count, paraphrase, seed):
     return dataset
 
 
-def read_files(name, files, paraphrase):
+def read_files(files, paraphrase):
     """The Dataset in some files; of training files in the released layout, in the one asked for."""
-    dataset = Dataset(name, [], [])
+    dataset = Dataset([], [])
     wording = PARAPHRASES[paraphrase]
     training = wording if paraphrase == "permute" else (wording, ND_NAME)
     if paraphrase != "none" and not any(file.name.endswith(training) for file in files):

@@ -1282,8 +1282,10 @@ def claim(run, out, ends):
 def next_directory(run):
     """out/DATA-METHOD-N of the first free N, made; of a launcher that tries again, its own."""
     newest = None
+    # no number of people, and no byte that is not UTF-8: safetensors opens no such path
+    name = regex.sub(r":.*|[\udc80-\udcff]", "", Path(run.settings.data).stem)
     for n in count(1):
-        out = Path(f"out/{run.dataset.name}-{run.settings.method}-{n}")
+        out = Path(f"out/{name}-{run.settings.method}-{n}")
         if attempt() != "0" and newest and not out.exists() and results_of(run, newest):
             return newest
         with suppress(FileExistsError):  # from before, or made by another run this moment
