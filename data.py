@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from glob import glob
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -738,10 +737,6 @@ def files_in(path):
     paths = [path, *(path / name for name in glob("**", root_dir=path, recursive=True))]
     # of folders those that are closed, to be named
     return sorted(p for p in paths if not (p.is_dir() and os.access(p, os.R_OK)))
-
-
-def digest(dataset):
-    return sha256(repr(dataset).encode()).hexdigest()
 
 
 def keep_facts(dataset, count, seed):

@@ -29,6 +29,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from hashlib import sha256
 from itertools import count, takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -2029,7 +2030,7 @@ def prepare(settings, method, device):
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
         "arguments": dataclasses.asdict(settings),
-        "dataset": data.digest(dataset),
+        "dataset": sha256(repr(dataset).encode()).hexdigest(),
     }
     describe(run)
     return run
