@@ -354,7 +354,10 @@ def load_tokenizer(path):
     UserError for any that would not be followed exactly."""
     path = Path(path)
     content = read_json(path / "tokenizer.json")
-    settings, generation, config = [read_object(path / name) for name in DECLARING]
+    settings, generation, config = [
+        read_object(path / name)  # all may declare special tokens; they count in this order
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    ]
     with reading(
         path,
         "not byte-level BPE as in Llama 3, Qwen and SmolLM2, or no chat template whose turns are "
@@ -392,10 +395,6 @@ def load_tokenizer(path):
                 "bpe", pat_str=GPT2_PIECES, mergeable_ranks=ranks, special_tokens=tokens
             ),
         )
-
-
-# the files that declare special tokens, in the order in which they count
-DECLARING = ("tokenizer_config.json", "generation_config.json", "config.json")
 
 
 def read_declared(settings, configs, tokens, known):
