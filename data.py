@@ -67,9 +67,6 @@ def reading(file, broken="cannot be read"):
         raise UserError(f"{file}: {broken} ({error!r:.200})") from None  # in one line
 
 
-POINTER = "version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
-
-
 def read_text(path):
     """The text of a UTF-8 file, also of a .gz."""
     opened = gzip.open if path.suffix == ".gz" else open
@@ -78,7 +75,7 @@ def read_text(path):
         opened(path, "rt", encoding="utf-8-sig") as file,  # some begin with a BOM
     ):
         text = file.read()
-        if text.startswith(POINTER):  # else a document like any other
+        if text.startswith("version https://git-lfs.github.com/spec/"):  # else it is a document
             raise UserError("a Git LFS pointer: git lfs pull")
         return text
 
