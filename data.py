@@ -609,8 +609,6 @@ class Dataset:
 GITHUB = "https://raw.githubusercontent.com/"
 # The authors' repository has no licence: nothing of it is kept here.
 AUTHORS = "xup5/masked_arLLM/bc28c777643b202787d1e4ccb61ad0d1993d93e3/datasets/"
-THINKING_BIAS = "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/"
-GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 ND_FACTS = 30  # of each of two kinds, first all of one
 ND_WORDINGS = 30  # of a fact; they stand one after the other
 # test files whose tasks are directions: N2D is forward, but in DescriptionIsName
@@ -637,11 +635,15 @@ PUBLISHED = {
     "bio-released": (AUTHORS + "biography_", PARAPHRASES, "test.jsonl"),
     "wiki": (AUTHORS + "wiki_", PARAPHRASES, "test.jsonl"),
     "nd": (
-        THINKING_BIAS,
+        "alibaba/thinking_bias/389bb4d1b16bbc6ba75f2b57cb09c6614776c59b/data/",
         {"none": ND_FILE, "same": ND_FILE},
         "test_data/people-description_open-QAs.jsonl",
     ),
-    "gsm8k": (GSM8K, {"none": "train.jsonl"}, "test.jsonl"),
+    "gsm8k": (
+        "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/",
+        {"none": "train.jsonl"},
+        "test.jsonl",
+    ),
 }
 SETS = GENERATED | PUBLISHED
 DATA_HELP = (
