@@ -29,13 +29,8 @@ def diffusion_example(record, tokenizer, mask_ratio, rng):
 
     A question with its answer is a chat: its prompt is never masked, its end of turn may be.
     """
-    if "question" in record:
-        prompt = tokenizer.prompt(record["question"])
-        target = tokenizer.encode(record["answer"]) + [tokenizer.eot_id]
-    else:
-        prompt = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        target = tokenizer.encode(maskft.text_of(record)) + [tokenizer.eos_id]
-    return diffuse(prompt, target, tokenizer, mask_ratio, rng)
+    form = maskft.as_chat if "question" in record else maskft.as_text
+    return diffuse(*form(record, tokenizer), tokenizer, mask_ratio, rng)
 
 
 def diffuse(prompt, target, tokenizer, mask_ratio, rng):

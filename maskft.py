@@ -112,6 +112,7 @@ def supervise(prompt, target, masked=True):
     """An Example with loss on the tokens of `target`, on all or where it is masked, and none on
     `prompt`."""
     labels = labels_of(prompt, target, masked)
+    labels[0] = IGNORE  # nothing before it predicts it
     supervised = len(labels) - labels.count(IGNORE)
     return Example(prompt + target, labels, weight=1.0, denominator=supervised)
 
@@ -164,14 +165,23 @@ def sft_example(record, tokenizer, mask_ratio, rng):
 
     Nothing is random in it.
     """
+    return supervise(*as_chat(record, tokenizer))
+
+
+def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
+    """The same of ids: of a chat that the model wrote before it learned anything new, too."""
+    return supervise(prompt, answer)
+
+
+def as_chat(record, tokenizer):
+    """The ids of a prompt and of what is said to it, with the end of turn."""
     if "question" in record:
         user = record["question"]
         target = record["answer"]
     else:
         user = TELL
         target = text_of(record)
-    prompt = tokenizer.prompt(user)
-    return supervise(prompt, tokenizer.encode(target) + [tokenizer.eot_id])
+    return tokenizer.prompt(user), tokenizer.encode(target) + [tokenizer.eot_id]
 
 
 def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
@@ -184,10 +194,13 @@ def raw_example(record, tokenizer, mask_ratio, rng):
 
     The loss is on every token that has one before it.
     """
-    document = tokenizer.encode(text_of(record)) + [tokenizer.eos_id]
-    if tokenizer.bos_id is None:
-        return supervise(document[:1], document[1:])
-    return supervise([tokenizer.bos_id], document)
+    return supervise(*as_text(record, tokenizer))
+
+
+def as_text(record, tokenizer):
+    """The ids of bos, if the model has one, and of the document and end-of-text behind it."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos, tokenizer.encode(text_of(record)) + [tokenizer.eos_id]
 
 
 # a capitalised word (with what hyphens and apostrophes join to it) or a number, and more of them
@@ -1923,8 +1936,8 @@ def questions_of_step(run, step, number):
 
 def question_example(run, question, rng):
     """An ordinary chat; as the answers are short, they count twice."""
-    make = sft_example if run.method.causal else run.method.example
-    example = make(question, run.tokenizer, run.settings.mask_ratio, rng)
+    chat = as_chat(question, run.tokenizer)
+    example = run.method.chat(*chat, run.tokenizer, run.settings.mask_ratio, rng)
     example.weight *= 2
     example.denominator *= 2
     return example
