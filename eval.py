@@ -523,7 +523,7 @@ def ask(flags):
     model = maskft.load(directory, device, dtype)
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     answers = llada.answer
-    if model.config.causal:
+    if model.config.is_causal:
         answers = maskft.ar_answer
         if given:
             raise UserError("--block-length, --steps and --threshold are for a diffusion model")

@@ -7,7 +7,7 @@
 A diffusion model fills in masked tokens. It is the decoder of maskft.py, trained by the loop of
 maskft.py, but for three differences to the autoregressive (AR) one:
   1. no causal mask: every token sees every other, so a gap is filled from both sides
-     (`causal=False` in the Config: of every LLaDA, else where config.json has "is_causal": false);
+     (every LLaDA, and what has "is_causal": false in its config.json);
   2. the loss is on the masked tokens of the text itself, weighted by 1/ratio: a bound on the text's
      log-likelihood;
   3. an answer is decoded by unmasking: all of it starts masked, and each step keeps the tokens the

@@ -319,9 +319,7 @@ class Config(SimpleNamespace):
     names     of its tensors in a checkpoint, LLAMA_NAMES or LLADA_NAMES
     vocab     rows of the embedding
     context   longest sequence in tokens; with a sliding window (not implemented) at most that
-    norm_eps  of every RMSNorm
-    qk_norm   whether queries and keys have one
-    causal    False: every token sees every other (LLaDA, or as is_causal says)
+    qk_norm   whether queries and keys have an RMSNorm
     """
 
 
@@ -363,6 +361,8 @@ def parse_config(raw):
         "attention_bias": False,
         "include_qkv_bias": family == "qwen2",
         "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "is_causal": family != "llada",  # False: every token sees every other
         "rope_type": scaling.get("type", "default"),  # as transformers spelled it once
         "rope_theta": 1e4,
         "original_max_position_embeddings": context,
@@ -377,9 +377,7 @@ def parse_config(raw):
         "names": names,
         "vocab": data.embeddings(given),
         "context": context,
-        "norm_eps": float(given.get("rms_norm_eps", 1e-6)),
         "qk_norm": family == "qwen3",
-        "causal": given.get("is_causal", family != "llada"),
     }
     return Config(**fields)
 
@@ -442,7 +440,7 @@ def as_diffusion(config, tokenizer):
 
     transformers reads is_causal, too.
     """
-    if config.causal:
+    if config.is_causal:
         print0("an autoregressive model: diffusion training starts from its weights")
     refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id, None])
     return parse_config(config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id})
@@ -518,7 +516,7 @@ class Block(nn.Module):
         D = config.hidden_size
         K = config.head_dim
         qkv_bias = config.attention_bias or config.include_qkv_bias
-        norm = partial(RMSNorm, eps=config.norm_eps)
+        norm = partial(RMSNorm, eps=float(config.rms_norm_eps))
         self.attn_norm = norm(D)
         self.q = nn.Linear(D, config.num_attention_heads * K, bias=qkv_bias)
         self.k = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
@@ -563,7 +561,7 @@ class Block(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and self.config.causal,
+            is_causal=mask is None and self.config.is_causal,
             enable_gqa=self.config.num_attention_heads != self.config.num_key_value_heads,
         )  # (B, H, T, K)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -580,7 +578,7 @@ class Model(nn.Module):
         nothing = torch.zeros(config.vocab, D)
         self.embed = nn.Embedding.from_pretrained(nothing, freeze=False)
         self.blocks = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
-        self.norm = RMSNorm(D, eps=config.norm_eps)
+        self.norm = RMSNorm(D, eps=float(config.rms_norm_eps))
         # a tied model has no head of its own: two names for one tensor come apart under to_empty
         # and FSDP
         self.head = None if config.tie_word_embeddings else nn.Linear(D, config.vocab, bias=False)
@@ -611,7 +609,7 @@ class Model(nn.Module):
             x = block(x, positions, rope, mask, cache)
         head = (self.head or self.embed).weight  # (V, D)
         if labels is not None:
-            if self.config.causal:
+            if self.config.is_causal:
                 labels = labels[:, 1:]
             # norm, head and loss are spent on labelled positions only
             at = (labels != IGNORE).nonzero(as_tuple=True)  # rows, columns
@@ -638,7 +636,7 @@ class Model(nn.Module):
             positions = key_mask.cumsum(1) - 1
             mask = key_mask[:, None, None, :]  # (B, 1, 1, T)
             earlier = key_mask.new_ones(T, T).tril()
-            if self.config.causal:
+            if self.config.is_causal:
                 mask = mask & earlier
             # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN
             # spreads in backward
@@ -879,7 +877,7 @@ def generate(
     generators    of random numbers, one a prompt, so that no draw depends on other prompts
     on_answer     called behind every token with the number of answers that it completed
     """
-    if not model.config.causal:
+    if not model.config.is_causal:
         raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
     room = [len(prompt) + max_new_tokens for prompt in prompts]
     model.check_length(max(room, default=0))
@@ -1738,7 +1736,7 @@ def losses(run, examples):
     denominator = max(1, sum(example.denominator for example in examples))
     for micro in micro_batches(examples, run.settings.micro_batch_tokens, rank(), world_size()):
         batch = data.collate(micro)
-        if run.model.config.causal:
+        if run.model.config.is_causal:
             batch["key_mask"] = None  # padding is on the right, behind all that a real token sees
         with run.autocast:
             loss = run.model(**batch)
@@ -2013,7 +2011,7 @@ def prepare(settings, method, device):
     config = read_config(directory)
     if not method.causal:
         config = as_diffusion(config, tokenizer)
-    elif not config.causal:
+    elif not config.is_causal:
         raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     with torch.device("meta"):

@@ -1558,7 +1558,7 @@ def test_attention_sees_what_it_should_and_no_padding(make):
     ids = torch.arange(20)[None]
     plain = model(ids)
     changes = (plain - model(ids.where(ids != 12, 30)))[0].abs().amax(1) > 1e-2
-    assert changes[12] and changes[:12].any() != model.config.causal
+    assert changes[12] and changes[:12].any() != model.config.is_causal
     key_mask = F.pad(torch.ones_like(ids), (3, 4)).bool()
     padded = model(F.pad(ids, (3, 4), value=9), key_mask)[:, 3:23]
     torch.testing.assert_close(padded, plain, rtol=0, atol=2e-5)
@@ -1773,7 +1773,7 @@ def test_a_causal_model_of_any_family_becomes_a_diffusion_model(tmp_path):
     before = maskft.parse_config(llama(model_type="qwen3", head_dim=12, rope_scaling=LINEAR))
     after = maskft.as_diffusion(before, SPELLER)
     differs = {name for name, value in vars(before).items() if getattr(after, name) != value}
-    assert differs == {"causal", "raw"} and after.raw["mask_token_id"] == MASK
+    assert differs == {"is_causal", "raw"} and after.raw["mask_token_id"] == MASK
     assert maskft.as_diffusion(after, SPELLER) == after
     other = maskft.parse_config(RAW | {"mask_token_id": 5})
     assert "token_id 5" in refusal(maskft.as_diffusion, other, SPELLER)
@@ -1781,7 +1781,7 @@ def test_a_causal_model_of_any_family_becomes_a_diffusion_model(tmp_path):
     ids = torch.tensor([[7, 1, 30, 2]])
     maskft.save(random_model(**after.raw), tmp_path)
     ours = maskft.load(tmp_path)
-    assert not ours.config.causal
+    assert not ours.config.is_causal
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 

@@ -30,7 +30,7 @@ REQUEST_TOKENS = 64
 
 def load_causal(name, device):
     model = maskft.load(name, device)
-    if not model.config.causal:
+    if not model.config.is_causal:
         raise UserError(f"{name} is a masked diffusion model: here, answers are greedy")
     return model
 

@@ -172,7 +172,7 @@ def plan(config, gpus, batch_size=64, micro_batch_tokens=4096, max_len=512):
 def loss_of(model, rows, tokens):
     """The loss of a micro-batch."""
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    key_mask = None if model.config.causal else torch.ones(rows, tokens, dtype=torch.bool)
+    key_mask = None if model.config.is_causal else torch.ones(rows, tokens, dtype=torch.bool)
     with FirstPlaces(rows * tokens // 2), torch.autocast("cpu", torch.bfloat16):
         return model(ids, key_mask, labels=ids, weights=torch.ones(rows))
 
