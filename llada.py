@@ -100,7 +100,10 @@ def sample(
         return []
     with reading("config.json"):  # of another program, it may have is_causal alone
         mask_id = model.config.mask_token_id
-    ids, key_mask = masked_answers(model, mask_id, prompts, max_new_tokens)  # (B, T)
+    rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
+    # padded on the left, so that the blocks of all rows are the same columns
+    ids = pad(rows, mask_id, "left").to(model.norm.weight.device)  # (B, T)
+    key_mask = pad([[True] * len(row) for row in rows], False, "left")  # (B, T)
     width = ids.shape[1] - max_new_tokens  # of the prompts
     going = range(len(prompts))  # rows whose text has not ended
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
@@ -117,17 +120,6 @@ def sample(
             # a stop id ends a row once there is no mask before it
             going = [n for n in going if mask_id in texts[n]]
     return texts
-
-
-def masked_answers(model, mask_id, prompts, max_new_tokens):
-    """ids (B, T) of the prompts with a masked answer behind each, and key_mask (B, T).
-
-    Padding is on the left, so that the blocks of all rows are the same columns.
-    """
-    rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
-    ids = pad(rows, mask_id, "left")
-    key_mask = pad([[True] * len(row) for row in rows], False, "left")
-    return ids.to(model.norm.weight.device), key_mask
 
 
 def masks_between(ids, mask_id, start, end):
