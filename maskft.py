@@ -583,7 +583,7 @@ class Model(nn.Module):
         # and FSDP
         self.head = None if config.tie_word_embeddings else nn.Linear(D, config.vocab, bias=False)
 
-    def forward(self, ids, key_mask=None, labels=None, weights=None, pick=None, cache=None, past=0):
+    def forward(self, ids, key_mask=None, labels=None, weights=None, pick=..., cache=None, past=0):
         """Logits, or with `labels` the summed loss.
 
         ids       (B, T) int64
@@ -594,7 +594,7 @@ class Model(nn.Module):
                   the CPU, and labels and weights should: to find the labels on a GPU is to wait for
                   it. (FSDP2 moves them all the same, so a micro-batch waits once.)
         weights   (B,) fp32, the weight of each sequence's tokens in the loss
-        pick      an index into (B, T), as a mask or (rows, columns): logits only there
+        pick      an index into (B, T), as a mask or (rows, columns): logits only there; ... = all
         cache     (B, layers, 2, G, S, K): keys and values of each row, from its first column on;
                   those of ids, whose padding is on the right, are written behind them
         past      (B, 1) int64, how many tokens each row of the cache has; 0 = none has any
@@ -618,15 +618,14 @@ class Model(nn.Module):
                 for picked in (*at, labels[at], weights[at[0]])
             )  # (N,) each
             return loss_sum(x[row, column], self.norm, head, labels, weights)
-        if pick is not None:
-            x = x[pick]  # (N, D)
-        return checked(F.linear(self.norm(x), head))
+        return checked(F.linear(self.norm(x[pick]), head))
 
     def mask_and_positions(self, ids, key_mask, cache, past):
-        """Attention mask (B, 1, T, S) bool, None where SDPA needs none; positions (B, T)."""
-        B, T = ids.shape
+        """Attention mask, None where SDPA needs none, and positions: (B, 1, T, S) bool and (B, T);
+        or for all rows alike (1, 1, T, S) and (1, T)."""
+        T = ids.shape[1]
         self.check_length(T)
-        positions = (torch.arange(T, device=ids.device) + past).expand(B, T)
+        positions = torch.arange(T, device=ids.device)[None] + past
         mask = None
         if cache is not None and cache.shape[4] > T:  # else no row has a past
             columns = torch.arange(cache.shape[4], device=ids.device)  # (S,)
