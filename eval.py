@@ -524,10 +524,10 @@ def ask(flags):
     given = {name: flags[name] for name in ("block_length", "steps", "threshold") if name in flags}
     answers = llada.answer
     if model.config.is_causal:
-        answers = maskft.ar_answer
+        answers = maskft.generate
         if given:
             raise UserError("--block-length, --steps and --threshold are for a diffusion model")
-    answer = partial(answers, model, tokenizer, **given)
+    answer = partial(answers, model, stop_ids=tokenizer.stop_ids, **given)
 
     def answered(questions):
         maskft.check_questions(questions, tokenizer, model, longest)

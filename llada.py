@@ -210,9 +210,10 @@ def keep_best(ids, masks, new, score, count, threshold):
 
 def answer(
     model,
-    tokenizer,
     prompts,
     max_new_tokens=128,
+    stop_ids=(),
+    temperature=0.0,
     steps=None,
     block_length=4,
     threshold=None,
@@ -221,8 +222,8 @@ def answer(
 ):
     """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0.
 
-    Prompts of alike length should be neighbors, as they are answered batch by batch. With a
-    generator for each they are drawn at temperature 1, one by one: no draw depends on others.
+    Prompts of alike length should be neighbors, as they are answered batch by batch; with a
+    generator for each one by one, so that no draw depends on others.
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of
     text.
     """
@@ -237,8 +238,8 @@ def answer(
             max_new_tokens,
             max_new_tokens if steps is None else steps,
             block_length,
-            temperature=1.0 if generators else 0.0,
-            stop_ids=tokenizer.stop_ids,
+            temperature,
+            stop_ids=stop_ids,
             generator=generators[len(answers)] if generators else None,
             threshold=threshold,
         )

@@ -286,8 +286,8 @@ class Method(NamedTuple):
     example: Callable  # record, tokenizer, mask_ratio, numpy Generator -> Example
     masks: bool = True  # whether the mask ratio means anything to it
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
-    # model, tokenizer, prompts, max_new_tokens, generators, on_answer -> answers, at random where
-    # there are generators, one a prompt; None = ar_answer
+    # model, prompts, max_new_tokens, stop_ids, temperature, generators (one a prompt), on_answer ->
+    # answers; None = generate
     answer: Callable = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
     chat: Callable = chat_example
@@ -963,21 +963,6 @@ def choose(logits, temperature, top_p, generators):
 def until_stop(ids, stop_ids):
     """The ids before the first stop id."""
     return list(takewhile(lambda token: token not in stop_ids, ids))
-
-
-def ar_answer(model, tokenizer, prompts, max_new_tokens, generators=None, on_answer=None):
-    """Answers of an autoregressive model: greedy or, with a generator for each prompt, drawn at
-    temperature 1 from all but the least likely."""
-    return generate(
-        model,
-        prompts,
-        max_new_tokens,
-        tokenizer.stop_ids,
-        temperature=1.0 if generators else 0.0,
-        top_p=0.95,
-        generators=generators,
-        on_answer=on_answer,
-    )
 
 
 # ------------------------------------------------------------------ answering, dealt over the ranks
@@ -1747,7 +1732,9 @@ def answering(run):
     """Inside, the run's model answers, by the function that this gives: its parameters are whole,
     and no gradients are kept."""
     with gathered(run.model), torch.no_grad(), run.autocast:
-        yield partial(run.method.answer or ar_answer, run.model, run.tokenizer)
+        # what is drawn is none of the least likely
+        answer = run.method.answer or partial(generate, top_p=0.95)
+        yield partial(answer, run.model, stop_ids=run.tokenizer.stop_ids)
 
 
 def evaluate_and_record(run, step, epoch):
@@ -1841,7 +1828,9 @@ def write_chats(run, answer, numbers, on_answer):
     generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
     # with the system turn of the model's template: without, few models draw what a user would say
     headers = [tokenizer.chat([])] * len(numbers)
-    users = answer(headers, CHAT_USER_TOKENS, generators=generators, on_answer=on_answer)
+    users = answer(
+        headers, CHAT_USER_TOKENS, temperature=1.0, generators=generators, on_answer=on_answer
+    )
     prompts = [tokenizer.prompt(user) for user in users]
     answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)
     chats = []

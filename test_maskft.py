@@ -1822,12 +1822,13 @@ def test_sampling_that_does_not_fit_is_refused(name, value):
 def test_an_answer_does_not_depend_on_its_batch_and_a_draw_on_its_generator_alone(monkeypatch):
     model = tiny_llada()
     expected = llada.sample(model, PROMPTS, 8, 8, stop_ids=SPELLER.stop_ids)
+    answer = partial(llada.answer, model, stop_ids=SPELLER.stop_ids)
     done = []
     for tokens in (9216, 34, 1):  # of the batch; the longest prompt and its answer are 17
         monkeypatch.setattr(llada, "BATCH_TOKENS", tokens)
-        assert llada.answer(model, SPELLER, PROMPTS, 8, on_answer=done.append) == expected
-    assert done == [3, 2, 1, 1, 1, 1] and llada.answer(model, SPELLER, []) == []
-    drawn = llada.answer(model, SPELLER, PROMPTS, 8, generators=generators(0, 1, 2))
+        assert answer(PROMPTS, 8, on_answer=done.append) == expected
+    assert done == [3, 2, 1, 1, 1, 1] and answer([]) == []
+    drawn = answer(PROMPTS, 8, temperature=1.0, generators=generators(0, 1, 2))
     assert drawn == [*map(spelled, ("f7x7hii1", "7", "kkkkkakk"))]
 
 

@@ -69,11 +69,11 @@ def measure(args, device="cpu"):
     asked = data.load(str(ORDINARY)).questions
     questions = [question for question in asked if "answer" in question]
     prompts = [tokenizer.prompt(q["question"]) for q in asked if "answer" not in q]
-    said = maskft.ar_answer(old, tokenizer, prompts, REQUEST_TOKENS)
+    said = maskft.generate(old, prompts, REQUEST_TOKENS, tokenizer.stop_ids)
     said = [ids + [tokenizer.eot_id] if len(ids) < REQUEST_TOKENS else ids for ids in said]
 
     def figures(model, name, share, facts):
-        answer = partial(maskft.ar_answer, model, tokenizer)
+        answer = partial(maskft.generate, model, stop_ids=tokenizer.stop_ids)
         answered = maskft.evaluate(answer, tokenizer, questions, QUESTION_TOKENS)
         right = sum(question["rouge1"] == 1 for question in answered)  # every word of the answer
         scores = evaluation.average(maskft.evaluate(answer, tokenizer, facts))
