@@ -879,7 +879,6 @@ def generate(
     if not model.config.is_causal:
         raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
     room = [len(prompt) + max_new_tokens for prompt in prompts]
-    model.check_length(max(room, default=0))
     generators = generators or [None] * len(prompts)
     answers = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
@@ -914,6 +913,7 @@ def generate(
 def new_cache(model, texts, size, cache_bytes):
     """Room for keys and values, (rows, layers, 2, G, size, K), of so many texts of `size` tokens as
     far as the bytes and ANSWER_ROWS allow, and of one at least."""
+    model.check_length(size)
     config = model.config
     # of a row
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, size, config.head_dim)
@@ -955,9 +955,8 @@ def choose(logits, temperature, top_p, generators):
     probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
     likelier = probabilities.cumsum(-1) - probabilities  # the probability of all before it
     kept = probabilities.where(likelier < top_p, 0)
-    rows = zip(kept, generators, strict=True)
-    drawn = torch.stack([row.multinomial(1, generator=random) for row, random in rows])  # (B, 1)
-    return ids.gather(1, drawn)[:, 0]
+    rows = zip(ids, kept, generators, strict=True)
+    return torch.cat([row[p.multinomial(1, generator=random)] for row, p, random in rows])
 
 
 def until_stop(ids, stop_ids):
