@@ -92,10 +92,13 @@ def masked_example(record, tokenizer, mask_ratio, rng, mask=mask_tokens):
     ratio = rng.uniform(*mask_ratio)
     # 2. each token masked with that probability
     shown, masked = mask(original, ratio, tokenizer.mask_id, rng)
-    # 3. a chat that recovers it, with loss on the whole document; of an answer, where it is masked
-    if problem:
-        return recover_answer(record, shown, masked, original, tokenizer)
-    return recover_document(shown, original, tokenizer)
+    # 3. a chat that recovers it
+    if not problem:
+        return recover_document(shown, original, tokenizer)
+    question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
+    user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
+    # loss on the tokens whose counterpart in the prompt is masked; the end of turn has none
+    return supervise(tokenizer.prompt(user), original, masked)
 
 
 def recover_document(shown, document, tokenizer):
@@ -139,17 +142,6 @@ def loss_sum(x, norm, head, labels, weights):
     *chunks, last = zip(*rows, strict=True)  # N = 0: one chunk, of no rows
     total = sum(recompute(chunk_loss, *chunk) for chunk in chunks)
     return total + chunk_loss(*last)  # not made again: backward begins with it
-
-
-def recover_answer(record, shown, masked, answer, tokenizer):
-    """A chat that recovers the masked answer to a question [paper, math].
-
-    The loss is on the tokens whose counterpart in the prompt is masked, and not on the end of turn:
-    it has none.
-    """
-    question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
-    user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
-    return supervise(tokenizer.prompt(user), answer, masked)
 
 
 def random_example(record, tokenizer, mask_ratio, rng):
