@@ -161,7 +161,7 @@ def sft_example(record, tokenizer, mask_ratio, rng):
 
 
 def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """The same of ids: of a chat that the model wrote before it learned anything new, too."""
+    """The same of ids, as of a chat that the model wrote before it learned anything new."""
     return supervise(prompt, answer)
 
 
@@ -174,11 +174,6 @@ def as_chat(record, tokenizer):
         user = TELL
         target = text_of(record)
     return tokenizer.prompt(user), tokenizer.encode(target) + [tokenizer.eot_id]
-
-
-def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """A chat that the model wrote before it learned anything new: ordinary fine-tuning on it."""
-    return supervise(prompt, answer)
 
 
 def raw_example(record, tokenizer, mask_ratio, rng):
