@@ -26,7 +26,7 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from glob import glob
 from itertools import groupby
 from pathlib import Path
@@ -256,7 +256,12 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of `text`, with nothing added. What looks like a special token is plain text."""
-        return join(apart(text, self.added), self._encode_plain)
+        return join(apart(text, self.added), self._encode_once)
+
+    @cached_property
+    def _encode_once(self):
+        """`_encode_plain` with a memory: a document is seen in every epoch."""
+        return lru_cache(2**17)(self._encode_plain)
 
     def _encode_plain(self, text):
         """Ids of text without added tokens: take it apart into pieces, then merge within each."""
@@ -561,11 +566,12 @@ def write_chat_files(tokenizer, source, target):
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")  # not its mode
     template = jinja_template(tokenizer.frames)
     end = tokenizer.decode([tokenizer.eos_id], special=True)
+    declared = read_object(source / "tokenizer_config.json")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "pad_token": end,
-        **read_object(source / "tokenizer_config.json"),
+        **declared,
+        "pad_token": declared.get("pad_token") or end,
         "eos_token": end,
         "chat_template": template,
     }
@@ -660,6 +666,7 @@ def load(name, paraphrase="none", seed=0):
     "text" is a document, one with a "question" is a question; both may stand in one file. A .txt or
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
+    name = str(Path(name))  # as messages about its files begin
     kind, _, count = name.partition(":")
     with reading(name, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
@@ -779,7 +786,8 @@ class Example:
 def collate(examples):
     """A micro-batch, padded on the right: a dict of
 
-        ids, labels   (B, T) int64; any id is padding, as it is masked out everywhere
+        ids           (B, T) int64; any id is padding, as it is masked out everywhere
+        labels        (B, T) int64, IGNORE where there is padding
         key_mask      (B, T) bool, True where there is a token; None where there is no padding
         weights       (B,) fp32
 
@@ -799,7 +807,7 @@ def collate(examples):
 
 
 def pad(rows, value, side="right"):
-    """Lists of unequal lengths -> a tensor (B, T)."""
+    """Lists of unequal lengths -> a tensor (B, T), filled up with `value` on one side."""
     import torch
 
     rows = [torch.tensor(row) for row in rows]

@@ -98,7 +98,7 @@ def sample(
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:
         return []
-    with reading("config.json"):  # of another program, it may have is_causal alone
+    with reading("config.json", "no mask_token_id: not a model that llada.py trained"):
         mask_id = model.config.mask_token_id
     rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
     # padded on the left, so that the blocks of all rows are the same columns

@@ -148,8 +148,8 @@ def random_example(record, tokenizer, mask_ratio, rng):
     """The control [paper fig. 14]: random tokens in place of the masked document."""
     document = tokenizer.encode(text_of(record))
     ordinary = list(tokenizer.ranks.values())
-    drawn = rng.choice(ordinary, len(document)).tolist()
-    return recover_document(drawn, document, tokenizer)
+    drawn = rng.integers(len(ordinary), size=len(document))
+    return recover_document([ordinary[i] for i in drawn], document, tokenizer)
 
 
 def sft_example(record, tokenizer, mask_ratio, rng):
@@ -247,7 +247,7 @@ USUAL = partial(
     eps=1e-8,
     schedule="warm_up",
     most_epochs=5000,
-    eval_at=[0, *(2**n for n in range(13))],
+    eval_at=[0, *(2**n for n in range(20))],
 )
 # for models of less than 10 M parameters, of less than 1 B, and for all others
 TINY = partial(USUAL, recipe="measured on the built-in models", batch_size=20, eps=1e-5)
@@ -300,7 +300,10 @@ METHODS = {
 
 class Config(SimpleNamespace):
     """Sizes of one decoder: the fields of its config.json, which are a Llama's by name and default
-    whatever family it comes from, and
+    whatever family it comes from (hidden_size, intermediate_size, num_hidden_layers,
+    num_attention_heads, num_key_value_heads, head_dim, attention_bias, tie_word_embeddings,
+    rms_norm_eps, rope_theta and the others of RoPE, is_causal, and a LLaDA's include_qkv_bias and
+    mask_token_id), and
 
     raw       config.json itself, written back on saving
     names     of its tensors in a checkpoint, LLAMA_NAMES or LLADA_NAMES
@@ -794,7 +797,8 @@ def read_rows(path, name, parameter):
         start = rank() * math.ceil(len(parameter) / world_size())
     with safetensors.safe_open(path, "pt") as file:
         tensor = file.get_tensor(name)
-    if tensor.shape != parameter.shape or not tensor.is_floating_point():
+    number = tensor.is_floating_point() and tensor.itemsize > 1  # a float8 has a scale beside it
+    if tensor.shape != parameter.shape or not number:
         raise UserError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}: quantized, or not of this config.json"
         )
@@ -2148,12 +2152,13 @@ def explained(run):
 def finish(run):
     """Write the model, its scores, its card and the curves, print some of its answers; delete the
     checkpoints, free the memory."""
-    save(run.model, run.out, run.settings.dtype)  # it is scored in
-    run.results["finished"] = True
+    save(run.model, run.out, run.settings.dtype)  # the dtype that it is scored in
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
     on_rank_0(data.write_text, run.out / "README.md", model_card(run))
     on_rank_0(draw, run)
+    run.results["finished"] = True  # now all is there
+    on_rank_0(evaluation.write_results, run.out, run.results, predictions)
     on_rank_0(shutil.rmtree, run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
     gc.collect()
