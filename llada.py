@@ -228,8 +228,8 @@ def answer(
     text.
     """
     answers = []
-    while len(answers) < len(prompts):
-        left = prompts[len(answers) :]
+    left = prompts
+    while left:
         longest = len(max(left, key=len)) + max_new_tokens
         batch = left[: 1 if generators else max(1, BATCH_TOKENS // longest)]
         answers += sample(
@@ -243,6 +243,7 @@ def answer(
             generator=generators[len(answers)] if generators else None,
             threshold=threshold,
         )
+        left = left[len(batch) :]
         if on_answer:
             on_answer(len(batch))
     return answers
