@@ -134,7 +134,7 @@ def masks_between(ids, mask_id, start, end):
     return masks
 
 
-def tokens_per_step(max_new_tokens, steps, block_length, threshold=None):
+def tokens_per_step(max_new_tokens, steps, block_length, threshold):
     """How many tokens each step of a block keeps, the larger numbers first.
 
     4 tokens in 3 steps are [2, 1, 1]; a step that would keep nothing is left out.
