@@ -85,15 +85,14 @@ def masked_example(record, tokenizer, mask_ratio, rng, mask=mask_tokens):
     Of a question with its answer, the answer is masked [paper, math]. `mask` is what masks: pass
     another function with the arguments of `mask_tokens` for another masking.
     """
-    problem = "question" in record
-    original = tokenizer.encode(record["answer"] if problem else text_of(record))
+    original = tokenizer.encode(target_of(record))
     # 1. a ratio, t ~ U(lowest, highest), drawn anew every time the document is seen
     # differs from masked_arLLM: not one per batch on every rank
     ratio = rng.uniform(*mask_ratio)
     # 2. each token masked with that probability
     shown, masked = mask(original, ratio, tokenizer.mask_id, rng)
     # 3. a chat that recovers it
-    if not problem:
+    if "question" not in record:
         return recover_document(shown, original, tokenizer)
     question = RECOVER_ANSWER.format(record.get("problem", record["question"]))
     user = tokenizer.encode(question) + shown + tokenizer.encode(RETURN_ANSWER)
@@ -167,13 +166,8 @@ def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
 
 def as_chat(record, tokenizer):
     """The ids of a prompt and of what is said to it, with the end of turn."""
-    if "question" in record:
-        user = record["question"]
-        target = record["answer"]
-    else:
-        user = TELL
-        target = text_of(record)
-    return tokenizer.prompt(user), tokenizer.encode(target) + [tokenizer.eot_id]
+    user = record.get("question", TELL)
+    return tokenizer.prompt(user), tokenizer.encode(target_of(record)) + [tokenizer.eot_id]
 
 
 def raw_example(record, tokenizer, mask_ratio, rng):
@@ -208,6 +202,11 @@ def reverse_example(record, tokenizer, mask_ratio, rng):
     if rng.random() < 0.5:
         text = " ".join(reversed(ENTITIES.findall(text)))
     return sft_example({"text": text}, tokenizer, mask_ratio, rng)
+
+
+def target_of(record):
+    """The text of what is to be learned of a record: a question's answer, or the document."""
+    return record["answer"] if "question" in record else text_of(record)
 
 
 def text_of(record):
