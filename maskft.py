@@ -323,8 +323,7 @@ def read_config(directory):
     with data.reading(path):
         config = parse_config(data.read_json(path))
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
-        with torch.device("meta"):
-            Model(config).check_length(1)  # and sizes that cannot be
+        without_weights(config).check_length(1)  # and sizes that cannot be
     return with_own_head(config, directory)
 
 
@@ -639,6 +638,12 @@ class Model(nn.Module):
             )
 
 
+def without_weights(config):
+    """A Model on `meta`, which takes no memory; `load_weights` makes room and fills it."""
+    with torch.device("meta"):
+        return Model(config)
+
+
 # ---------------------------------------------------------------------------------- weights in, out
 
 # the last part of our name: the name in the checkpoint; "{}" is the layer, ".weight" or ".bias"
@@ -679,8 +684,7 @@ def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id."""
     directory = find_model(path_or_id)
     config = read_config(directory)
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
+    model = without_weights(config).to(dtype)
     load_weights(model, directory, device)
     return model.eval()
 
@@ -1991,8 +1995,7 @@ def prepare(settings, method, device):
     elif not config.is_causal:
         raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
-    with torch.device("meta"):
-        model = Model(config)
+    model = without_weights(config)
     recipe = recipe_of(method, model) | {"dtype": native_dtype()}
     if dataset.learned:
         recipe["rehearse"] = ANSWER_STEPS
