@@ -330,8 +330,12 @@ def read_config(directory):
 def parse_config(raw):
     """The Config in the config.json of any supported family; null is absent."""
     given = {name: value for name, value in raw.items() if value is not None}
-    refuse_unless(given, model_type=ARCHITECTURES, quantization_config=())
-    refuse_unless(given, **{name: [value] for name, value in FIXED.items()})
+    refuse_unless(
+        given,
+        model_type=ARCHITECTURES,
+        quantization_config=(),
+        **{name: [value] for name, value in FIXED.items()},
+    )
     family = given["model_type"]
     names = LLAMA_NAMES
     written = {"architectures": [ARCHITECTURES[family]]} | raw
