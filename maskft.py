@@ -1000,7 +1000,7 @@ def check_questions(questions, tokenizer, model, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
-        with data.reading(question.get("where", question["question"][:80])):
+        with data.reading(question.get("where", "--data")):
             model.check_length(len(tokenizer.prompt(question["question"])) + longest)
             if not evaluation.words(question.get("answer", "unscored")):
                 raise UserError("its answer has no word to score")
