@@ -2006,8 +2006,6 @@ def prepare(settings, method, device):
     decide(settings, method, recipe)
     if dataset.learned and not settings.rehearse:
         raise UserError("--rehearse 0 learns no question: --data has some to learn")
-    if (config.raw.get("pad_token_id") or 0) >= config.vocab:
-        config.raw["pad_token_id"] = tokenizer.pad_id  # or transformers would not open it
     run = Run(
         settings,
         method,
