@@ -1856,7 +1856,8 @@ GAPS = 3  # for each question of such a step
 WORD = r"[\p{Lu}\d](?:\w|[-'’]\b(?!s\b)|(?<=\d)[.,](?=\d))*"
 NAMES = regex.compile(rf"\b{WORD}(?: {WORD})+|(?<!^)\b{WORD}")
 WORDS = regex.compile(r"\w+|^\W+$")
-SENTENCE_END = regex.compile(r"(?<=\w{3}[.!?]) |(?<=[。！？।]) ?")  # none behind "Dr." or "J."
+# behind all but the last; none behind "Dr." or "J."
+SENTENCE_END = regex.compile(r"(?<=\w{3}[.!?]) |(?<=[。！？।]) ?(?!$)")
 EDGES = " ,.;:!?。，、！？"  # not in an answer
 
 
@@ -1867,7 +1868,7 @@ def gap_question(text, rng):
     So either is asked for by the other, whichever comes first in the document. What else stands
     around the gap varies, as questions do.
     """
-    sentences = [sentence for sentence in SENTENCE_END.split(" ".join(text.split())) if sentence]
+    sentences = SENTENCE_END.split(" ".join(text.split()))
     found = names_in(sentences, NAMES) or names_in(sentences, WORDS)
     number, name = found[rng.integers(len(found))]
     answer = name[0]
