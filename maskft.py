@@ -1626,10 +1626,9 @@ def train(run, stop):
         # 2. gradients and step, at this step's learning rate
         lr = lr_of_step(run, step)
         loss, norm = update(run, examples_of_step(run, step), lr)
-        # 3. all ranks learn the loss, and whether to stop or save: the one place that waits
+        # 3. all ranks learn the loss, and whether to stop or save
         due = time.monotonic() - saved_at > 60 * run.settings.save_every
-        loss, norm, stopping, saving = sum_over_ranks(loss, norm, len(stop), due)
-        norm /= world_size()  # each rank had the whole of it
+        loss, stopping, saving = sum_over_ranks(loss, len(stop), due)
         check_finite(loss, norm, step)
         # 4. log
         log(
@@ -1693,8 +1692,8 @@ def examples_of_step(run, step):
 
 
 def update(run, examples, lr):
-    """A step of the optimizer on a global batch: this rank's part of the loss, and the gradient's
-    norm before clipping, which a GPU may still compute."""
+    """A step of the optimizer on a global batch: this rank's part of the loss, and the norm of the
+    whole gradient before clipping."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     total = 0
@@ -1706,7 +1705,7 @@ def update(run, examples, lr):
     norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, norm
+    return total, norm.item()  # the one place that waits for a GPU
 
 
 def losses(run, examples):
