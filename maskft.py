@@ -2123,14 +2123,13 @@ def environment(device):
 
 def commit():
     """The git commit of this file, with "-dirty" if files were changed since; None if unknown."""
-    with suppress(OSError):  # no git
-        done = subprocess.run(
+    with suppress(OSError, subprocess.SubprocessError):  # no git, or none of its directories
+        return subprocess.check_output(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent,
-            capture_output=True,
+            stderr=subprocess.DEVNULL,
             text=True,
-        )
-        return done.stdout.strip() or None
+        ).strip()
 
 
 @contextmanager
