@@ -1908,9 +1908,9 @@ def questions_of_step(run, step, number):
         return []
     rng = run.rng(step, 0, 3)
     asked = [*rng.choice(learned, number)]
-    for _ in range(GAPS * number):
-        document = rng.choice(run.dataset.documents)
-        asked.append(gap_question(document["text"], rng))
+    asked += [
+        gap_question(rng.choice(run.dataset.documents)["text"], rng) for _ in range(GAPS * number)
+    ]
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
     return [example for example in examples if len(example.ids) <= run.model.config.context]
