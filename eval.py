@@ -213,9 +213,10 @@ def best_of(evaluations):
 def write_results(out, results, predictions):
     """results.json and preds.jsonl of a run in the directory `out`, each replaced atomically."""
     evaluations = results["evaluations"]
-    if evaluations:
-        results = results | {"best": best_of(evaluations), "last": evaluations[-1]}
-    data.write_json(out / "results.json", results)
+    data.write_json(
+        out / "results.json",
+        results | {"best": best_of(evaluations), "last": evaluations[-1]},
+    )
     data.write_lines(out / "preds.jsonl", predictions)
 
 

@@ -1268,7 +1268,7 @@ def claim(run, out, ends):
                 "bring back what was changed, or give another --out"
             )
         with data.reading(out, "cannot be written to"):
-            evaluation.write_results(out, results, [])  # now the directory is its own
+            data.write_json(out / "results.json", results)  # now the directory is its own
     return out, results
 
 
