@@ -1911,6 +1911,7 @@ def questions_of_step(run, step, number):
     asked += [
         gap_question(rng.choice(run.dataset.documents)["text"], rng) for _ in range(GAPS * number)
     ]
+    asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
     return [example for example in examples if len(example.ids) <= run.model.config.context]
