@@ -2002,10 +2002,10 @@ def prepare(settings, method, device):
     model = without_weights(config)
     recipe = recipe_of(method, model) | {"dtype": native_dtype()}
     if dataset.learned:
+        if settings.rehearse == 0:
+            raise UserError("--rehearse 0 learns no question: --data has some to learn")
         recipe["rehearse"] = ANSWER_STEPS
     decide(settings, method, recipe)
-    if dataset.learned and not settings.rehearse:
-        raise UserError("--rehearse 0 learns no question: --data has some to learn")
     run = Run(
         settings,
         method,
