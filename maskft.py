@@ -1874,10 +1874,11 @@ def gap_question(text, rng):
     before = sentences[number][: name.start()]
     after = sentences[number][name.end() :]
     longer = max(before, after, key=len)
-    if longer.strip(EDGES) and rng.random() < 0.35:
+    asked = longer.strip(EDGES)
+    if asked and rng.random() < 0.35:
         # the longer side is asked for; the name and the shorter side stay
         before, after = ("", answer + after) if longer == before else (before + answer, "")
-        answer = longer.strip(EDGES)
+        answer = asked
     elif rng.random() < 0.3:
         # the name is asked for; the shorter side is left out
         before, after = (before, "") if longer == before else ("", after)
