@@ -464,9 +464,10 @@ def checked(logits):
 def rope_tables(positions, config):
     """cos and sin for rotary embedding (arXiv 2104.09864), scaling as in transformers.
 
-    positions (B, T) int64 -> two (B, 1, T, K/2) fp32: head size 4, position p gives
-    [cos p, cos p/100] at theta 1e4. Computed anew in every forward: a buffer would be garbage after
-    `to_empty`, and bf16 angles are wrong beyond position 256.
+    positions (B, T) int64 -> two (B, 1, T, K) fp32, the angles of the K/2 frequencies twice over:
+    head size 4, position p gives [cos p, cos p/100, cos p, cos p/100] at theta 1e4. Computed anew
+    in every forward: a buffer would be garbage after `to_empty`, and bf16 angles are wrong beyond
+    position 256.
     """
     index = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-index / config.head_dim)  # (K/2,)
@@ -481,7 +482,8 @@ def rope_tables(positions, config):
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / config.factor
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
-    return angles.cos(), angles.sin()
+    sin = angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -489,8 +491,8 @@ def rotate(x, cos, sin):
 
     Split halves, the convention of Hugging Face checkpoints: loading permutes nothing.
     """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # of each pair
+    return (x * cos + other * sin).type_as(x)
 
 
 # An MLP's activations (B, T, F) of at most so many numbers are kept for backward, larger ones are
