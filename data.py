@@ -666,13 +666,14 @@ def load(name, paraphrase="none", seed=0):
     "text" is a document, one with a "question" is a question; both may stand in one file. A .txt or
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
-    name = str(Path(name))  # as messages about its files begin
-    kind, _, count = name.partition(":")
-    with reading(name, "no such --data, or not with this --paraphrase"):
+    kind, _, count = str(name).partition(":")
+    path = Path(name)
+    dataset = Dataset([], [])
+    with reading(path, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
             dataset = load_set(kind, count, paraphrase, seed)
-        else:
-            dataset = read_files(files_in(Path(name)), paraphrase)
+        elif path.exists():
+            dataset = read_files(files_in(path), paraphrase)
         if not dataset.documents + dataset.questions:
             raise UserError(
                 f"no set, file or folder with anything to learn or ask; --data takes {DATA_HELP}"

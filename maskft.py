@@ -273,9 +273,10 @@ class Method(NamedTuple):
     masks: bool = True  # whether the mask ratio means anything to it
     causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
     # model, prompts, max_new_tokens, stop_ids, temperature, generators (one a prompt), on_answer ->
-    # answers; None = generate
+    # answers; None = generate with top_p 0.95
     answer: Callable = None
-    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; what is not causal
+    # needs its own
     chat: Callable = chat_example
     tiny: dict = TINY(lr=6e-4, steps=300)
     small: dict = SMALL_MASKED
@@ -1707,7 +1708,7 @@ def update(run, examples, lr):
     norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, norm.item()  # the one place that waits for a GPU
+    return total, norm.item()  # waits for a GPU
 
 
 def losses(run, examples):
