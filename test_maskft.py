@@ -1651,7 +1651,13 @@ def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     changed(tmp_path, HEAD, other)
     model = maskft.load(tmp_path)
     assert torch.equal(model.head.weight, other)
-    assert model.config.raw["tie_word_embeddings"] is False
+    assert not model.config.raw["tie_word_embeddings"]
+
+
+def test_a_tied_llada_with_a_head_of_its_own_is_loaded_untied(tmp_path):
+    maskft.save(tiny_llada(weight_tying=True), tmp_path)
+    changed(tmp_path, "model.transformer.ff_out.weight", torch.ones(40, 32))
+    assert maskft.load(tmp_path).head
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -1740,7 +1746,7 @@ def test_what_cannot_be_answered_is_refused():
     model = random_model(max_position_embeddings=8)
     assert len(maskft.generate(model, [[6, 7, 8]], 5)[0]) == 5
     assert "9 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 6)
-    assert maskft.generate(model, [], 1) == []
+    assert not maskft.generate(model, [], 1)
     assert "unmasking" in refusal(maskft.generate, tiny_llada(), [[5]], 1)
     model.norm.weight.data[3] = math.inf
     assert "NaN" in refusal(maskft.generate, model, [[5]], 1)
