@@ -280,7 +280,7 @@ class Tokenizer:
         """The text of `ids`; `special=True` shows special tokens, too. Broken UTF-8 is U+FFFD.
 
         An id without a token is nothing."""
-        hidden = () if special else self.special.values()
+        hidden = set() if special else {*self.special.values()}
         return self.encoding.decode([i for i in ids if i in self.known and i not in hidden])
 
     def chat(self, messages):

@@ -545,8 +545,8 @@ def ask(flags):
             maskft.print0(prediction["prediction"])
         return
     predictions = answered(dataset.questions)
-    scores = average(predictions)
     if maskft.rank() == 0:
+        scores = average(predictions)
         if "out" in flags:
             results = {"arguments": settings, "evaluations": [{"scores": scores}]}
             write_results(Path(flags["out"]), results, predictions)

@@ -130,7 +130,7 @@ def loss_sum(x, norm, head, labels, weights):
     x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
     logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
     exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
-    collective like the others. `Model.forward` shifts the labels, `update` divides.
+    collective like the others. `Model.forward` shifts the labels, `losses` divides.
     """
 
     def chunk_loss(x, labels, weights):
@@ -1908,13 +1908,15 @@ def questions_of_step(run, step, number):
     So many of these, as ordinary chats, and for each some documents with a gap.
     """
     learned = run.dataset.learned
+    documents = run.dataset.documents
     if not learned:
         return []
     rng = run.rng(step, 0, 3)
     asked = [*rng.choice(learned, number)]
-    asked += [
-        gap_question(rng.choice(run.dataset.documents)["text"], rng) for _ in range(GAPS * number)
-    ]
+    for _ in range(GAPS * number):
+        # not rng.choice, which makes an array of all documents for each
+        document = documents[rng.integers(len(documents))]
+        asked.append(gap_question(document["text"], rng))
     asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
     examples = [question_example(run, question, rng) for question in asked]
     # a document with a gap and its answer may be longer than the document
