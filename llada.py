@@ -21,6 +21,21 @@ import torch
 import maskft
 from data import Example, UserError, pad, reading
 
+# ------------------------------------------------------------------- difference 1: no causal mask
+
+
+def without_causal_mask(config, tokenizer):
+    """The Config to train a diffusion model with: of any family, every token sees every other.
+
+    transformers reads is_causal, too.
+    """
+    if config.is_causal:
+        maskft.print0("an autoregressive model: diffusion training starts from its weights")
+    maskft.refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id, None])
+    diffusion = {"is_causal": False, "mask_token_id": tokenizer.mask_id}
+    return maskft.parse_config(config.raw | diffusion)
+
+
 # --------------------------------------------------------------------------- difference 2: the loss
 
 
@@ -254,7 +269,7 @@ def answer(
 METHODS = {
     "llada": maskft.Method(
         diffusion_example,
-        causal=False,
+        config=without_causal_mask,
         answer=answer,
         chat=diffuse,
         tiny=maskft.TINY(lr=4e-4, steps=350),

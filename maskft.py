@@ -266,17 +266,24 @@ SMALL_MASKED = SMALL(
 )
 
 
+def causal(config, tokenizer):
+    """The Config of a model that is trained and answers as it is, one token after the other."""
+    if not config.is_causal:
+        raise UserError("--model is a masked diffusion model: use llada.py")
+    return config
+
+
 class Method(NamedTuple):
     """All that tells one way of teaching from another. What is not given suits a custom method."""
 
     example: Callable  # record, tokenizer, mask_ratio, numpy Generator -> Example
     masks: bool = True  # whether the mask ratio means anything to it
-    causal: bool = True  # False: trains and answers without the causal mask, as LLaDA
+    config: Callable = causal  # Config of a model, tokenizer -> that to train it with
     # model, prompts, max_new_tokens, stop_ids, temperature, generators (one a prompt), on_answer ->
     # answers; None = generate with top_p 0.95
     answer: Callable = None
-    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; what is not causal
-    # needs its own
+    # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; of a diffusion model
+    # its own
     chat: Callable = chat_example
     tiny: dict = TINY(lr=6e-4, steps=300)
     small: dict = SMALL_MASKED
@@ -426,17 +433,6 @@ LLADA_CODE = {
     "AutoModel": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
     "AutoModelForCausalLM": "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM",
 }
-
-
-def as_diffusion(config, tokenizer):
-    """The Config to train a diffusion model with: of any family, with the causal mask off.
-
-    transformers reads is_causal, too.
-    """
-    if config.is_causal:
-        print0("an autoregressive model: diffusion training starts from its weights")
-    refuse_unless(config.raw, mask_token_id=[tokenizer.mask_id, None])
-    return parse_config(config.raw | {"is_causal": False, "mask_token_id": tokenizer.mask_id})
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1999,11 +1995,7 @@ def prepare(settings, method, device):
     tokenizer = data.load_tokenizer(directory)
     for note in tokenizer.notes:
         print0(note)
-    config = read_config(directory)
-    if not method.causal:
-        config = as_diffusion(config, tokenizer)
-    elif not config.is_causal:
-        raise UserError(f"--model {settings.model} is a masked diffusion model: use llada.py")
+    config = method.config(read_config(directory), tokenizer)
     dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     model = without_weights(config)
     recipe = recipe_of(method, model) | {"dtype": native_dtype()}

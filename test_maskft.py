@@ -1777,12 +1777,12 @@ SPELLER = Namespace(bos_id=0, eot_id=EOT, eos_id=EOS, mask_id=MASK, stop_ids=(EO
 
 def test_a_causal_model_of_any_family_becomes_a_diffusion_model(tmp_path):
     before = maskft.parse_config(llama(model_type="qwen3", head_dim=12, rope_scaling=LINEAR))
-    after = maskft.as_diffusion(before, SPELLER)
+    after = llada.without_causal_mask(before, SPELLER)
     differs = {name for name, value in vars(before).items() if getattr(after, name) != value}
     assert differs == {"is_causal", "raw"} and after.raw["mask_token_id"] == MASK
-    assert maskft.as_diffusion(after, SPELLER) == after
+    assert llada.without_causal_mask(after, SPELLER) == after
     other = maskft.parse_config(RAW | {"mask_token_id": 5})
-    assert "token_id 5" in refusal(maskft.as_diffusion, other, SPELLER)
+    assert "token_id 5" in refusal(llada.without_causal_mask, other, SPELLER)
     transformers = pytest.importorskip("transformers")
     ids = torch.tensor([[7, 1, 30, 2]])
     maskft.save(random_model(**after.raw), tmp_path)
