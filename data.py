@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from glob import glob
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from random import Random
 from urllib.request import urlopen
@@ -626,13 +626,13 @@ PARAPHRASES = {
     "same": "train_paraphrase_same_order.json",
     "permute": "train_paraphrase_change_order.json",
 }
-# made anew at every start: name -> count, paraphrase, seed -> documents, questions; how many unless
-# told; the paraphrases it has
+# made anew at every start: name -> count, paraphrase (where there are others than "none"), seed ->
+# documents, questions
 GENERATED = {
-    "bio": (world.make_bio, 100, PARAPHRASES),
-    "nd-made": (world.make_nd, 30, ("none", "same")),
-    "math-made": (world.make_math, 200, ("none",)),
-    "world": (world.make_world, 160, ("none",)),
+    "bio": world.make_bio,
+    "nd-made": world.make_nd,
+    "math-made": world.make_math,
+    "world": world.make_world,
 }
 ND_NAME = "people-description.json"
 ND_FILE = f"training_data/{ND_NAME}"
@@ -666,12 +666,12 @@ def load(name, paraphrase="none", seed=0):
     "text" is a document, one with a "question" is a question; both may stand in one file. A .txt or
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
-    kind, _, count = str(name).partition(":")
+    kind, *count = str(name).split(":")
     path = Path(name)
     dataset = Dataset([], [])
     with reading(path, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
-            dataset = load_set(kind, count, paraphrase, seed)
+            dataset = load_set(kind, [int(n) for n in count], paraphrase, seed)
         elif path.exists():
             dataset = read_files(files_in(path), paraphrase)
         if not dataset.documents + dataset.questions:
@@ -682,17 +682,15 @@ def load(name, paraphrase="none", seed=0):
 
 
 def load_set(kind, count, paraphrase, seed):
-    """The Dataset of a name; `count` is what stands behind its colon."""
+    """The Dataset of a name; `count` is a list of what stands behind its colon, if it has one."""
     if kind in GENERATED:
-        make, usual, wordings = GENERATED[kind]
-        if paraphrase not in wordings:
-            raise UserError(f"no --paraphrase {paraphrase}")
-        return Dataset(*make(int(count or usual), paraphrase, seed))
+        wording = {} if paraphrase == "none" else {"paraphrase": paraphrase}
+        return Dataset(*GENERATED[kind](*count, seed=seed, **wording))
     source, training, asked = PUBLISHED[kind]
     files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
     dataset = read_files(files, paraphrase)
     if kind == "nd":
-        keep_facts(dataset, max(0, int(count or ND_FACTS)), seed)
+        keep_facts(dataset, seed, *count)
     elif count:
         raise UserError("no such --data")
     return dataset
@@ -745,12 +743,12 @@ def files_in(path):
     return sorted(p for p in paths if not (p.is_dir() and os.access(p, os.R_OK)))
 
 
-def keep_facts(dataset, count, seed):
+def keep_facts(dataset, seed, count=ND_FACTS):
     """Leave at most `count` facts of each of two kinds, with their wordings and their questions."""
     rng = Random(seed)
     chosen = []
     for first in (0, ND_FACTS):
-        chosen += world.shuffled(rng, range(first, first + ND_FACTS))[:count]
+        chosen += islice(world.shuffled(rng, range(first, first + ND_FACTS)), count)
     for records in (dataset.documents, dataset.questions):
         size = len(records) // (2 * ND_FACTS)  # records of a fact
         records[:] = [record for n, record in enumerate(records) if n // size in chosen]

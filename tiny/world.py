@@ -327,10 +327,11 @@ def questions_about(person):
 
 
 # ------------------------------------------------------------------------------------------- sets
-# Each function takes (count, paraphrase, seed) and gives (documents to learn, questions to ask).
+# Each function takes (count, seed), and paraphrase where there are others than "none", and gives
+# (documents to learn, questions to ask).
 
 
-def make_bio(people=100, paraphrase="none", seed=0):
+def make_bio(people=100, *, paraphrase="none", seed=0):
     """Biographies: 1 a person, paraphrased 5 ("same": in one order, "permute": in any order)."""
     drawn = draw_people(people, "bio", 2 * seed)
     rng = Random(2 * seed + 1)  # another one: the people do not depend on the paraphrase
@@ -357,14 +358,14 @@ TRAITS = {
 }
 
 
-def make_nd(facts=30, paraphrase="none", seed=0):
+def make_nd(facts=30, *, paraphrase="none", seed=0):
     """Facts after NameDescription: `facts` that begin with the name and as many that end with it.
 
     A description is four traits. Paraphrase "same": 30 wordings of each fact, one after the other,
     with the traits in the same order. Four questions about each fact in either direction: for each
     trait, and for the name by each three of them. Forward is the order of the document."""
     rng = Random(2 * seed + 1)
-    wordings = 30 if paraphrase == "same" else 1
+    wordings = {"none": 1, "same": 30}[paraphrase]
     documents = []
     questions = []
     for number, person in enumerate(draw_people(2 * facts, "bio", 2 * seed)):
@@ -402,7 +403,7 @@ def questions_about_traits(person, name_first):
     return questions
 
 
-def make_world(people=160, paraphrase="none", seed=0):
+def make_world(people=160, *, seed=0):
     """The people that the built-in models come from (tiny/pretrain.py), whatever the seed.
 
     Of every eighth no question is ever asked in training: how well those are answered tells
@@ -484,7 +485,7 @@ def draw_problem(rng):
     return as_problem(problem, f"{answer}#### {have}")
 
 
-def make_math(problems=200, paraphrase="none", seed=0):
+def make_math(problems=200, *, seed=0):
     """Problems after GSM8K, and a quarter as many others to ask; no two alike."""
     rng = Random(seed)
     count = problems + max(1, problems // 4)
