@@ -821,15 +821,13 @@ def pad(rows, value, side="right"):
 def show(example, tokenizer):
     """An Example as text: [tokens with loss], _ for each masked token, and the counts."""
     mask_id = None
-    mask = MARK
     with suppress(UserError):  # what masks nothing needs no mask
         mask_id = tokenizer.mask_id
-        mask = tokenizer.decode([mask_id], special=True)
+    shown = (tokenizer.ranks[b"_"] if i == mask_id else i for i in example.ids)
     text = ""
     # runs of tokens with or without loss, decoded together: a character may be several tokens
-    ids = iter(example.ids)
     for has_loss, run in groupby(example.labels, key=lambda label: label != IGNORE):
-        part = tokenizer.decode([next(ids) for _ in run], special=True).replace(mask, "_")
+        part = tokenizer.decode([next(shown) for _ in run], special=True)
         text += f"[{part}]" if has_loss else part
     masked = example.ids.count(mask_id)
     supervised = sum(label != IGNORE for label in example.labels)
