@@ -293,14 +293,13 @@ class Tokenizer:
         template does not have."""
         parts = []
         before = ""
-        for message in messages:
+        for message in [*messages, {"role": "", "content": ""}]:  # behind the last, nobody
             role = message["role"]
             if role != "system" or message["content"]:
                 # the one place where special tokens are read as such: a template's own text
                 parts += apart(self.frames[f"{before}>{role}"], self.special)
                 parts.append(message["content"])
                 before = role
-        parts += apart(self.frames[f"{before}>"], self.special)
         return join(parts, self.encode)
 
     def prompt(self, content):
