@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from glob import glob
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from random import Random
 from urllib.request import urlopen
@@ -221,9 +221,9 @@ def passages(document, fits):
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # {character: byte}: tokenizer.json spells a byte as its Latin-1 character or, if that cannot be
 # seen, as the next one from 256 on.
-STAND_INS = iter(range(256, 512))
+STAND_INS = count(256)
 ALPHABET = {
-    chr(byte if byte > 32 and chr(byte).isprintable() else next(STAND_INS)): byte
+    chr(byte if regex.match(r"[^\p{C}\p{Z}]", chr(byte)) else next(STAND_INS)): byte
     for byte in range(256)
 }
 
