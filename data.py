@@ -100,11 +100,12 @@ def write_text(path, text):
 
 
 def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_lines(path, [content], indent=2)
 
 
-def write_lines(path, records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+def write_lines(path, records, indent=None):
+    """A file of JSON values, one a line or, with `indent`, to be read by people."""
+    lines = [json.dumps(record, indent=indent, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))
 
 
