@@ -567,21 +567,25 @@ def write_chat_files(tokenizer, source, target):
     template = jinja_template(tokenizer.frames)
     end = tokenizer.decode([tokenizer.eos_id], special=True)
     declared = read_object(source / "tokenizer_config.json")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **declared,
-        "pad_token": declared.get("pad_token") or end,
-        "eos_token": end,
-        "chat_template": template,
-    }
-    generation = {
-        "pad_token_id": tokenizer.eos_id,
-        **read_object(source / "generation_config.json"),
-        "eos_token_id": tokenizer.stop_ids,
-    }
-    write_json(target / "tokenizer_config.json", settings)
-    write_json(target / "generation_config.json", generation)
+    write_json(
+        target / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **declared,
+            "pad_token": declared.get("pad_token") or end,
+            "eos_token": end,
+            "chat_template": template,
+        },
+    )
+    write_json(
+        target / "generation_config.json",
+        {
+            "pad_token_id": tokenizer.eos_id,
+            **read_object(source / "generation_config.json"),
+            "eos_token_id": tokenizer.stop_ids,
+        },
+    )
     write_text(target / "chat_template.jinja", template)
 
 
