@@ -141,7 +141,7 @@ READERS = {
     ".txt": text_rows,
     ".md": text_rows,
 }
-FIELDS = {"text", "question", "answer", "direction", "task", "group", "id", "where", "problem"}
+FIELDS = {"text", "question", "answer", "direction", "task", "group", "id"}
 
 
 def ending(path):
