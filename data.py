@@ -120,7 +120,7 @@ def json_rows(text):
 
 def csv_rows(text):
     """The rows of a table. The first one names the columns."""
-    csv.field_size_limit(2**31 - 1)  # a document may be a book
+    csv.field_size_limit(10**9)  # a document may be a book
     for row in csv.DictReader(io.StringIO(text), strict=True):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")
@@ -262,7 +262,7 @@ class Tokenizer:
     @cached_property
     def _encode_once(self):
         """`_encode_plain` with a memory: a document is seen in every epoch."""
-        return lru_cache(2**17)(self._encode_plain)
+        return lru_cache(100_000)(self._encode_plain)
 
     def _encode_plain(self, text):
         """Ids of text without added tokens: take it apart into pieces, then merge within each."""
