@@ -33,7 +33,7 @@ from pathlib import Path
 from random import Random
 from urllib.request import urlopen
 
-import huggingface_hub.constants
+import huggingface_hub
 import regex  # comes with tiktoken; the standard re has no \p{L}
 import tiktoken
 from jinja2 import TemplateError  # jinja2 comes with torch
@@ -760,13 +760,12 @@ def keep_facts(dataset, seed, count=ND_FACTS):
 
 def fetch(name, url):
     """A file of a published set, in the hub's cache, where it is downloaded to once."""
-    path = Path(huggingface_hub.constants.HF_ASSETS_CACHE, "maskft", name, Path(url).name)
+    path = huggingface_hub.cached_assets_path("maskft", name, "") / Path(url).name
     if not path.exists():
         with (
             reading(url, f"could not be had: put it at {path}, or take --data bio"),
             urlopen(url) as response,
         ):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, response.read().decode())  # an error if it ends too early
     return path
 

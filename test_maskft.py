@@ -818,7 +818,7 @@ HALF = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"question": "Who?"}\n'
 
 def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    monkeypatch.setattr(data.huggingface_hub.constants, "HF_ASSETS_CACHE", cache)
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", cache)
     monkeypatch.setattr(data, "GITHUB", f"{tmp_path.as_uri()}/")
     monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.PARAPHRASES, "c.jsonl"))
     first = data.PARAPHRASES["none"]
