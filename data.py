@@ -754,8 +754,10 @@ def keep_facts(dataset, seed, count=ND_FACTS):
     for first in (0, ND_FACTS):
         chosen += islice(world.shuffled(rng, range(first, first + ND_FACTS)), count)
     for records in (dataset.documents, dataset.questions):
-        size = len(records) // (2 * ND_FACTS)  # records of a fact
-        records[:] = [record for n, record in enumerate(records) if n // size in chosen]
+        # one fact after the other, each has as many
+        records[:] = [
+            record for n, record in enumerate(records) if 2 * ND_FACTS * n // len(records) in chosen
+        ]
 
 
 def fetch(name, url):
