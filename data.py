@@ -742,7 +742,7 @@ def read_file(file, paraphrase, dataset):
 
 def files_in(path):
     """The files in a folder and its subfolders, by name, but for hidden ones; or the one file."""
-    paths = [path, *(path / name for name in glob("**", root_dir=path, recursive=True))]
+    paths = [path, *map(path.joinpath, glob("**", root_dir=path, recursive=True))]
     # of folders those that are closed, to be named
     return sorted(p for p in paths if not (p.is_dir() and os.access(p, os.R_OK)))
 
