@@ -332,7 +332,7 @@ def read_config(directory):
         config = parse_config(data.read_json(path))
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         without_weights(config).check_length(1)  # and sizes that cannot be
-    return with_own_head(config, directory)
+    return with_own_head(config, find_tensors(directory))
 
 
 def parse_config(raw):
@@ -735,20 +735,24 @@ def find_tensors(directory):
         return dict.fromkeys(file.keys(), single)
 
 
-def with_own_head(config, directory):
-    """The Config of a model directory: tied only if it has no head of its own.
+def read_tensor(files, name):
+    """A tensor of a checkpoint. Its file is mapped: of a part of it, only that is read.
+
+    The file is opened for each tensor anew: what was read stays mapped as long as the tensor.
+    """
+    with data.reading(files[name], NOT_WEIGHTS), safetensors.safe_open(files[name], "pt") as file:
+        return file.get_tensor(name)
+
+
+def with_own_head(config, files):
+    """The Config of a checkpoint: tied only if it has no head of its own.
 
     As in transformers, a head beside a tied embedding counts unless the two are equal.
     """
-    head, embedding = (f"{config.names[part]}.weight" for part in ("head", "embed"))
-    files = find_tensors(directory)
-    if not config.tie_word_embeddings or head not in files:
+    both = {f"{config.names[part]}.weight" for part in ("head", "embed")}
+    if not config.tie_word_embeddings or not both <= files.keys():
         return config
-    with data.reading(files[head], NOT_WEIGHTS):
-        rows, same = (
-            safetensors.safe_open(files[n], "pt").get_tensor(n) for n in (head, embedding)
-        )
-    if torch.equal(rows, same):
+    if torch.equal(*(read_tensor(files, name) for name in both)):
         return config
     return parse_config(config.raw | {"tie_word_embeddings": False, "weight_tying": False})
 
@@ -786,23 +790,18 @@ def load_weights(model, directory, device):
             "such): are they of one model, not quantized, and complete?"
         )
     for name, parameter in parameters.items():
-        with data.reading(files[name], NOT_WEIGHTS):
-            read_rows(files[name], name, parameter)
+        with data.reading(files[name]):
+            copy_rows(read_tensor(files, name), name, parameter)
 
 
-def read_rows(path, name, parameter):
-    """Fill what this rank holds of a parameter; only that is read of a tensor, which is mapped.
-
-    The file is opened for each tensor anew: what was read stays mapped until it is closed.
-    """
+def copy_rows(tensor, name, parameter):
+    """Fill what this rank holds of a parameter."""
     local = parameter.detach()
     start = 0
     if hasattr(parameter, "to_local"):
         # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
         local = local.to_local()
         start = rank() * math.ceil(len(parameter) / world_size())
-    with safetensors.safe_open(path, "pt") as file:
-        tensor = file.get_tensor(name)
     number = tensor.is_floating_point() and tensor.itemsize > 1  # a float8 has a scale beside it
     if tensor.shape != parameter.shape or not number:
         raise UserError(
