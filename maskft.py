@@ -322,17 +322,13 @@ class Config(SimpleNamespace):
 
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
+    files = find_tensors(directory)  # first: what has none may lack config.json, too
     path = directory / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{directory} has no config.json. A run that is not finished? --resume it. Or an "
-            "adapter? Merge it into its base model"
-        )
     with data.reading(path):
         config = parse_config(data.read_json(path))
         rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
         without_weights(config).check_length(1)  # and sizes that cannot be
-    return with_own_head(config, find_tensors(directory))
+    return with_own_head(config, files)
 
 
 def parse_config(raw):
@@ -715,8 +711,8 @@ def find_model(name):
 
 NOT_WEIGHTS = (
     "no whole safetensors file. A Git LFS pointer? git lfs pull. A download that is not complete? "
-    "`hf download` goes on with it. Or an adapter? Merge it into its base model. Pickled weights "
-    "are never read"
+    "`hf download` goes on with it. A run that is not finished, without config.json? --resume it. "
+    "Or an adapter? Merge it into its base model. Pickled weights are never read"
 )
 
 
