@@ -698,15 +698,13 @@ def find_model(name):
             return path
         if path.is_file():
             raise UserError(f"--model {name} is a file: give the directory with its config.json")
-    try:
+    with data.reading(
+        f"--model {name}",
+        "no directory, and cannot be downloaded. Of a gated or private one: `hf auth login`. Where "
+        f"there is no network: `hf download {name} --local-dir DIR` elsewhere, then --model DIR; "
+        "or --model tiny, which is built in",
+    ):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
-    except (OSError, ValueError) as error:  # of the hub's all are one or the other
-        raise UserError(
-            f"--model {name} is no directory, and cannot be downloaded "
-            f"({str(error).splitlines()[0]}). Of a gated or private one: `hf auth login`. Where "
-            f"there is no network: `hf download {name} --local-dir DIR` elsewhere, then --model "
-            "DIR; or --model tiny, which is built in"
-        ) from None
 
 
 NOT_WEIGHTS = (
