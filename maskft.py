@@ -334,12 +334,7 @@ def read_config(directory):
 def parse_config(raw):
     """The Config in the config.json of any supported family; null is absent."""
     given = {name: value for name, value in raw.items() if value is not None}
-    refuse_unless(
-        given,
-        model_type=ARCHITECTURES,
-        quantization_config=(),
-        **{name: [value] for name, value in FIXED.items()},
-    )
+    refuse_unless(given, model_type=ARCHITECTURES, quantization_config=(), **FIXED)
     family = given["model_type"]
     names = LLAMA_NAMES
     written = {"architectures": [ARCHITECTURES[family]]} | raw
@@ -395,23 +390,18 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llada": "LLaDAModelLM",
 }
-# What all models here have in common; from "activation_type" on fields of LLaDA-8B-Base, -Instruct
-# and LLaDA-1.5. (Dropout is none: nothing here has it, whatever a config says of how a model was
-# made.)
+# What all models here have in common, as far as another value would be wrong in silence: what comes
+# with tensors of its own (biases, norms of queries and keys) is noticed by these. (Dropout is none:
+# nothing here has it, whatever a config says of how a model was made.)
 FIXED = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_type": "llama",
-    "include_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "rope": True,
-    "scale_logits": False,
+    "hidden_act": ["silu"],
+    # of a LLaDA
+    "activation_type": ["silu"],
+    "alibi": [False],
+    "input_emb_norm": [False],
+    "layer_norm_type": ["rms"],
+    "rope": [True],
+    "scale_logits": [False],
 }
 # what a LLaDA's config.json calls the fields of a Llama's
 LLADA_FIELDS = {

@@ -1581,7 +1581,7 @@ def test_a_context_is_as_long_as_every_token_is_seen(changes, longest):
 REFUSED = [
     {"model_type": "gpt2"},
     {"hidden_act": "gelu"},
-    {"mlp_bias": True},
+    {"scale_logits": True},
     {"quantization_config": {"quant_method": "gptq"}},
     {"rope_scaling": LLAMA3 | {"rope_type": "yarn"}},
     {"rope_scaling": {"type": "linear"}},
