@@ -1152,11 +1152,9 @@ def save_checkpoint(run, step):
     except RuntimeError:  # torch hides what the system said of a full disk, a file does not
         (part / "probe").write_bytes(bytes(2**20))
         raise
-    if rank() == 0:
-        part.replace(part.with_name(f"step-{step:08}"))  # names that sort
-        for old in checkpoints(run.out)[:-2]:
-            shutil.rmtree(old)
-    dist.barrier()
+    on_rank_0(part.replace, part.with_name(f"step-{step:08}"))  # names that sort
+    for old in on_rank_0(checkpoints, run.out)[:-2]:
+        on_rank_0(shutil.rmtree, old)
 
 
 def load_checkpoint(run):
