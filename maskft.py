@@ -1002,10 +1002,10 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
         order = sorted(numbers, key=lambda i: -len(prompts[i]))  # neighbors make a good batch
         asked = [prompts[i] for i in order]
         answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=on_answer)
-        answers = dict(zip(order, answers, strict=True))
-        return [
-            evaluation.scored(questions[i], tokenizer.decode(answers[i]).strip()) for i in numbers
-        ]
+        return {
+            i: evaluation.scored(questions[i], tokenizer.decode(ids).strip())
+            for i, ids in zip(order, answers, strict=True)
+        }
 
     return dealt(len(questions), ask, "questions", "question")
 
@@ -1013,17 +1013,16 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
 def dealt(number, work, what, unit, each=1):
     """Deal so many numbers, 0, 1, ..., to the ranks like cards; the values of all, on every rank.
 
-    work  numbers, on_answer -> their values; it calls on_answer(n) for n more answers, of which a
-          value takes `each`
+    work  numbers, on_answer -> {number: its value}; it calls on_answer(n) for n more answers, of
+          which a value takes `each`
     """
     mine = range(rank(), number, world_size())
-    bar = progress_bar(each * len(mine), what, unit, leave=False, position=0)
-    done = work(mine, bar.update)
-    bar.close()
+    with progress_bar(each * len(mine), what, unit, leave=False, position=0) as bar:
+        done = work(mine, bar.update)
     parts = [done] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, done)
-    return [parts[n % world_size()][n // world_size()] for n in range(number)]
+    return [parts[n % world_size()][n] for n in range(number)]
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
@@ -1793,7 +1792,7 @@ def chats_of_step(run):
 
 
 def write_chats(run, answer, numbers, on_answer):
-    """The chats of these numbers, first all of the users' turns, then the answers.
+    """{number: its chat}; first all of the users' turns are written, then the answers.
 
     {"text", "prompt", "answer"} each: all of it to read; the ids up to the answer; those of the
     answer, with the end of turn if there was room for it. The user's turn is random by (seed, chat)
@@ -1809,12 +1808,12 @@ def write_chats(run, answer, numbers, on_answer):
     )
     prompts = [tokenizer.prompt(user) for user in users]
     answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)
-    chats = []
-    for prompt, ids in zip(prompts, answers, strict=True):
+    chats = {}
+    for n, prompt, ids in zip(numbers, prompts, answers, strict=True):
         if len(ids) < CHAT_ANSWER_TOKENS:
             ids.append(tokenizer.eot_id)  # what ended by itself, ends its turn
         text = tokenizer.decode(prompt + ids, special=True)
-        chats.append({"text": text, "prompt": prompt, "answer": ids})
+        chats[n] = {"text": text, "prompt": prompt, "answer": ids}
     return chats
 
 

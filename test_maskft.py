@@ -1921,7 +1921,7 @@ def quick():
     sys.modules["matplotlib.figure"] = None
 
 
-def signalled(number, nth, where=torch.nn.utils, name="clip_grad_norm_", only="01"):
+def signalled(number, nth, where=nn.utils, name="clip_grad_norm_", only="01"):
     """The same, with a signal at the end of the nth call of `where.name`, on these ranks only."""
     quick()
     calls = itertools.count(1)
@@ -2079,7 +2079,7 @@ def test_what_was_cut_has_no_end_of_turn(tokenizer):
         return [[5] * most, [5] * (most - 1)]
 
     run = Namespace(tokenizer=tokenizer, settings=Namespace(seed=0), device="cpu")
-    cut, ended = maskft.write_chats(run, answer, range(2), None)
+    cut, ended = maskft.write_chats(run, answer, range(2), None).values()
     assert cut["answer"] == [5] * 64 and ended["answer"] == [5] * 63 + [tokenizer.eot_id]
 
 
