@@ -982,10 +982,9 @@ def check_questions(questions, tokenizer, model, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
-        with data.reading(question.get("where", "--data")):
+        with data.reading(question.get("where", "--data"), "its answer has no word to score"):
             model.check_length(len(tokenizer.prompt(question["question"])) + longest)
-            if not evaluation.words(question.get("answer", "unscored")):
-                raise UserError("its answer has no word to score")
+            evaluation.scored(question, "")
 
 
 def evaluate(answer, tokenizer, questions, max_new_tokens=None):
