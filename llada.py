@@ -117,8 +117,9 @@ def sample(
         mask_id = model.config.mask_token_id
     rows = [prompt + [mask_id] * max_new_tokens for prompt in prompts]
     # padded on the left, so that the blocks of all rows are the same columns
-    ids = pad(rows, mask_id, "left").to(model.norm.weight.device)  # (B, T)
-    key_mask = pad([[True] * len(row) for row in rows], False, "left")  # (B, T)
+    ids = pad(rows, -1, "left").to(model.norm.weight.device)  # (B, T)
+    key_mask = ids >= 0  # (B, T)
+    ids.clamp_(0)  # any id is padding
     width = ids.shape[1] - max_new_tokens  # of the prompts
     going = range(len(prompts))  # rows whose text has not ended
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
