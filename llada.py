@@ -153,22 +153,21 @@ def masks_between(ids, mask_id, start, end):
 def tokens_per_step(max_new_tokens, steps, block_length, threshold):
     """How many tokens each step of a block keeps, the larger numbers first.
 
-    4 tokens in 3 steps are [2, 1, 1]; a step that would keep nothing is left out.
+    4 tokens in 3 steps are [2, 1, 1]; a step that would keep nothing is left out. Where `steps` is
+    None or there is a threshold, each keeps one.
     """
-    if block_length < 1 or max_new_tokens < 1 or max_new_tokens % block_length:
+    if steps is None or threshold is not None:
+        steps = max_new_tokens
+    if (
+        min(max_new_tokens, block_length, steps) < 1
+        or max_new_tokens % block_length
+        or steps * block_length % max_new_tokens
+    ):
         raise UserError(
-            f"max_new_tokens {max_new_tokens} is not a positive multiple of "
-            f"block_length {block_length}"
+            f"max_new_tokens {max_new_tokens} has to be a positive multiple of block_length "
+            f"{block_length}, and steps {steps} of the number of blocks"
         )
-    if threshold is not None:
-        return [1] * block_length  # one at least
-    blocks = max_new_tokens // block_length
-    if steps < 1 or steps % blocks:
-        raise UserError(
-            f"steps {steps} is not a positive multiple of the {blocks} blocks of "
-            f"{block_length} tokens"
-        )
-    passes = min(steps // blocks, block_length)
+    passes = min(steps * block_length // max_new_tokens, block_length)
     return [len(range(i, block_length, passes)) for i in range(passes)]  # dealt like cards
 
 
@@ -252,7 +251,7 @@ def answer(
             model,
             batch,
             max_new_tokens,
-            max_new_tokens if steps is None else steps,
+            steps,
             block_length,
             temperature,
             stop_ids=stop_ids,
