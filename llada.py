@@ -107,8 +107,7 @@ def sample(
                  least; `steps` is not used
 
     At temperature 0 and remasking by confidence, tokens are the reference's, sooner: logits are
-    computed at the block's masks only, and a row leaves the batch once its text has ended. A token
-    that stands is never changed again.
+    computed at the block's masks only, and a row leaves the batch once its text has ended.
     """
     counts = tokens_per_step(max_new_tokens, steps, block_length, threshold)
     if not prompts:
@@ -125,7 +124,8 @@ def sample(
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
         for count in counts:
             batch = ids[going]
-            masks = masks_between(batch, mask_id, width, end)  # (B, T), of N places
+            masks = batch == mask_id  # (B, T), of N places; a predicted mask token leaves a mask
+            masks[:, :width] = masks[:, end:] = False  # a prompt's, too, in the reference: a bug
             if not masks.any():
                 break  # this block was done in fewer steps, or no row is left
             logits = predict(model, mask_id, batch, key_mask[going], masks, width, cfg_scale)
@@ -136,18 +136,6 @@ def sample(
             # a stop id ends a row once there is no mask before it
             going = [n for n in going if mask_id in texts[n]]
     return texts
-
-
-def masks_between(ids, mask_id, start, end):
-    """(B, T) bool: the masks in these columns.
-
-    Looked for anew in every step: a model may predict the mask token itself, which leaves a mask. A
-    bug of the reference: it fills in masks of the prompt too.
-    """
-    masks = ids == mask_id
-    masks[:, :start] = False
-    masks[:, end:] = False
-    return masks
 
 
 def tokens_per_step(max_new_tokens, steps, block_length, threshold):
