@@ -296,9 +296,7 @@ def table(rows):
     """Rows of `summarize` as text that is Markdown too: a table for each data set."""
     parts = [LEGEND]
     for title, same in groupby(rows, lambda row: row.title):
-        cells = [table_cells(row) for row in same]
-        lines = [cells[0].keys(), *(row.values() for row in cells)]
-        parts += [f"{title}:", markdown(lines)]
+        parts += [f"{title}:", markdown([table_cells(row) for row in same])]
     return "\n\n".join(parts)
 
 
@@ -329,8 +327,9 @@ def shown(form, score):
     return form.format(*score).replace("0.", ".")
 
 
-def markdown(lines):
-    """Lines of cells as a table with aligned columns, the first one as its header."""
+def markdown(rows):
+    """Dicts {column: cell}, of the same columns, as a table in which these are aligned."""
+    lines = [*rows[:1], *map(dict.values, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -425,13 +424,13 @@ def samples(predictions):
 
 def score_table(scores):
     """Every group of `average` as a line of a table."""
-    lines = [["", "n", "mean [95 % interval]"]]
+    rows = []
     for name, group in scores.items():
         means = [
             f"{metric} " + INTERVAL.format(*group[metric]) for metric in METRICS if metric in group
         ]
-        lines.append([name, str(group["n"]), "  ".join(means)])
-    return markdown(lines)
+        rows.append({"": name, "n": str(group["n"]), "mean [95 % interval]": "  ".join(means)})
+    return markdown(rows)
 
 
 # ---------------------------------------------------------------------------------------- command

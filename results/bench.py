@@ -324,11 +324,10 @@ PROGRAMS = {measure.__name__: measure for measure in (loop, training, answers)}
 
 def table(figures):
     """A line each."""
-    first, *_ = figures.values()
-    lines = [["", *first]]
+    rows = []
     for name, row in figures.items():
-        lines.append([name, *(f"{value:.3g}" for value in row.values())])
-    return evaluation.markdown(lines)
+        rows.append({"": name} | {column: f"{value:.3g}" for column, value in row.items()})
+    return evaluation.markdown(rows)
 
 
 def arguments():

@@ -194,12 +194,16 @@ def track(model, rows, tokens):
 
 
 def row(planned, gpus):
-    """A line of the table, as text."""
+    """{column: cell} of a line of the table."""
     compute = planned["flops"] / (TFLOPS * 1e12)
     traffic = planned["traffic"] / (GBS * 1e9)
-    shown = [planned["peak"] / GIB, planned["flops"] / 1e12, planned["traffic"] / 1e9]
-    seconds = f"{max(compute, traffic):.2g} to {compute + traffic:.2g}"
-    return [f"{gpus}", *(f"{value:.1f}" for value in shown), seconds]
+    return {
+        "GPUs": f"{gpus}",
+        "GiB a GPU": f"{planned['peak'] / GIB:.1f}",
+        "TFLOP a GPU": f"{planned['flops'] / 1e12:.1f}",
+        "GB from others": f"{planned['traffic'] / 1e9:.1f}",
+        "seconds a step": f"{max(compute, traffic):.2g} to {compute + traffic:.2g}",
+    }
 
 
 def read_shape(name):
@@ -227,12 +231,12 @@ def arguments():
 def main():
     args = arguments().parse_args()
     config = read_shape(args.model)
-    lines = [["GPUs", "GiB a GPU", "TFLOP a GPU", "GB from others", "seconds a step"]]
+    rows = []
     for gpus in args.gpus:
         planned = plan(config, gpus, args.batch_size, args.micro_batch_tokens, args.max_len)
-        lines.append(row(planned, gpus))
+        rows.append(row(planned, gpus))
     print(f"{args.model}, {planned['parameters'] / 1e9:.3g} B parameters, computed, not measured\n")
-    print(evaluation.markdown(lines))
+    print(evaluation.markdown(rows))
     print("\nSeconds: all traffic hidden to none. Leave 2 to 4 GiB a GPU for NCCL and CUDA.")
 
 
