@@ -211,19 +211,9 @@ def keep_best(ids, masks, new, score, count, threshold):
     return torch.where(kept, ids.masked_scatter(masks, new), ids)
 
 
-def answer(
-    model,
-    prompts,
-    max_new_tokens=128,
-    stop_ids=(),
-    temperature=0.0,
-    steps=None,
-    block_length=4,
-    threshold=None,
-    generators=None,
-    on_answer=None,
-):
-    """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0.
+def answer(model, prompts, max_new_tokens=128, steps=None, generators=None, on_answer=None, **how):
+    """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0; `how` is
+    for `sample`.
 
     Prompts of alike length should be neighbors, as they are answered batch by batch; with a
     generator for each one by one, so that no draw depends on others.
@@ -240,11 +230,8 @@ def answer(
             batch,
             max_new_tokens,
             steps,
-            block_length,
-            temperature,
-            stop_ids=stop_ids,
             generator=generators[len(answers)] if generators else None,
-            threshold=threshold,
+            **how,
         )
         left = left[len(batch) :]
         if on_answer:
