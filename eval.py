@@ -357,6 +357,14 @@ def draw_curves(rows, path, xlabel="step"):
     figure.savefig(path)
 
 
+def draw_run(results, lines, path):
+    """The picture of one run: its scores, its drift and the losses in its metrics.jsonl."""
+    (row,) = summarize([results])
+    for line in lines:
+        row.curve.append({"step": line["step"], "loss": [line["loss"]]})
+    draw_curves([row], path)
+
+
 def draw_all(rows, out):
     """The figures of a report: curves for each table and paraphrase, and what mask ratios do."""
     for where, same in groupby(rows, place):

@@ -2136,7 +2136,7 @@ def finish(run):
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
     on_rank_0(data.write_text, run.out / "README.md", model_card(run))
-    on_rank_0(draw, run)
+    on_rank_0(evaluation.draw_run, run.results, run.lines, run.out / "curves.png")
     run.results["finished"] = True  # now all is there
     on_rank_0(evaluation.write_results, run.out, run.results, predictions)
     on_rank_0(shutil.rmtree, run.out / "ckpt", ignore_errors=True)
@@ -2144,14 +2144,6 @@ def finish(run):
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-
-def draw(run):
-    """curves.png: scores, drift and losses, where matplotlib is installed."""
-    (row,) = evaluation.summarize([run.results])
-    for line in run.lines:
-        row.curve.append({"step": line["step"], "loss": [line["loss"]]})
-    evaluation.draw_curves([row], run.out / "curves.png")
 
 
 CARD = """\
