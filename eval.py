@@ -276,10 +276,6 @@ def over_seeds(*evaluations):
     return merged
 
 
-# settings that no flag sets: they follow from the model and the method
-RECIPE = ("recipe", "steps", "most_epochs", "eps", "schedule", "rehearse_lr")
-
-
 def difference(row, rows):
     """The settings in which rows of the same name differ, as in ", lr 0.01"."""
     same = [
@@ -288,7 +284,7 @@ def difference(row, rows):
     return "".join(
         f", {name} {value}"
         for name, value in row.settings.items()
-        if name not in RECIPE and any(settings[name] != value for settings in same)
+        if any(settings[name] != value for settings in same)
     )
 
 

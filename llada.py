@@ -255,8 +255,8 @@ METHODS = {
 
 
 def main():
-    args = maskft.parse_flags(maskft.arguments(__doc__, METHODS))
-    maskft.run_methods(args, METHODS, models=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
+    flags = maskft.parse_flags(maskft.arguments(__doc__, METHODS))
+    maskft.run_methods(flags, METHODS, models=("tiny-llada", "GSAI-ML/LLaDA-8B-Instruct"))
 
 
 if __name__ == "__main__":

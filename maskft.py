@@ -12,7 +12,6 @@ comes behind the last epoch, main.
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import math
@@ -26,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
@@ -236,22 +235,30 @@ def fall(lr, step, steps):
 SCHEDULES = {"warm_up": warm_up, "fall": fall}
 USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 
-# A recipe: the Settings of a method and models of one size, as far as no flag says otherwise.
+# A recipe: the settings of a method and models of one size, as far as no flag says otherwise, and
+# what no flag sets
 USUAL = partial(
     dict,
+    paraphrase="none",
     mask_ratio=USUAL_RATIO,
     mlp_only=False,
     rehearse=0,
-    rehearse_lr=1 / 3,
-    eps=1e-8,
-    schedule="warm_up",
-    most_epochs=5000,
+    micro_batch_tokens=4096,
+    max_len=512,
+    seed=0,
+    offload=False,
     eval_at=[0, *(2**n for n in range(20))],
+    save_every=30.0,
+    # without a flag; `steps` of all epochs, too, where the data does not say how many
+    most_epochs=5000,
+    schedule="warm_up",  # of SCHEDULES
+    eps=1e-8,  # AdamW's
+    rehearse_lr=1 / 3,  # of the chats behind the last epoch, as a share of lr
 )
 # for models of less than 10 M parameters, of less than 1 B, and for all others
-TINY = partial(USUAL, recipe="measured on the built-in models", batch_size=20, eps=1e-5)
-SMALL = partial(USUAL, recipe="chosen on SmolLM2-135M", batch_size=10)
-PAPER = partial(USUAL, recipe="the paper's, A.4", batch_size=64)
+TINY = partial(USUAL, source="measured on the built-in models", batch_size=20, eps=1e-5)
+SMALL = partial(USUAL, source="chosen on SmolLM2-135M", batch_size=10)
+PAPER = partial(USUAL, source="the paper's, A.4", batch_size=64)
 # differs from masked_arLLM, whose models have 3 B and 8 B: ours, what taught SmolLM2-135M most
 # (results/README.md)
 SMALL_MASKED = SMALL(
@@ -1237,7 +1244,6 @@ def claim(run, out, ends):
     found = results_of(run, out)
     if found.get("finished"):
         return out, found
-    results = run.results | {"environment": environment(run.device), "evaluations": []}
     if not found:
         # but for what a crash may leave before there are results
         if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
@@ -1246,8 +1252,8 @@ def claim(run, out, ends):
                 "bring back what was changed, or give another --out"
             )
         with data.reading(out, "cannot be written to"):
-            data.write_json(out / "results.json", results)  # now the directory is its own
-    return out, results
+            data.write_json(out / "results.json", run.results)  # now the directory is its own
+    return out, run.results
 
 
 def next_directory(run):
@@ -1268,20 +1274,7 @@ def next_directory(run):
 def results_of(run, out):
     """The results so far of a run with these settings and data in a directory; {} if none is."""
     found = data.read_object(out / "results.json")
-    return found if found | run.results == found else {}
-
-
-def settings_of(out, methods):
-    """The Settings of the run that --resume names."""
-    path = Path(out, "results.json")
-    with data.reading(path, "not the settings of a run of this version"):
-        settings = Settings(**data.read_json(path)["arguments"])
-        for name, kind in Settings.__annotations__.items():
-            if not isinstance(getattr(settings, name), kind | None):
-                raise TypeError(name)
-    if settings.method not in methods:
-        raise UserError(f"{out}: a run of {settings.method}; go on with the script that began it")
-    return settings
+    return found if found.get("digest") == run.results["digest"] else {}
 
 
 def check_shared(out):
@@ -1295,11 +1288,6 @@ def check_shared(out):
 
 
 # ------------------------------------------------------------------- settings, which are the flags
-
-
-def flag(what, default=None, **more):
-    """A setting that the flag of its name sets; `more` is for argparse."""
-    return field(default=default, metadata={"help": what, **more})
 
 
 def at_least(low, most=1e99):
@@ -1325,76 +1313,72 @@ def located(name):
 positive = at_least(1)
 
 
-@dataclass
-class Settings:
-    """What makes a run what it is: its flags, kept in results.json, from where --resume has them.
+def flag(what, **more):
+    """How argparse reads a flag."""
+    return {"help": what, **more}
 
-    None where no flag was given, until `decide`.
-    """
 
-    model: str = flag(
+# What makes a run what it is, beside its method: its flags, whose values results.json keeps, from
+# where --resume has them.
+SETTINGS = {
+    "model": flag(
         "directory or hub id (default: built-in; under torchrun with CUDA 8B)", type=located
-    )
-    data: str = flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)", type=located)
-    method: str = None  # --method takes several
-    paraphrase: str = flag("wordings (default: none)", "none", choices=PARAPHRASES)
-    mask_ratio: list = flag(  # None: the method masks nothing
+    ),
+    "data": flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)", type=located),
+    "paraphrase": flag("wordings (default: none)", choices=PARAPHRASES),
+    "mask_ratio": flag(
         "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
         "parameters 0.5 0.95)",
         type=at_least(0.0, 1.0),
         nargs="+",
         metavar="R",
-    )
-    mlp_only: bool = flag(
+    ),
+    "mlp_only": flag(
         "train the MLPs alone, which forgets less (default: masked and random, of real models "
         "below 1 B)",
         action=argparse.BooleanOptionalAction,
-    )
-    rehearse: int = flag(
+    ),
+    "rehearse": flag(
         "add N steps with chats that the model wrote, and questions to learn (default: masked and "
         "random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
         type=at_least(0),
         metavar="N",
-    )
-    epochs: int = flag("default: by the model's size and the data", type=positive)
-    lr: float = flag("default: by the model's size and the method", type=at_least(0.0))
-    batch_size: int = flag("documents a step (default: 64; of small models fewer)", type=positive)
-    micro_batch_tokens: int = flag(
-        "at a time on a GPU, with padding: memory, not results (default: 4096)",
-        4096,
-        type=positive,
-    )
-    max_len: int = flag("of a document's example, in tokens (default: 512)", 512, type=positive)
-    seed: int = flag("of people, order and masks (default: 0)", 0, type=at_least(0))
-    dtype: str = flag(
+    ),
+    "epochs": flag("default: by the model's size and the data", type=positive),
+    "lr": flag("default: by the model's size and the method", type=at_least(0.0)),
+    "batch_size": flag("documents a step (default: 64; of small models fewer)", type=positive),
+    "micro_batch_tokens": flag(
+        "at a time on a GPU, with padding: memory, not results (default: 4096)", type=positive
+    ),
+    "max_len": flag("of a document's example, in tokens (default: 512)", type=positive),
+    "seed": flag("of people, order and masks (default: 0)", type=at_least(0)),
+    "dtype": flag(
         "of the computation (default: bfloat16 on GPUs that have it)",
         choices=["bfloat16", "float32"],
-    )
-    offload: bool = flag(
+    ),
+    "offload": flag(
         "keep weights, gradients and optimizer state in the host's memory: slower, fits more",
-        False,
         action="store_true",
-    )
-    eval_at: list = flag(
+    ),
+    "eval_at": flag(
         "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
         type=at_least(0),
         nargs="+",
         metavar="E",
-    )
-    save_every: float = flag("minutes between checkpoints (default: 30)", 30.0, type=at_least(0.0))
-    # without a flag
-    recipe: str = None  # where the recipe comes from
-    steps: int = None  # of all epochs, if the recipe says how many; the data does otherwise
-    most_epochs: int = None  # where --epochs does not say how many
-    eps: float = None  # AdamW's
-    schedule: str = None  # of SCHEDULES
-    rehearse_lr: float = None  # of the chats behind the last epoch, as a share of lr
+    ),
+    "save_every": flag("minutes between checkpoints (default: 30)", type=at_least(0.0)),
+}
 
 
 def arguments(description, methods):
-    """The flags of a script that trains `methods`, {name: Method}: those of Settings, and four."""
+    """The flags of a script that trains `methods`, {name: Method}: those of SETTINGS, and four.
+
+    What is not given is not there.
+    """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add(
@@ -1403,9 +1387,8 @@ def arguments(description, methods):
         choices=methods,
         help="one, or several to compare (default: the last; of tiny the last two)",
     )
-    for setting in dataclasses.fields(Settings):
-        if setting.metadata:
-            add(f"--{setting.name.replace('_', '-')}", **setting.metadata)
+    for name, how in SETTINGS.items():
+        add(f"--{name.replace('_', '-')}", **how)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     add(
@@ -1420,14 +1403,14 @@ def arguments(description, methods):
 
 
 def parse_flags(parser, words=None):
-    """The command line, or `words` of one in a notebook, as Settings that have all flags.
+    """{name: value} of the flags on the command line, or in the `words` of one in a notebook.
 
     --resume takes all settings from its run, so it stands alone.
     """
-    args = parser.parse_args(words, Settings())
-    if args.resume and (args != Settings() or args.out or args.show):
+    flags = vars(parser.parse_args(words))
+    if "resume" in flags and len(flags) > 1:
         parser.error("--resume takes its settings from the run: give no other flag with it")
-    return args
+    return flags
 
 
 # Steps of the paper's settings, by the first word of --data: one and a half times what 95 % of the
@@ -1453,21 +1436,21 @@ def recipe_of(method, model):
     return method.from_8b or method.large
 
 
-def decide(settings, method, recipe):
-    """Set what no flag gave as the recipe has it, but for the epochs."""
-    for name, value in recipe.items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
+def decide(given, method, recipe):
+    """The settings of a run: as given, else as the recipe has them, but for the epochs."""
+    chosen = {"dtype": native_dtype(), **recipe, **given}
+    settings = SimpleNamespace(**{name: chosen.get(name) for name in ("method", *SETTINGS)})
     ratios = settings.mask_ratio
     settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
     return settings
 
 
-def decide_epochs(settings, steps_per_epoch):
-    """Set how often the documents are seen."""
-    steps = settings.steps or STEPS.get(regex.match(r"\w*", settings.data)[0], WIKI_STEPS)
+def decide_epochs(settings, recipe, steps_per_epoch):
+    """Set how often the documents are seen, where no flag says so."""
+    kind = regex.match(r"\w*", settings.data)[0]
+    steps = recipe.get("steps", STEPS.get(kind, WIKI_STEPS))
     enough = math.ceil(steps / steps_per_epoch)
-    settings.epochs = settings.epochs or min(settings.most_epochs, enough)
+    settings.epochs = settings.epochs or min(recipe["most_epochs"], enough)
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1477,16 +1460,17 @@ def decide_epochs(settings, steps_per_epoch):
 class Run:
     """The training of one method."""
 
-    settings: Settings
+    settings: SimpleNamespace  # of SETTINGS
+    recipe: dict  # what no flag sets
     method: Method
     device: torch.device
     directory: Path  # of the model that it starts from
     tokenizer: data.Tokenizer
     dataset: data.Dataset
     model: Model  # on `meta` until its weights are loaded
-    results: dict  # of results.json, from `prepare` the first
     chats: list  # that the model wrote before it learned anything
     lines: list  # of metrics.jsonl, one a step
+    results: dict = None  # of results.json, from `prepare` the first
     out: Path = None  # of the run, once it has one
     optimizer: torch.optim.Optimizer = None
     clock: float = 0.0  # the time.monotonic() at which its seconds began
@@ -1631,12 +1615,12 @@ def train(run, stop):
 def lr_of_step(run, step):
     """The schedule's; behind the epochs a constant share of lr or, with questions to learn, half of
     lr, falling to zero."""
-    settings = run.settings
+    lr = run.settings.lr
     if step < run.epoch_steps:
-        return SCHEDULES[settings.schedule](settings.lr, step, run.epoch_steps)
+        return SCHEDULES[run.recipe["schedule"]](lr, step, run.epoch_steps)
     if run.dataset.learned:
-        return settings.lr / 2 * (run.steps - step) / settings.rehearse
-    return settings.lr * settings.rehearse_lr
+        return lr / 2 * (run.steps - step) / run.settings.rehearse
+    return lr * run.recipe["rehearse_lr"]
 
 
 def check_finite(loss, norm, step):
@@ -1922,10 +1906,10 @@ def chat_loss(run):
 BUILT_IN = ("tiny", "tiny-llada")
 
 
-def run_methods(args, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
+def run_methods(flags, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruct")):
     """Train with every method that is asked for, in turn, and print one table.
 
-    args     what `parse_flags` made of the flags of `arguments`
+    flags    those of `arguments`, as `parse_flags` has them
     methods  {name: Method}, of the method of the paper or of your own
     models   where --model names none: of a plain process, and of torchrun on GPUs
     """
@@ -1934,14 +1918,13 @@ def run_methods(args, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruct
         stop = listen(ends)
         # all methods first, so that a mistake in the last one does not wait for the training of
         # others
-        wanted = wanted_settings(args, methods, models, device)
-        runs = [prepare(settings, methods[settings.method], device) for settings in wanted]
-        if args.show:
+        runs = prepare_all(flags, methods, models, device)
+        if "show" in flags:
             for run in runs:
-                show_examples(run, args.show)
+                show_examples(run, flags["show"])
             return
         for run in runs:
-            out = args.out or args.resume
+            out = flags.get("out", flags.get("resume"))
             if out and len(runs) > 1:
                 out = f"{out}-{run.settings.method}"
             run.out, run.results = on_rank_0(claim, run, out, ends)
@@ -1957,50 +1940,52 @@ def run_methods(args, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruct
     print_where(runs)
 
 
-def wanted_settings(args, methods, models, device):
-    """A Settings for each method to train: as the flags say, or those of the run to resume."""
-    if args.resume:
-        return [settings_of(args.resume, methods)]
-    args.model = args.model or models[launched() and device.type == "cuda"]
-    demo = args.model in BUILT_IN
-    args.data = args.data or ("bio:40" if demo else "bio")
-    names = args.method or list(methods)[-2 if demo else -1 :]
-    return [dataclasses.replace(args, method=name) for name in dict.fromkeys(names)]
+def prepare_all(flags, methods, models, device):
+    """A Run for each method to train, or the one to resume, all of whose settings are given."""
+    if "resume" in flags:
+        path = Path(flags["resume"], "results.json")
+        with data.reading(path, "not of this version; or go on with the script that began it"):
+            return [prepare(data.read_json(path)["arguments"], methods, device)]
+    model = flags.get("model", models[launched() and device.type == "cuda"])
+    demo = model in BUILT_IN
+    usual = {"data": "bio:40" if demo else "bio", "method": list(methods)[-2 if demo else -1 :]}
+    given = usual | flags | {"model": model}
+    names = dict.fromkeys(given["method"])
+    return [prepare(given | {"method": name}, methods, device) for name in names]
 
 
-def prepare(settings, method, device):
-    """A Run with every setting decided and its data checked, before there are weights."""
-    directory = find_model(settings.model)
+def prepare(given, methods, device):
+    """A Run with every setting decided and its data checked, before there are weights.
+
+    given  {name: value} of settings, of which model, data and method always are
+    """
+    method = methods[given["method"]]
+    directory = find_model(given["model"])
     tokenizer = data.load_tokenizer(directory)
     for note in tokenizer.notes:
         print0(note)
     config = method.config(read_config(directory), tokenizer)
-    dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     model = without_weights(config)
-    recipe = recipe_of(method, model) | {"dtype": native_dtype()}
+    recipe = recipe_of(method, model)
+    settings = decide(given, method, recipe)
+    dataset = data.load(settings.data, settings.paraphrase, settings.seed)
     if dataset.learned:
-        if settings.rehearse == 0:
+        settings.rehearse = given.get("rehearse", ANSWER_STEPS)
+        if not settings.rehearse:
             raise UserError("--rehearse 0 learns no question: --data has some to learn")
-        recipe["rehearse"] = ANSWER_STEPS
-    decide(settings, method, recipe)
     run = Run(
-        settings,
-        method,
-        device,
-        directory,
-        tokenizer,
-        dataset,
-        model,
-        results={},
-        chats=[],
-        lines=[],
+        settings, recipe, method, device, directory, tokenizer, dataset, model, chats=[], lines=[]
     )
     fit_documents(run)
-    decide_epochs(settings, run.steps_per_epoch)
+    decide_epochs(settings, recipe, run.steps_per_epoch)
     check_questions(dataset.questions, tokenizer, model)
     run.results = {
-        "arguments": dataclasses.asdict(settings),
-        "dataset": sha256(repr(dataset).encode()).hexdigest(),
+        "arguments": vars(settings),
+        "recipe": recipe,
+        # what its numbers follow from
+        "digest": sha256(repr([settings, recipe, dataset]).encode()).hexdigest(),
+        "environment": environment(device),
+        "evaluations": [],
     }
     describe(run)
     return run
@@ -2009,7 +1994,7 @@ def prepare(settings, method, device):
 PLAN = """\
 {method}: {documents} records and {learned} questions to learn, {questions} to ask
   {epochs} epochs of batches of {batch_size} and {rehearse} steps of --rehearse, lr {lr:g}
-  defaults: {recipe}
+  defaults: {source}
   computes in {dtype} (--dtype, else what is native here), weights and gradient sums in float32"""
 
 
@@ -2021,6 +2006,7 @@ def describe(run):
     print0(
         PLAN.format(
             **vars(settings),
+            source=run.recipe["source"],
             documents=len(run.dataset.documents),
             learned=len(run.dataset.learned),
             questions=len(run.dataset.questions),
@@ -2077,7 +2063,7 @@ def build(run):
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
-    run.optimizer = make_optimizer(run.model, settings.eps)
+    run.optimizer = make_optimizer(run.model, run.recipe["eps"])
     load_checkpoint(run)
     run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
     on_rank_0(data.write_chat_files, run.tokenizer, run.directory, run.out)

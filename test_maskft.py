@@ -2260,7 +2260,7 @@ TRAINING_MISTAKES = {
     "--resume foreign": "foreign/results.json",
     "--out list --method sft": "list/results.json",
     "--resume typed": "typed/results.json",
-    "--resume other": "other: a run of llada",
+    "--resume other": "script that began it",
 }
 
 FOLDER = {
@@ -2389,7 +2389,7 @@ def test_a_damaged_run_goes_on_or_is_one_line_that_names_it(name, seed, halted, 
 
 
 DAMAGE = {  # file of a run: old, new -> what the one line names
-    "results.json": (b'"dataset": "', b'"dataset": "0', "--data"),
+    "results.json": (b'"digest": "', b'"digest": "0', "--data"),
     "ckpt/step-00000003/.metadata": (b"torch", b"", "ckpt/step-00000003"),
 }
 
@@ -2509,8 +2509,8 @@ def test_settings_that_no_flag_gives(row):
     size, name, dataset, steps, *expected = row.split()
     method = (maskft.METHODS | llada.METHODS)[name]
     recipe = maskft.recipe_of(method, meta_model(size))
-    found = maskft.decide(maskft.Settings("tiny", dataset, name), method, recipe)
-    maskft.decide_epochs(found, int(steps))
+    found = maskft.decide({"data": dataset}, method, recipe)
+    maskft.decide_epochs(found, recipe, int(steps))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     chosen = [size, name] == ["135M", "masked"]
     assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
@@ -2524,7 +2524,7 @@ def test_below_1_b_the_rate_of_masked_falls_over_the_last_fifth():
         for step in (0, 9, 400, 425, 500)
     ]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 0])
-    found = maskft.decide(maskft.Settings(mlp_only=False), masked, masked.small)
+    found = maskft.decide({"mlp_only": False}, masked, masked.small)
     assert found.mlp_only is False
 
 

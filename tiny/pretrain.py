@@ -153,11 +153,11 @@ def arguments():
 
 
 def main():
-    args = maskft.parse_flags(arguments())
-    if args.new:
-        write_new_model(args.new)
+    flags = maskft.parse_flags(arguments())
+    if "new" in flags:
+        write_new_model(flags["new"])
     else:
-        maskft.run_methods(args, METHODS)
+        maskft.run_methods(flags, METHODS)
 
 
 if __name__ == "__main__":
