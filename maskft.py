@@ -1876,19 +1876,18 @@ def questions_of_step(run, step, number):
         # not rng.choice, which makes an array of all documents for each
         document = documents[rng.integers(len(documents))]
         asked.append(gap_question(document["text"], rng))
-    asked = [both for both in asked if both["question"].strip(GAP + EDGES)]  # else it asks nothing
-    examples = [question_example(run, question, rng) for question in asked]
-    # a document with a gap and its answer may be longer than the document
-    return [example for example in examples if len(example.ids) <= run.model.config.context]
-
-
-def question_example(run, question, rng):
-    """An ordinary chat; as the answers are short, they count twice."""
-    chat = as_chat(question, run.tokenizer)
-    example = run.method.chat(*chat, run.tokenizer, run.settings.mask_ratio, rng)
-    example.weight *= 2
-    example.denominator *= 2
-    return example
+    examples = []
+    for question in asked:
+        if question["question"].strip(GAP + EDGES):  # else it asks nothing
+            chat = as_chat(question, run.tokenizer)
+            example = run.method.chat(*chat, run.tokenizer, run.settings.mask_ratio, rng)
+            # as the answers are short, they count twice
+            example.weight *= 2
+            example.denominator *= 2
+            # a document with a gap and its answer may be longer than the document
+            if len(example.ids) <= run.model.config.context:
+                examples.append(example)
+    return examples
 
 
 def chat_loss(run):
@@ -2040,8 +2039,7 @@ def fit_documents(run):
         )
     for question in dataset.learned:
         with data.reading(question["where"]):
-            example = question_example(run, question, run.rng())
-            run.model.check_length(len(example.ids))
+            run.model.check_length(sum(map(len, as_chat(question, run.tokenizer))))
 
 
 def show_examples(run, number):
