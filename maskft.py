@@ -1299,7 +1299,7 @@ def at_least(low, most=1e99):
             raise ValueError
         return number
 
-    read.__name__ = f"{type(low).__name__} from {low} to {most:g}"
+    read.__name__ = f"{type(low).__name__} from {low} to {most}"
     return read
 
 
@@ -1566,7 +1566,7 @@ def train(run, stop):
     eval_at and, by `finish`, at the end: what is saved is scored. differs from masked_arLLM, which
     trains an epoch more than it scores.
     """
-    saved_at = time.monotonic()
+    saved_at = run.seconds
     prepare_chats(run)
     start = len(run.lines)  # 0, or where a resumed run goes on
     bar = progress_bar(
@@ -1589,7 +1589,7 @@ def train(run, stop):
         lr = lr_of_step(run, step)
         loss, norm = update(run, examples_of_step(run, step), lr)
         # 3. all ranks learn the loss, and whether to stop or save
-        due = time.monotonic() - saved_at > 60 * run.settings.save_every
+        due = run.seconds - saved_at > 60 * run.settings.save_every
         loss, stopping, saving = sum_over_ranks(loss, len(stop), due)
         check_finite(loss, norm, step)
         # 4. log
@@ -1607,7 +1607,7 @@ def train(run, stop):
         # 5. what is needed to go on
         if stopping or saving:
             save_checkpoint(run, step + 1)
-            saved_at = time.monotonic()
+            saved_at = run.seconds
         if stopping:
             raise KeyboardInterrupt  # as a Ctrl-C does, now that all is saved
 
