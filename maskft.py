@@ -1591,7 +1591,7 @@ def train(run, stop):
         # 3. all ranks learn the loss, and whether to stop or save
         due = run.seconds - saved_at > 60 * run.settings.save_every
         loss, stopping, saving = sum_over_ranks(loss, len(stop), due)
-        check_finite(loss, norm, step)
+        check_finite(norm, step)
         # 4. log
         log(
             run,
@@ -1623,11 +1623,12 @@ def lr_of_step(run, step):
     return lr * run.recipe["rehearse_lr"]
 
 
-def check_finite(loss, norm, step):
-    if not math.isfinite(loss + norm):
+def check_finite(norm, step):
+    """UserError for a norm that is no number, as it is where the loss is none."""
+    if not math.isfinite(norm):
         raise UserError(
-            f"step {step}: the loss is {loss}, the gradient's norm {norm}: begin again with a "
-            "lower --lr; if it was the first step, with --dtype float32 or another model"
+            f"step {step}: the gradient's norm is {norm}: begin again with a lower --lr; if it was "
+            "the first step, with --dtype float32 or another model"
         )
 
 
