@@ -1948,10 +1948,16 @@ def prepare_all(flags, methods, models, device):
             return [prepare(data.read_json(path)["arguments"], methods, device)]
     model = flags.get("model", models[launched() and device.type == "cuda"])
     demo = model in BUILT_IN
-    usual = {"data": "bio:40" if demo else "bio", "method": list(methods)[-2 if demo else -1 :]}
-    given = usual | flags | {"model": model}
-    names = dict.fromkeys(given["method"])
-    return [prepare(given | {"method": name}, methods, device) for name in names]
+    usual = {
+        "model": model,
+        "data": "bio:40" if demo else "bio",
+        "method": list(methods)[-2 if demo else -1 :],
+    }
+    given = usual | flags
+    return [
+        prepare(given | {"method": name}, methods, device)
+        for name in dict.fromkeys(given["method"])
+    ]
 
 
 def prepare(given, methods, device):
