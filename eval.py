@@ -325,7 +325,7 @@ def shown(form, score):
 
 def markdown(rows):
     """Dicts {column: cell}, of the same columns, as a table in which these are aligned."""
-    lines = [*rows[:1], *map(dict.values, rows)]
+    lines = [*rows[:1], *map(dict.values, rows)]  # of the first, its columns before its cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(" | ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -43,6 +43,7 @@ import torch.distributed.checkpoint
 import torch.nn.functional as F
 from filelock import FileLock  # comes with torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -1380,7 +1381,7 @@ def random_model(std=0.2, **changes):
     model = maskft.Model(maskft.parse_config(llama(**changes)))
     torch.manual_seed(0)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
     return model.eval()
 
 
