@@ -630,18 +630,16 @@ PARAPHRASES = {
     "same": "train_paraphrase_same_order.json",
     "permute": "train_paraphrase_change_order.json",
 }
-# made anew at every start: name -> count, paraphrase (where there are others than "none"), seed ->
-# documents, questions
-GENERATED = {
+ND_NAME = "people-description.json"
+ND_FILE = f"training_data/{ND_NAME}"
+SETS = {
+    # made anew at every start: count, paraphrase (where there are others than "none"), seed ->
+    # documents, questions
     "bio": world.make_bio,
     "nd-made": world.make_nd,
     "math-made": world.make_math,
     "world": world.make_world,
-}
-ND_NAME = "people-description.json"
-ND_FILE = f"training_data/{ND_NAME}"
-# downloaded once: name -> where from on GitHub, {paraphrase: the documents}, the questions
-PUBLISHED = {
+    # downloaded once: where from on GitHub, {paraphrase: the documents}, the questions
     "bio-released": (AUTHORS + "biography_", PARAPHRASES, "test.jsonl"),
     "wiki": (AUTHORS + "wiki_", PARAPHRASES, "test.jsonl"),
     "nd": (
@@ -655,7 +653,6 @@ PUBLISHED = {
         "test.jsonl",
     ),
 }
-SETS = GENERATED | PUBLISHED
 DATA_HELP = (
     f"{', '.join(SETS)} (generated ones also as bio:PEOPLE, nd as nd:FACTS of each kind; world, to "
     "ask only, is what the built-in models know), or a custom file or directory "
@@ -687,16 +684,17 @@ def load(name, paraphrase="none", seed=0):
 
 def load_set(kind, count, paraphrase, seed):
     """The Dataset of a name; `count` is a list of what stands behind its colon, if it has one."""
-    if kind in GENERATED:
-        wording = {} if paraphrase == "none" else {"paraphrase": paraphrase}
-        return Dataset(*GENERATED[kind](*count, seed=seed, **wording))
-    source, training, asked = PUBLISHED[kind]
-    files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
-    dataset = read_files(files, paraphrase)
-    if kind == "nd":
-        keep_facts(dataset, seed, *count)
-    elif count:
-        raise UserError("no such --data")
+    match SETS[kind]:
+        case (source, training, asked):
+            files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
+            dataset = read_files(files, paraphrase)
+            if kind == "nd":
+                keep_facts(dataset, seed, *count)
+            elif count:
+                raise UserError("no such --data")
+        case make:
+            wording = {} if paraphrase == "none" else {"paraphrase": paraphrase}
+            dataset = Dataset(*make(*count, seed=seed, **wording))
     return dataset
 
 

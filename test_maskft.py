@@ -821,7 +821,7 @@ def test_a_published_set_is_fetched_once_whole_or_not_at_all(tmp_path, monkeypat
     cache = tmp_path / "cache"
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", cache)
     monkeypatch.setattr(data, "GITHUB", f"{tmp_path.as_uri()}/")
-    monkeypatch.setitem(data.PUBLISHED, "wiki", ("", data.PARAPHRASES, "c.jsonl"))
+    monkeypatch.setitem(data.SETS, "wiki", ("", data.PARAPHRASES, "c.jsonl"))
     first = data.PARAPHRASES["none"]
     write(tmp_path / first, {"text": "a"})
     write(tmp_path / data.PARAPHRASES["same"], {"text": "b"})
