@@ -667,12 +667,12 @@ def load(name, paraphrase="none", seed=0):
     "text" is a document, one with a "question" is a question; both may stand in one file. A .txt or
     .md file is a document. Of a directory and its subfolders all such files are read. The questions
     of a train.jsonl are not asked but learned, with their answers."""
-    kind, *count = str(name).split(":")
+    kind, *counts = str(name).split(":")
     path = Path(name)
     dataset = Dataset([], [])
     with reading(path, "no such --data, or not with this --paraphrase"):
         if kind in SETS:
-            dataset = load_set(kind, [int(n) for n in count], paraphrase, seed)
+            dataset = load_set(kind, [int(n) for n in counts], paraphrase, seed)
         elif path.exists():
             dataset = read_files(files_in(path), paraphrase)
         if not dataset.documents + dataset.questions:
@@ -682,19 +682,19 @@ def load(name, paraphrase="none", seed=0):
     return dataset
 
 
-def load_set(kind, count, paraphrase, seed):
-    """The Dataset of a name; `count` is a list of what stands behind its colon, if it has one."""
+def load_set(kind, counts, paraphrase, seed):
+    """The Dataset of a name; `counts` has the number behind its colon, if there is one."""
     match SETS[kind]:
         case (source, training, asked):
             files = [fetch(kind, GITHUB + source + file) for file in (training[paraphrase], asked)]
             dataset = read_files(files, paraphrase)
             if kind == "nd":
-                keep_facts(dataset, seed, *count)
-            elif count:
+                keep_facts(dataset, seed, *counts)
+            elif counts:
                 raise UserError("no such --data")
         case make:
             wording = {} if paraphrase == "none" else {"paraphrase": paraphrase}
-            dataset = Dataset(*make(*count, seed=seed, **wording))
+            dataset = Dataset(*make(*counts, seed=seed, **wording))
     return dataset
 
 
@@ -745,12 +745,12 @@ def files_in(path):
     return sorted(p for p in paths if not (p.is_dir() and os.access(p, os.R_OK)))
 
 
-def keep_facts(dataset, seed, count=ND_FACTS):
-    """Leave at most `count` facts of each of two kinds, with their wordings and their questions."""
+def keep_facts(dataset, seed, number=ND_FACTS):
+    """Leave at most `number` facts of either kind, with their wordings and their questions."""
     rng = Random(seed)
     chosen = []
     for first in (0, ND_FACTS):
-        chosen += islice(world.shuffled(rng, range(first, first + ND_FACTS)), count)
+        chosen += islice(world.shuffled(rng, range(first, first + ND_FACTS)), number)
     for records in (dataset.documents, dataset.questions):
         # one fact after the other, each has as many
         records[:] = [
