@@ -1178,13 +1178,8 @@ def load_checkpoint(run):
     ):
         # in place; it unpickles: only runs of your own
         dcp.load(state, checkpoint_id=newest)
-        run.chats, run.results, run.lines = json.loads(state["written"])
-    set_state_dict(
-        run.model,
-        run.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
+        run.chats, run.results, run.lines = json.loads(state.pop("written"))
+    set_state_dict(run.model, run.optimizer, **state)
 
 
 def state_of(run):
@@ -1193,7 +1188,11 @@ def state_of(run):
 
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
     written = json.dumps([run.chats, run.results, run.lines])
-    return {"model": weights, "optimizer": optimizer_state, "written": written}
+    return {
+        "model_state_dict": weights,
+        "optim_state_dict": optimizer_state,
+        "written": written,
+    }
 
 
 @contextmanager
