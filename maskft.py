@@ -679,8 +679,7 @@ LLADA_NAMES = {
 def load(path_or_id, device="cpu", dtype=torch.float32):
     """A Model in eval mode from a model directory, a built-in name or a hub id."""
     directory = find_model(path_or_id)
-    config = read_config(directory)
-    model = without_weights(config).to(dtype)
+    model = without_weights(read_config(directory)).to(dtype)
     load_weights(model, directory, device)
     return model.eval()
 
