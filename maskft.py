@@ -720,7 +720,7 @@ def find_tensors(directory):
     if index.exists() and not single.exists():
         with data.reading(index):
             weight_map = data.read_json(index)["weight_map"]
-            return {name: directory / Path(file).name for name, file in weight_map.items()}
+            return {name: directory / file for name, file in weight_map.items()}
     with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single)
 
