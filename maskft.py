@@ -795,13 +795,13 @@ def copy_rows(tensor, name, parameter):
     number = tensor.is_floating_point() and tensor.itemsize > 1  # a float8 has a scale beside it
     if tensor.shape != parameter.shape or not number:
         raise UserError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}: quantized, or not of this config.json"
+            f"{name} is {tensor.dtype} {tensor.shape}: quantized, or not of this config.json"
         )
     local.copy_(tensor[start : start + len(local)])
     if not (local.abs() < 1e12).all():  # a flipped bit makes 1e38 of 1
         raise UserError(
-            f"{name} holds NaN, infinite or absurdly large numbers (as {local.dtype}): download "
-            "it again, or use another checkpoint"
+            f"{name} holds NaN, infinite or absurdly large numbers: download it again, or use "
+            "another checkpoint"
         )
 
 
