@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
@@ -1456,38 +1455,47 @@ def decide_epochs(settings, recipe, steps_per_epoch):
 # -------------------------------------------------------------------------------- the training loop
 
 
-@dataclass
 class Run:
-    """The training of one method."""
+    """The training of one method: begun with every setting decided and its data checked, but
+    without weights. `claim` finds its directory, `out`; `build` makes its optimizer and its clock.
 
-    settings: SimpleNamespace  # of SETTINGS
-    recipe: dict  # what no flag sets
-    method: Method
-    device: torch.device
-    directory: Path  # of the model that it starts from
-    tokenizer: data.Tokenizer
-    dataset: data.Dataset
-    model: Model  # on `meta` until its weights are loaded
-    chats: list  # that the model wrote before it learned anything
-    lines: list  # of metrics.jsonl, one a step
-    results: dict = None  # of results.json, from `prepare` the first
-    out: Path = None  # of the run, once it has one
-    optimizer: torch.optim.Optimizer = None
-    clock: float = 0.0  # the time.monotonic() at which its seconds began
+    given  {name: value} of settings, of which model, data and method always are
+    """
 
-    @property
-    def steps_per_epoch(self):
-        return math.ceil(len(self.dataset.documents) / self.settings.batch_size)
-
-    @property
-    def epoch_steps(self):
-        """Of all epochs."""
-        return self.settings.epochs * self.steps_per_epoch
-
-    @property
-    def steps(self):
-        """With those behind the epochs, which rehearse."""
-        return self.epoch_steps + self.settings.rehearse
+    def __init__(self, given, methods, device):
+        self.device = device
+        self.method = methods[given["method"]]
+        self.directory = find_model(given["model"])  # of the model that it starts from
+        self.tokenizer = data.load_tokenizer(self.directory)
+        for note in self.tokenizer.notes:
+            print0(note)
+        config = self.method.config(read_config(self.directory), self.tokenizer)
+        self.model = without_weights(config)  # on `meta` until its weights are loaded
+        self.recipe = recipe_of(self.method, self.model)  # with what no flag sets
+        self.settings = settings = decide(given, self.method, self.recipe)
+        self.dataset = data.load(settings.data, settings.paraphrase, settings.seed)
+        if self.dataset.learned:
+            settings.rehearse = given.get("rehearse", ANSWER_STEPS)
+            if not settings.rehearse:
+                raise UserError("--rehearse 0 learns no question: --data has some to learn")
+        fit_documents(self)
+        check_questions(self.dataset.questions, self.tokenizer, self.model)
+        self.steps_per_epoch = math.ceil(len(self.dataset.documents) / settings.batch_size)
+        decide_epochs(settings, self.recipe, self.steps_per_epoch)
+        self.epoch_steps = settings.epochs * self.steps_per_epoch
+        self.steps = self.epoch_steps + settings.rehearse  # with those behind the epochs
+        self.chats = []  # that the model wrote before it learned anything
+        self.lines = []  # of metrics.jsonl
+        # what its numbers follow from
+        digest = sha256(repr([settings, self.recipe, self.dataset]).encode()).hexdigest()
+        self.results = {  # of results.json
+            "arguments": vars(settings),
+            "recipe": self.recipe,
+            "digest": digest,
+            "environment": environment(device),
+            "evaluations": [],
+        }
+        describe(self)
 
     @property
     def seconds(self):
@@ -1945,7 +1953,7 @@ def prepare_all(flags, methods, models, device):
     if "resume" in flags:
         path = Path(flags["resume"], "results.json")
         with data.reading(path, "not of this version; or go on with the script that began it"):
-            return [prepare(data.read_json(path)["arguments"], methods, device)]
+            return [Run(data.read_json(path)["arguments"], methods, device)]
     model = flags.get("model", models[launched() and device.type == "cuda"])
     demo = model in BUILT_IN
     usual = {
@@ -1955,46 +1963,8 @@ def prepare_all(flags, methods, models, device):
     }
     given = usual | flags
     return [
-        prepare(given | {"method": name}, methods, device)
-        for name in dict.fromkeys(given["method"])
+        Run(given | {"method": name}, methods, device) for name in dict.fromkeys(given["method"])
     ]
-
-
-def prepare(given, methods, device):
-    """A Run with every setting decided and its data checked, before there are weights.
-
-    given  {name: value} of settings, of which model, data and method always are
-    """
-    method = methods[given["method"]]
-    directory = find_model(given["model"])
-    tokenizer = data.load_tokenizer(directory)
-    for note in tokenizer.notes:
-        print0(note)
-    config = method.config(read_config(directory), tokenizer)
-    model = without_weights(config)
-    recipe = recipe_of(method, model)
-    settings = decide(given, method, recipe)
-    dataset = data.load(settings.data, settings.paraphrase, settings.seed)
-    if dataset.learned:
-        settings.rehearse = given.get("rehearse", ANSWER_STEPS)
-        if not settings.rehearse:
-            raise UserError("--rehearse 0 learns no question: --data has some to learn")
-    run = Run(
-        settings, recipe, method, device, directory, tokenizer, dataset, model, chats=[], lines=[]
-    )
-    fit_documents(run)
-    decide_epochs(settings, recipe, run.steps_per_epoch)
-    check_questions(dataset.questions, tokenizer, model)
-    run.results = {
-        "arguments": vars(settings),
-        "recipe": recipe,
-        # what its numbers follow from
-        "digest": sha256(repr([settings, recipe, dataset]).encode()).hexdigest(),
-        "environment": environment(device),
-        "evaluations": [],
-    }
-    describe(run)
-    return run
 
 
 PLAN = """\
