@@ -1178,7 +1178,8 @@ def load_checkpoint(run):
     ):
         # in place; it unpickles: only runs of your own
         dcp.load(state, checkpoint_id=newest)
-        run.chats, run.results, run.lines = json.loads(state.pop("written"))
+        run.chats, run.results, run.lines, seconds = json.loads(state.pop("written"))
+        run.clock -= seconds
     set_state_dict(run.model, run.optimizer, **state)
 
 
@@ -1187,11 +1188,10 @@ def state_of(run):
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, optimizer_state = get_state_dict(run.model, run.optimizer)
-    written = json.dumps([run.chats, run.results, run.lines])
     return {
         "model_state_dict": weights,
         "optim_state_dict": optimizer_state,
-        "written": written,
+        "written": json.dumps([run.chats, run.results, run.lines, run.seconds]),
     }
 
 
@@ -2039,8 +2039,8 @@ def build(run):
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
     run.optimizer = make_optimizer(run.model, run.recipe["eps"])
+    run.clock = time.monotonic()
     load_checkpoint(run)
-    run.clock = time.monotonic() - (run.lines[-1]["seconds"] if run.lines else 0)
     on_rank_0(data.write_chat_files, run.tokenizer, run.directory, run.out)
     # as it was before the first step: a resumed run does again what came behind it
     on_rank_0(data.write_lines, run.out / "metrics.jsonl", run.lines)
