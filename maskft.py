@@ -1842,8 +1842,8 @@ def gap_question(text, rng):
     found = names_in(sentences, NAMES) or names_in(sentences, WORDS)
     number, name = found[rng.integers(len(found))]
     answer = name[0]
-    before = sentences[number][: name.start()]
-    after = sentences[number][name.end() :]
+    before = name.string[: name.start()]  # in its sentence
+    after = name.string[name.end() :]
     longer = max(before, after, key=len)
     asked = longer.strip(EDGES)
     if asked and rng.random() < 0.35:
