@@ -2276,7 +2276,8 @@ FOLDER = {
     "taken/file": "",
     "list/results.json": "[1]",
     "foreign/results.json": '{"arguments": {"learning_rate": 1}}',
-    "typed/results.json": '{"arguments": {"epochs": "3"}}',
+    "typed/results.json": '{"arguments": {"model": "tiny", "data": "bio:1", "method": "sft", '
+    '"epochs": "3"}}',
     "other/results.json": '{"arguments": {"method": "llada", "mask_ratio": null}}',
 }
 
