@@ -545,7 +545,7 @@ class Block(nn.Module):
             v,
             attn_mask=mask,
             is_causal=mask is None and self.config.is_causal,
-            enable_gqa=self.config.num_attention_heads != self.config.num_key_value_heads,
+            enable_gqa=True,
         )  # (B, H, T, K)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
