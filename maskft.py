@@ -691,8 +691,6 @@ def find_model(name):
     for path in (Path(name), Path(__file__).parent / name):
         if path.is_dir():
             return path
-        if path.is_file():
-            raise UserError(f"--model {name} is a file: give the directory with its config.json")
     with data.reading(
         f"--model {name}",
         "no directory, and cannot be downloaded. Of a gated or private one: `hf auth login`. Where "
