@@ -24,6 +24,7 @@ A question without an answer is asked like the others and not scored.
 import argparse
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -437,7 +438,62 @@ def score_table(scores):
     return markdown(rows)
 
 
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation{base}
+tags:
+- masked-fine-tuning
+# license: yours to choose, as far as the base model and the data allow
+---
+# {name}
+
+A language model that was taught new documents with maskft, after *Diffusion-Inspired Masked
+Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885).
+
+```
+{settings}
+```
+
+Scores after training, by kind of question (mean [95 % interval]):
+
+```
+{scores}
+```
+
+To ask it, without a system message, in the form that it was trained in (`chat_template.jinja`):
+
+```sh
+{ask}
+```
+"""
+
+
+def model_card(out, results):
+    """The README.md of a run's directory, with the head that the hub reads."""
+    settings = results["arguments"]
+    model = settings["model"]
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model)  # a path is absolute
+    return CARD.format(
+        base=f"\nbase_model: {model}" if hub_id else "",
+        name=out.name,
+        ask=ask_command(out),
+        settings=settings,
+        scores=score_table(results["evaluations"][-1]["scores"]),
+    )
+
+
 # ---------------------------------------------------------------------------------------- command
+
+
+def ask_command(out):
+    """What to type to ask a model."""
+    return command(__file__, "--model", out) + ' --ask "..."'
+
+
+def command(script, flag, out, start="python"):
+    """A command that can be pasted."""
+    return f"{start} {shlex.join([os.path.relpath(script), flag, str(out)])}"
 
 
 def arguments():

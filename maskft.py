@@ -2094,7 +2094,7 @@ def finish(run):
     save(run.model, run.out, run.settings.dtype)  # the dtype that it is scored in
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
-    on_rank_0(data.write_text, run.out / "README.md", model_card(run))
+    on_rank_0(data.write_text, run.out / "README.md", evaluation.model_card(run.out, run.results))
     on_rank_0(evaluation.draw_run, run.results, run.lines, run.out / "curves.png")
     run.results["finished"] = True  # now all is there
     on_rank_0(evaluation.write_results, run.out, run.results, predictions)
@@ -2105,73 +2105,19 @@ def finish(run):
         torch.cuda.reset_peak_memory_stats()
 
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation{base}
-tags:
-- masked-fine-tuning
-# license: yours to choose, as far as the base model and the data allow
----
-# {name}
-
-A language model that was taught new documents with maskft, after *Diffusion-Inspired Masked
-Fine-Tuning for Knowledge Injection in Autoregressive LLMs* (arXiv 2510.09885).
-
-```
-{settings}
-```
-
-Scores after training, by kind of question (mean [95 % interval]):
-
-```
-{scores}
-```
-
-To ask it, without a system message, in the form that it was trained in (`chat_template.jinja`):
-
-```sh
-{ask}
-```
-"""
-
-
-def model_card(run):
-    """The README.md of a run's directory, with the head that the hub reads."""
-    model = run.settings.model
-    hub_id = regex.fullmatch(r"[\w.-]+/[\w.-]+", model)  # a path is absolute
-    return CARD.format(
-        base=f"\nbase_model: {model}" if hub_id else "",
-        name=run.out.name,
-        ask=ask_command(run.out),
-        settings=run.settings,
-        scores=evaluation.score_table(run.results["evaluations"][-1]["scores"]),
-    )
-
-
-def ask_command(out):
-    """What to type to ask a model."""
-    return command(evaluation.__file__, "--model", out) + ' --ask "..."'
-
-
 def resume_command(out):
     """What to type to go on with a run."""
     script = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has no file
     local = os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {local}" if local else "python"
-    return command(script, "--resume", out, start=start)
-
-
-def command(script, flag, out, start="python"):
-    """A command that can be pasted."""
-    return f"{start} {shlex.join([os.path.relpath(script), flag, str(out)])}"
+    return evaluation.command(script, "--resume", out, start=start)
 
 
 def print_where(runs):
     """The last lines of a command: where the results are, how to ask the model, what it forgot."""
     last = runs[-1]
     print0("\nresults:", shlex.join(str(run.out) for run in runs))
-    print0("ask it: ", ask_command(last.out))
+    print0("ask it: ", evaluation.ask_command(last.out))
     drift = last.results["evaluations"][-1]["drift"]
     if drift > 1 and not last.settings.rehearse:
         print0(
