@@ -514,16 +514,16 @@ def read_chat_form(template, texts, tokens):
     # a line may end behind a turn
     _, end, header = regex.split(ANY_TOKEN + r"\s*", question, maxsplit=1, tokens=tokens)
     bos = texts.get("bos_token", "")
-    start = opening.removesuffix(header)
-    if start.rstrip().endswith(end):  # a turn that the template slips in is left out
-        start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
-    if prompt != answer or not last.startswith(end) or start.strip() not in ("", bos):
+    start = bos if opening.startswith(bos) and not header.startswith(bos) else ""
+    system = opening.removeprefix(start).removesuffix(header).strip()
+    if prompt != answer or not last.startswith(end) or system and not system.endswith(end):
         raise ValueError(f"turns differ: {[opening, answer, question, prompt, last]}")
     frames = {
         "user>assistant": answer,
         "user>": answer,
         "assistant>user": question,
-        ">user": start + header,
+        # a turn that the template slips in is left out
+        ">user": start + header if system else opening,
         "assistant>": last,
         ">": opening,
     }
