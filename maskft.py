@@ -1058,17 +1058,15 @@ def start_processes():
             raise UserError(f"only {visible} GPUs are visible: torchrun --nproc_per_node that many")
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # a notebook may train twice
-        alone = (dist.HashStore(), 0, 1)
-        store, number, processes = next(dist.rendezvous("env://")) if launched() else alone
-        dist.init_process_group(
-            backend,
-            # an hour: ranks wait for each other while one of them still answers questions
-            timeout=timedelta(hours=1),
+        store, number, processes = dist.HashStore(), 0, 1
+        if launched():
+            store, number, processes = next(dist.rendezvous("env://"))
             # a restart has the store of the attempt before it, with old addresses in it under the
             # same names
-            store=dist.PrefixStore(attempt(), store),
-            rank=number,
-            world_size=processes,
+            store = dist.PrefixStore(attempt(), store)
+        # an hour: ranks wait for each other while one of them still answers questions
+        dist.init_process_group(
+            backend, timeout=timedelta(hours=1), store=store, rank=number, world_size=processes
         )
     if rank():
         huggingface_hub.utils.disable_progress_bars()  # of downloads
