@@ -670,7 +670,9 @@ def load(name, paraphrase="none", seed=0):
     kind, *counts = str(name).split(":")
     path = Path(name)
     dataset = Dataset([], [])
-    with reading(path, "no such --data, or not with this --paraphrase"):
+    with reading(
+        path, "no such --data, not with this --paraphrase, or HF_HOME cannot be written to"
+    ):
         if kind in SETS:
             dataset = load_set(kind, [int(n) for n in counts], paraphrase, seed)
         elif path.exists():

@@ -248,7 +248,7 @@ USUAL = partial(
     offload=False,
     eval_at=[0, *(2**n for n in range(20))],
     save_every=30.0,
-    # without a flag; `steps` of all epochs, too, where the data does not say how many
+    # without a flag; some have `steps` of all epochs too, where others go by the data
     most_epochs=5000,
     schedule="warm_up",  # of SCHEDULES
     eps=1e-8,  # AdamW's
@@ -689,7 +689,7 @@ WANTED = ["*.safetensors", "*.json", "*.jinja"]  # never pickled weights, never 
 def find_model(name):
     """The directory of a model: the path itself, one beside this file (`tiny`), or a download."""
     for path in (Path(name), Path(__file__).parent / name):
-        if path.is_dir():
+        if path.exists():
             return path
     with data.reading(
         f"--model {name}",
@@ -985,7 +985,9 @@ def check_questions(questions, tokenizer, model, max_new_tokens=None):
     """UserError for a question that cannot be asked or scored, before any is."""
     longest = max_new_tokens or longest_answer(questions)
     for question in questions:
-        with data.reading(question.get("where", "--data"), "its answer has no word to score"):
+        with data.reading(
+            question.get("where", "--data"), "cannot be asked, or its answer has no word to score"
+        ):
             model.check_length(len(tokenizer.prompt(question["question"])) + longest)
             evaluation.scored(question, "")
 
@@ -1948,7 +1950,10 @@ def prepare_all(flags, methods, models, device):
     """A Run for each method to train, or the one to resume, all of whose settings are given."""
     if "resume" in flags:
         path = Path(flags["resume"], "results.json")
-        with data.reading(path, "not of this version; or go on with the script that began it"):
+        with data.reading(
+            path,
+            "not of this version, or go on with the script that began it, or its method has a bug",
+        ):
             return [Run(data.read_json(path)["arguments"], methods, device)]
     model = flags.get("model", models[launched() and device.type == "cuda"])
     demo = model in BUILT_IN
