@@ -16,6 +16,8 @@ maskft.py, but for three differences to the autoregressive (AR) one:
 LLaDA is arXiv 2502.09992; "reference" below means its released `generate.py` and `GUIDELINES.md`.
 """
 
+from itertools import takewhile
+
 import torch
 
 import maskft
@@ -132,10 +134,15 @@ def sample(
             new = gumbel(logits, temperature, generator).argmax(-1)  # (N,)
             score = confidence(logits, new, remasking, generator)  # (N,)
             ids[going] = keep_best(batch, masks, new, score, count, threshold)
-            texts = [maskft.until_stop(row, stop_ids) for row in ids[:, width:].tolist()]
+            texts = [until_stop(row, stop_ids) for row in ids[:, width:].tolist()]
             # a stop id ends a row once there is no mask before it
             going = [n for n in going if mask_id in texts[n]]
     return texts
+
+
+def until_stop(ids, stop_ids):
+    """The ids before the first stop id."""
+    return list(takewhile(lambda token: token not in stop_ids, ids))
 
 
 def tokens_per_step(max_new_tokens, steps, block_length, threshold):

@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -861,72 +861,83 @@ def generate(
     """
     if not model.config.is_causal:
         raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
-    room = [len(prompt) + max_new_tokens for prompt in prompts]
     generators = generators or [None] * len(prompts)
-    answers = [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=room.__getitem__)  # the longest at the end
-    going = []  # the prompt that each row of the cache belongs to
+    texts = [
+        SimpleNamespace(
+            size=len(prompt) + max_new_tokens,
+            answer=[],
+            past=0,  # tokens that its row of the cache has
+            new=prompt,  # and those that it lacks
+            generator=generator,
+        )
+        for prompt, generator in zip(prompts, generators, strict=True)
+    ]
+    waiting = sorted(texts, key=lambda text: text.size)  # the longest at the end
+    going = []  # the text that each row of the cache belongs to
     while waiting or going:
         # 1. free rows, the last ones, go to the next prompts; the other rows wait for these
         if not going:
             cache = None  # freed before there is another
-            cache = new_cache(model, len(waiting), room[waiting[-1]], cache_bytes)
-        numbers = take_rows(cache, going, waiting, room) or going
-        # 2. the next token of the new rows or else of all. The cache has nothing of a new prompt,
-        # and of the others all but the last token
-        past = [len(prompts[i]) + len(answers[i]) - 1 if answers[i] else 0 for i in numbers]
-        ids = [answers[i][-1:] or prompts[i] for i in numbers]
-        logits = last_logits(model, cache[: len(going)][-len(ids) :], past, ids)  # (B, V)
-        chosen = choose(logits, temperature, top_p, [generators[i] for i in numbers])
-        for i, token in zip(numbers, chosen.tolist(), strict=True):
-            answers[i].append(token)
-        # 3. the last row takes the place of one whose answer has ended
+            cache = new_cache(model, waiting, cache_bytes)
+        batch = take_rows(cache, going, waiting) or going
+        # 2. the next token of the new rows or else of all
         before = len(going)
-        for row in reversed(range(before)):
-            answer = answers[going[row]]
-            if answer[-1] in stop_ids or len(answer) >= max_new_tokens:
-                going[row] = going[-1]
-                going.pop()
-                cache[row] = cache[len(going)]
+        first = before - len(batch)
+        logits = last_logits(model, cache[first:before], batch)  # (B, V)
+        tokens = choose(logits, temperature, top_p, [text.generator for text in batch]).tolist()
+        # 3. the last row takes the place of one whose answer has ended
+        for row in reversed(range(first, before)):
+            text = going[row]
+            token = tokens.pop()
+            text.past += len(text.new)
+            text.new = [token]
+            if token not in stop_ids:
+                text.answer.append(token)
+                if len(text.answer) < max_new_tokens:
+                    continue
+            going[row] = going[-1]
+            going.pop()
+            cache[row] = cache[len(going)]
         if on_answer:
             on_answer(before - len(going))
-    return [until_stop(answer, stop_ids) for answer in answers]
+    return [text.answer for text in texts]
 
 
-def new_cache(model, texts, size, cache_bytes):
-    """Room for keys and values, (rows, layers, 2, G, size, K), of so many texts of `size` tokens as
-    far as the bytes and ANSWER_ROWS allow, and of one at least."""
-    model.check_length(size)
+def new_cache(model, texts, cache_bytes):
+    """Room for keys and values, (rows, layers, 2, G, S, K), of as many of the texts as the bytes
+    and ANSWER_ROWS allow, and of one at least; the last text is the longest."""
     config = model.config
+    size = texts[-1].size
+    model.check_length(size)
     # of a row
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, size, config.head_dim)
     key = model.blocks[0].k(model.embed.weight[:1])  # one, for its dtype and device
     rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
     # zeros: what is masked counts nothing, but nothing times NaN is NaN
-    return key.new_zeros(max(1, min(rows, ANSWER_ROWS, texts)), *shape)
+    return key.new_zeros(max(1, min(rows, ANSWER_ROWS, len(texts))), *shape)
 
 
-def take_rows(cache, going, waiting, room):
-    """Give free rows to waiting prompts, which are returned; several at a time, as together they
-    cost less."""
+def take_rows(cache, going, waiting):
+    """Give free rows to waiting texts, which are returned; several at a time, as together they cost
+    less."""
     rows = len(cache)
     first = len(going)
     if rows - first >= min(len(waiting), rows // 8):
         # much shorter ones wait, until there can be more and shorter rows
-        while waiting and len(going) < rows and 2 * room[waiting[-1]] > cache.shape[4]:
+        while waiting and len(going) < rows and 2 * waiting[-1].size > cache.shape[4]:
             going.append(waiting.pop())
     return going[first:]
 
 
-def last_logits(model, cache, past, ids):
-    """Logits (B, V) behind `ids`, B lists of tokens that the rows of the cache lack; they have
-    `past` tokens each."""
-    padded = data.pad(ids, 0)  # (B, T)
-    last = [len(row) - 1 for row in ids]  # the column of each row's last token
+def last_logits(model, cache, texts):
+    """Logits (B, V) behind B texts whose rows the cache has."""
+    ids = data.pad([text.new for text in texts], 0)  # (B, T)
+    last = [len(text.new) - 1 for text in texts]  # the column of each row's last token
+    past = [text.past for text in texts]
     return model(
-        padded,
-        pick=(range(len(ids)), last),
-        cache=cache[..., : max(past) + padded.shape[1], :],
+        ids,
+        pick=(range(len(texts)), last),
+        cache=cache[..., : max(past) + ids.shape[1], :],
         past=torch.tensor(past, device=cache.device)[:, None],
     )
 
@@ -940,11 +951,6 @@ def choose(logits, temperature, top_p, generators):
     kept = probabilities.where(likelier < top_p, 0)
     rows = zip(ids, kept, generators, strict=True)
     return torch.cat([row[p.multinomial(1, generator=random)] for row, p, random in rows])
-
-
-def until_stop(ids, stop_ids):
-    """The ids before the first stop id."""
-    return list(takewhile(lambda token: token not in stop_ids, ids))
 
 
 # ------------------------------------------------------------------ answering, dealt over the ranks

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import eval as evaluation
+import llada
 import maskft
 from data import IGNORE, UserError
 
@@ -314,7 +315,7 @@ def their_batch(model, tokenizer, prompts, longest):
         pad_token_id=tokenizer.pad_id,
     )
     new = whole[:, ids.shape[1] :].tolist()
-    return [maskft.until_stop(row, tokenizer.stop_ids) for row in new]
+    return [llada.until_stop(row, tokenizer.stop_ids) for row in new]
 
 
 # --------------------------------------------------------------------------------------------- main
