@@ -498,12 +498,12 @@ class Block(nn.Module):
         self.layer = layer
         D = config.hidden_size
         K = config.head_dim
-        qkv_bias = config.attention_bias or config.include_qkv_bias
+        qkv = partial(nn.Linear, D, bias=config.attention_bias or config.include_qkv_bias)
         norm = partial(RMSNorm, eps=float(config.rms_norm_eps))
         self.attn_norm = norm(D)
-        self.q = nn.Linear(D, config.num_attention_heads * K, bias=qkv_bias)
-        self.k = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
-        self.v = nn.Linear(D, config.num_key_value_heads * K, bias=qkv_bias)
+        self.q = qkv(config.num_attention_heads * K)
+        self.k = qkv(config.num_key_value_heads * K)
+        self.v = qkv(config.num_key_value_heads * K)
         self.o = nn.Linear(config.num_attention_heads * K, D, bias=config.attention_bias)
         head_norm = norm if config.qk_norm else nn.Identity
         self.q_norm = head_norm(K)
