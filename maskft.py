@@ -737,11 +737,13 @@ def with_own_head(config, files):
     As in transformers, a head beside a tied embedding counts unless the two are equal.
     """
     both = {f"{config.names[part]}.weight" for part in ("head", "embed")}
-    if not config.tie_word_embeddings or not both <= files.keys():
-        return config
-    if torch.equal(*(read_tensor(files, name) for name in both)):
-        return config
-    return parse_config(config.raw | {"tie_word_embeddings": False, "weight_tying": False})
+    if (
+        config.tie_word_embeddings
+        and both <= files.keys()
+        and not torch.equal(*(read_tensor(files, name) for name in both))
+    ):
+        return parse_config(config.raw | {"tie_word_embeddings": False, "weight_tying": False})
+    return config
 
 
 def named(model):
