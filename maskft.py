@@ -785,18 +785,17 @@ def load_weights(model, directory, device):
 
 def copy_rows(tensor, name, parameter):
     """Fill what this rank holds of a parameter."""
-    local = parameter.detach()
-    start = 0
-    if hasattr(parameter, "to_local"):
-        # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
-        local = local.to_local()
-        start = rank() * math.ceil(len(parameter) / world_size())
     number = tensor.is_floating_point() and tensor.itemsize > 1  # a float8 has a scale beside it
     if tensor.shape != parameter.shape or not number:
         raise UserError(
             f"{name} is {tensor.dtype} {tensor.shape}: quantized, or not of this config.json"
         )
-    local.copy_(tensor[start : start + len(local)])
+    local = parameter.detach()
+    if hasattr(parameter, "to_local"):
+        # FSDP2 splits as torch.chunk does: ceil(n / W) rows a rank, the last ones fewer
+        local = local.to_local()
+        tensor = tensor[rank() * math.ceil(len(tensor) / world_size()) :]
+    local.copy_(tensor[: len(local)])
     if not (local.abs() < 1e12).all():  # a flipped bit makes 1e38 of 1
         raise UserError(
             f"{name} holds NaN, infinite or absurdly large numbers: download it again, or use "
