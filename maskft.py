@@ -775,8 +775,8 @@ def load_weights(model, directory, device):
     }
     if odd:
         raise UserError(
-            f"{directory}: {min(odd)} is only in one of config.json and *.safetensors ({len(odd)} "
-            "such): are they of one model, not quantized, and complete?"
+            f"{directory}: {min(odd)} is only in one of config.json and *.safetensors: are they of "
+            "one model, not quantized, and complete?"
         )
     for name, parameter in parameters.items():
         with data.reading(files[name]):
