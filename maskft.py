@@ -204,7 +204,7 @@ def reverse_example(record, tokenizer, mask_ratio, rng):
 
 def target_of(record):
     """The text of what is to be learned of a record: a question's answer, or the document."""
-    return record["answer"] if "question" in record else text_of(record)
+    return record.get("answer") or text_of(record)
 
 
 def text_of(record):
