@@ -460,15 +460,14 @@ def rope_tables(positions, config):
     """
     index = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-index / config.head_dim)  # (K/2,)
-    if config.rope_type == "linear":
-        frequency = frequency / config.factor
-    if config.rope_type == "llama3":
-        # waves that turn often within the old context stay, those that never finish a turn are
-        # stretched
-        turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
-        low = config.low_freq_factor
-        high = config.high_freq_factor
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    if config.rope_type != "default":
+        keep = 0  # linear: all waves are stretched
+        if config.rope_type == "llama3":
+            # those that turn often within the old context stay, those that never finish a turn are
+            # stretched
+            turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
+            low = config.low_freq_factor
+            keep = ((turns - low) / (config.high_freq_factor - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / config.factor
     angles = positions[:, None, :, None].float() * frequency  # (B, 1, T, K/2)
     sin = angles.sin()
