@@ -712,13 +712,13 @@ def find_tensors(directory):
     Of a tensor in several files, the one that the index names counts, as in transformers.
     """
     single = directory / "model.safetensors"
+    if single.exists():
+        with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
     index = directory / "model.safetensors.index.json"
-    if index.exists() and not single.exists():
-        with data.reading(index):
-            weight_map = data.read_json(index)["weight_map"]
-            return {name: directory / file for name, file in weight_map.items()}
-    with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    with data.reading(index, NOT_WEIGHTS):
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {name: directory / file for name, file in weight_map.items()}
 
 
 def read_tensor(files, name):
