@@ -1294,16 +1294,15 @@ def check_shared(out):
 
 
 def at_least(low, most=1e99):
-    """Reads a flag's number, of the type of `low`; a message of argparse calls it by its name."""
+    """Reads a flag's number, of the type of `low`."""
 
-    def read(text):
-        number = type(low)(text)
-        if not low <= number <= most:
-            raise ValueError
-        return number
+    def number(text):  # "invalid number value" is what argparse says of what is none
+        value = type(low)(text)
+        if not low <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {most}")
+        return value
 
-    read.__name__ = f"{type(low).__name__} from {low} to {most}"
-    return read
+    return number
 
 
 def located(name):
