@@ -483,6 +483,14 @@ def model_card(out, results):
     )
 
 
+def write_end(out, results, lines, predictions):
+    """What a run leaves at its end beside its model: a card, a picture, and results.json that has
+    it finished."""
+    data.write_text(out / "README.md", model_card(out, results))
+    draw_run(results, lines, out / "curves.png")
+    write_results(out, results | {"finished": True}, predictions)
+
+
 # ---------------------------------------------------------------------------------------- command
 
 

@@ -2102,10 +2102,7 @@ def finish(run):
     save(run.model, run.out, run.settings.dtype)  # the dtype that it is scored in
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
-    on_rank_0(data.write_text, run.out / "README.md", evaluation.model_card(run.out, run.results))
-    on_rank_0(evaluation.draw_run, run.results, run.lines, run.out / "curves.png")
-    run.results["finished"] = True  # now all is there
-    on_rank_0(evaluation.write_results, run.out, run.results, predictions)
+    on_rank_0(evaluation.write_end, run.out, run.results, run.lines, predictions)
     on_rank_0(shutil.rmtree, run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
     gc.collect()
