@@ -1947,7 +1947,7 @@ def run_methods(flags, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruc
                 build(run)
                 train(run, stop)
                 finish(run)
-    print0(evaluation.table(evaluation.summarize([run.results for run in runs])))
+    on_rank_0(evaluation.report, [run.out for run in runs])
     print_where(runs)
 
 
