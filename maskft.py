@@ -1083,12 +1083,12 @@ def start_processes():
 
 
 def on_rank_0(body, *given, **named):
-    """What body(...) returns on rank 0, or its error for the user, on every rank."""
+    """What body(...) returns on rank 0, or its error, on every rank: none waits for another."""
     outcome = [None]
     if rank() == 0:
         try:
             outcome = [body(*given, **named)]
-        except (UserError, OSError) as error:
+        except Exception as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
     (outcome,) = outcome
