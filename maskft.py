@@ -2139,21 +2139,20 @@ def entry_point(body):
     with suppress(AttributeError):  # a notebook's output has no such method, a closed one is None
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     status = 0
-    mistake = None
     try:
         body()
     except KeyboardInterrupt:
         status = 130
     except (UserError, OSError) as error:  # of the latter: a full disk, a closed directory
-        mistake = f"error: {error}"
+        status = f"error: {error}"
         if rank():
             time.sleep(3)  # rank 0 most likely says the same, and its end is the end of all
-            mistake = f"[rank {rank()}] {mistake}"
-    # otherwise a thread of the group may abort at exit; not after an error on one of several ranks,
-    # as the others may never arrive
-    if dist.is_initialized() and (world_size() == 1 or not mistake):
-        dist.destroy_process_group()
-    sys.exit(mistake or status)
+            status = f"[rank {rank()}] {status}"
+        if world_size() > 1:
+            sys.exit(status)  # the others may never arrive at the end of the group
+    if dist.is_initialized():
+        dist.destroy_process_group()  # otherwise a thread of it may abort at exit
+    sys.exit(status)
 
 
 def main():
