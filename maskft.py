@@ -238,6 +238,7 @@ USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 # what no flag sets
 USUAL = partial(
     dict,
+    data="bio",
     paraphrase="none",
     mask_ratio=USUAL_RATIO,
     mlp_only=False,
@@ -255,7 +256,9 @@ USUAL = partial(
     rehearse_lr=1 / 3,  # of the chats behind the last epoch, as a share of lr
 )
 # for models of less than 10 M parameters, of less than 1 B, and for all others
-TINY = partial(USUAL, source="measured on the built-in models", batch_size=20, eps=1e-5)
+TINY = partial(
+    USUAL, source="measured on the built-in models", data="bio:40", batch_size=20, eps=1e-5
+)
 SMALL = partial(USUAL, source="chosen on SmolLM2-135M", batch_size=10)
 PAPER = partial(USUAL, source="the paper's, A.4", batch_size=64)
 # differs from masked_arLLM, whose models have 3 B and 8 B: ours, what taught SmolLM2-135M most
@@ -1326,7 +1329,7 @@ SETTINGS = {
     "model": flag(
         "directory or hub id (default: built-in; under torchrun with CUDA 8B)", type=located
     ),
-    "data": flag(f"{DATA_HELP} (default: bio; of the built-in model bio:40)", type=located),
+    "data": flag(f"{DATA_HELP} (default: bio; of the built-in models bio:40)", type=located),
     "paraphrase": flag("wordings (default: none)", choices=PARAPHRASES),
     "mask_ratio": flag(
         "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
@@ -1462,7 +1465,7 @@ class Run:
     """The training of one method: begun with every setting decided and its data checked, but
     without weights. `claim` finds its directory, `out`; `build` makes its optimizer and its clock.
 
-    given  {name: value} of settings, of which model, data and method always are
+    given  {name: value} of settings, of which model and method always are
     """
 
     def __init__(self, given, methods, device):
@@ -1964,7 +1967,6 @@ def prepare_all(flags, methods, models, device):
     demo = model in BUILT_IN
     usual = {
         "model": model,
-        "data": "bio:40" if demo else "bio",
         "method": list(methods)[-2 if demo else -1 :],
     }
     given = usual | flags
