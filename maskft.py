@@ -1964,14 +1964,10 @@ def prepare_all(flags, methods, models, device):
         ):
             return [Run(data.read_json(path)["arguments"], methods, device)]
     model = flags.get("model", models[launched() and device.type == "cuda"])
-    demo = model in BUILT_IN
-    usual = {
-        "model": model,
-        "method": list(methods)[-2 if demo else -1 :],
-    }
-    given = usual | flags
+    usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
-        Run(given | {"method": name}, methods, device) for name in dict.fromkeys(given["method"])
+        Run(flags | {"model": model, "method": name}, methods, device)
+        for name in dict.fromkeys(flags.get("method", usual))
     ]
 
 
