@@ -1237,8 +1237,7 @@ def lock(out, ends):
 
 
 def claim(run, out, ends):
-    """The directory of a run, locked until `ends` close, and the run's results: all of a finished
-    one, else those to begin with.
+    """The directory of a run, locked until `ends` close, and whether the run is finished.
 
     A directory with a run of the same settings and data is gone on with, so the same command, given
     again by a person or a scheduler, goes on. Where `out` is None it is the next free
@@ -1248,8 +1247,6 @@ def claim(run, out, ends):
     out.mkdir(parents=True, exist_ok=True)
     lock(out, ends)
     found = results_of(run, out)
-    if found.get("finished"):
-        return out, found
     if not found:
         # but for what a crash may leave before there are results
         if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
@@ -1259,7 +1256,7 @@ def claim(run, out, ends):
             )
         with data.reading(out, "cannot be written to"):
             data.write_json(out / "results.json", run.results)  # now the directory is its own
-    return out, run.results
+    return out, "finished" in found
 
 
 def next_directory(run):
@@ -1463,7 +1460,8 @@ def decide_epochs(settings, recipe, steps_per_epoch):
 
 class Run:
     """The training of one method: begun with every setting decided and its data checked, but
-    without weights. `claim` finds its directory, `out`; `build` makes its optimizer and its clock.
+    without weights. `claim` finds its directory, `out`, and whether it was finished before; `build`
+    makes its optimizer and its clock.
 
     given  {name: value} of settings, of which model and method always are
     """
@@ -1941,9 +1939,9 @@ def run_methods(flags, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruc
             out = flags.get("out", flags.get("resume"))
             if out and len(runs) > 1:
                 out = f"{out}-{run.settings.method}"
-            run.out, run.results = on_rank_0(claim, run, out, ends)
+            run.out, run.finished = on_rank_0(claim, run, out, ends)
         for run in runs:
-            if run.results.get("finished"):
+            if run.finished:
                 print0(f"{run.out}: finished before, with these settings and data")
                 continue
             with explained(run):
@@ -1951,7 +1949,8 @@ def run_methods(flags, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruc
                 train(run, stop)
                 finish(run)
     on_rank_0(evaluation.report, [run.out for run in runs])
-    print_where(runs)
+    print0("\nresults:", shlex.join(str(run.out) for run in runs))
+    print0("ask it: ", evaluation.ask_command(runs[-1].out))
 
 
 def prepare_all(flags, methods, models, device):
@@ -2095,11 +2094,17 @@ def explained(run):
 
 
 def finish(run):
-    """Write the model, its scores, its card and the curves, print some of its answers; delete the
-    checkpoints, free the memory."""
+    """Write the model, its scores, its card and the curves, print some of its answers and what it
+    forgot; delete the checkpoints, free the memory."""
     save(run.model, run.out, run.settings.dtype)  # the dtype that it is scored in
     predictions = evaluate_and_record(run, run.steps, run.settings.epochs)
     print0(evaluation.samples(predictions))
+    drift = run.results["evaluations"][-1]["drift"]
+    if drift > 1 and not run.settings.rehearse:
+        print0(
+            f"drift {drift:.1f}: it now answers other questions with what it was taught; "
+            "--mlp-only and --rehearse 8 keep more of what it knew"
+        )
     on_rank_0(evaluation.write_end, run.out, run.results, run.lines, predictions)
     on_rank_0(shutil.rmtree, run.out / "ckpt", ignore_errors=True)
     run.model = run.optimizer = None
@@ -2114,19 +2119,6 @@ def resume_command(out):
     local = os.environ.get("LOCAL_WORLD_SIZE")
     start = f"torchrun --nproc_per_node {local}" if local else "python"
     return evaluation.command(script, "--resume", out, start=start)
-
-
-def print_where(runs):
-    """The last lines of a command: where the results are, how to ask the model, what it forgot."""
-    last = runs[-1]
-    print0("\nresults:", shlex.join(str(run.out) for run in runs))
-    print0("ask it: ", evaluation.ask_command(last.out))
-    drift = last.results["evaluations"][-1]["drift"]
-    if drift > 1 and not last.settings.rehearse:
-        print0(
-            f"drift {drift:.1f}: it now answers other questions with what it was taught; "
-            "--mlp-only and --rehearse 8 keep more of what it knew"
-        )
 
 
 # any other error: torchrun ends the run, with the traceback of the rank that failed first
