@@ -1185,7 +1185,7 @@ def load_checkpoint(run):
     ):
         # in place; it unpickles: only runs of your own
         dcp.load(state, checkpoint_id=newest)
-        run.chats, run.results, run.lines, seconds = json.loads(state.pop("written"))
+        run.chats, run.results, run.lines, seconds = state.pop("written")
         run.clock -= seconds
     set_state_dict(run.model, run.optimizer, **state)
 
@@ -1198,7 +1198,8 @@ def state_of(run):
     return {
         "model_state_dict": weights,
         "optim_state_dict": optimizer_state,
-        "written": json.dumps([run.chats, run.results, run.lines, run.seconds]),
+        # a tuple, which DCP takes for one value; of a list it would look for each part
+        "written": (run.chats, run.results, run.lines, run.seconds),
     }
 
 
