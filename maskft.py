@@ -1062,7 +1062,7 @@ def start_processes():
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
         backend = "cpu:gloo,cuda:nccl"  # small objects and checkpoints travel by gloo
         visible = torch.cuda.device_count()
         if device.index >= visible:
