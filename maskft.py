@@ -1949,9 +1949,10 @@ def run_methods(flags, methods, models=("tiny", "meta-llama/Llama-3.1-8B-Instruc
                 build(run)
                 train(run, stop)
                 finish(run)
-    on_rank_0(evaluation.report, [run.out for run in runs])
-    print0("\nresults:", shlex.join(str(run.out) for run in runs))
-    print0("ask it: ", evaluation.ask_command(runs[-1].out))
+    directories = [str(run.out) for run in runs]
+    on_rank_0(evaluation.report, directories)
+    print0("\nresults:", shlex.join(directories))
+    print0("ask it: ", evaluation.ask_command(directories[-1]))
 
 
 def prepare_all(flags, methods, models, device):
