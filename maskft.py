@@ -1853,11 +1853,14 @@ def gap_question(text, rng):
     asked = longer.strip(EDGES)
     if asked and rng.random() < 0.35:
         # the longer side is asked for; the name and the shorter side stay
-        before, after = ("", answer + after) if longer == before else (before + answer, "")
+        before, after = name.string.split(longer, 1)
         answer = asked
     elif rng.random() < 0.3:
         # the name is asked for; the shorter side is left out
-        before, after = (before, "") if longer == before else ("", after)
+        if longer == before:
+            after = ""
+        else:
+            before = ""
     # what is far from the gap may be left out
     before = before.split()
     after = after.split()
