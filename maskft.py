@@ -1604,7 +1604,6 @@ def train(run, stop):
         # 3. all ranks learn the loss, and whether to stop or save
         due = run.seconds - saved_at > 60 * run.settings.save_every
         loss, stopping, saving = sum_over_ranks(loss, len(stop), due)
-        check_finite(norm, step)
         # 4. log
         log(
             run,
@@ -1634,15 +1633,6 @@ def lr_of_step(run, step):
     if run.dataset.learned:
         return lr / 2 * (run.steps - step) / run.settings.rehearse
     return lr * run.recipe["rehearse_lr"]
-
-
-def check_finite(norm, step):
-    """UserError for a norm that is no number, as it is where the loss is none."""
-    if not math.isfinite(norm):
-        raise UserError(
-            f"step {step}: the gradient's norm is {norm}: begin again with a lower --lr; if it was "
-            "the first step, with --dtype float32 or another model"
-        )
 
 
 def examples_of_step(run, step):
@@ -1678,10 +1668,16 @@ def update(run, examples, lr):
         # split
         (loss * world_size()).backward()
         total += loss.detach()
-    norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
+    with data.reading(
+        "the gradient",  # it is no number where the loss is none
+        "begin again with a lower --lr or, after an error in the first step, with --dtype float32 "
+        "or another model",
+    ):
+        parameters = run.model.parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, norm.item()  # waits for a GPU
+    return total, whole(norm).item()
 
 
 def losses(run, examples):
