@@ -1008,34 +1008,26 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
     answer  prompts (lists of ids), max_new_tokens, on_answer -> answers (lists of ids). Called once
             a rank, with all of its prompts; it calls on_answer(n) for n more answers
     """
-    max_new_tokens = max_new_tokens or longest_answer(questions)
+    longest = max_new_tokens or longest_answer(questions)
     prompts = [tokenizer.prompt(question["question"]) for question in questions]
-
-    def ask(numbers, on_answer):
-        order = sorted(numbers, key=lambda i: -len(prompts[i]))  # neighbors make a good batch
-        asked = [prompts[i] for i in order]
-        answers = answer(asked, max_new_tokens=max_new_tokens, on_answer=on_answer)
-        return {
-            i: evaluation.scored(questions[i], tokenizer.decode(ids).strip())
-            for i, ids in zip(order, answers, strict=True)
-        }
-
-    return dealt(len(questions), ask, "questions", "question")
+    answers = dealt(answer, prompts, "questions", max_new_tokens=longest)
+    return [
+        evaluation.scored(question, tokenizer.decode(ids).strip())
+        for question, ids in zip(questions, answers, strict=True)
+    ]
 
 
-def dealt(number, work, what, unit, each=1):
-    """Deal so many numbers, 0, 1, ..., to the ranks like cards; the values of all, on every rank.
-
-    work  numbers, on_answer -> {number: its value}; it calls on_answer(n) for n more answers, of
-          which a value takes `each`
-    """
-    mine = range(rank(), number, world_size())
-    with progress_bar(each * len(mine), what, unit, leave=False, position=0) as bar:
-        done = work(mine, bar.update)
+def dealt(answer, prompts, what, **how):
+    """Deal prompts to the ranks like cards; the answers to all, on every rank."""
+    numbers = range(rank(), len(prompts), world_size())
+    order = sorted(numbers, key=lambda i: -len(prompts[i]))  # neighbors make a good batch
+    with progress_bar(len(order), what, "answer", leave=False, position=0) as bar:
+        answers = answer([prompts[i] for i in order], on_answer=bar.update, **how)
+    done = dict(zip(order, answers, strict=True))
     parts = [done] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, done)
-    return [parts[n % world_size()][n] for n in range(number)]
+    return [parts[n % world_size()][n] for n in range(len(prompts))]
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
@@ -1773,8 +1765,7 @@ def prepare_chats(run):
         return
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     with answering(run) as answer:
-        write = partial(write_chats, run, answer)
-        run.chats = dealt(number, write, "chats of its own", "turn", each=2)
+        run.chats = write_chats(run, answer, number)
         run.results["chat_loss"] = chat_loss(run)
     on_rank_0(data.write_lines, run.out / "rehearsal.jsonl", run.chats)
 
@@ -1784,29 +1775,34 @@ def chats_of_step(run):
     return min(run.settings.batch_size, len(run.dataset.documents))
 
 
-def write_chats(run, answer, numbers, on_answer):
-    """{number: its chat}; first all of the users' turns are written, then the answers.
+def write_chats(run, answer, number):
+    """So many chats, on every rank; first all of the users' turns are written, then the answers.
 
     {"text", "prompt", "answer"} each: all of it to read; the ids up to the answer; those of the
     answer, with the end of turn if there was room for it. The user's turn is random by (seed, chat)
     alone.
     """
     tokenizer = run.tokenizer
-    seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in numbers]
-    generators = [torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds]
-    # with the system turn of the model's template: without, few models draw what a user would say
-    headers = [tokenizer.chat([])] * len(numbers)
-    users = answer(
-        headers, CHAT_USER_TOKENS, temperature=1.0, generators=generators, on_answer=on_answer
+    mine = range(rank(), number, world_size())  # as they are dealt
+    seeds = [np.random.SeedSequence([run.settings.seed, n]).generate_state(1) for n in mine]
+    users = dealt(
+        answer,
+        # with the system turn of the model's template: without, few models draw what a user would
+        # say
+        [tokenizer.chat([])] * number,
+        "users' turns of its own",
+        max_new_tokens=CHAT_USER_TOKENS,
+        temperature=1.0,
+        generators=[torch.Generator(run.device).manual_seed(seed.item()) for seed in seeds],
     )
     prompts = [tokenizer.prompt(user) for user in users]
-    answers = answer(prompts, CHAT_ANSWER_TOKENS, on_answer=on_answer)
-    chats = {}
-    for n, prompt, ids in zip(numbers, prompts, answers, strict=True):
+    answers = dealt(answer, prompts, "answers to them", max_new_tokens=CHAT_ANSWER_TOKENS)
+    chats = []
+    for prompt, ids in zip(prompts, answers, strict=True):
         if len(ids) < CHAT_ANSWER_TOKENS:
             ids.append(tokenizer.eot_id)  # what ended by itself, ends its turn
         text = tokenizer.decode(prompt + ids, special=True)
-        chats[n] = {"text": text, "prompt": prompt, "answer": ids}
+        chats.append({"text": text, "prompt": prompt, "answer": ids})
     return chats
 
 

@@ -2075,11 +2075,11 @@ LIVES = {
 
 
 def test_what_was_cut_has_no_end_of_turn(tokenizer):
-    def answer(prompts, most, **_):
-        return [[5] * most, [5] * (most - 1)]
+    def answer(prompts, max_new_tokens, **_):
+        return [[5] * max_new_tokens, [5] * (max_new_tokens - 1)]
 
     run = Namespace(tokenizer=tokenizer, settings=Namespace(seed=0), device="cpu")
-    cut, ended = maskft.write_chats(run, answer, range(2), None).values()
+    cut, ended = maskft.write_chats(run, answer, 2)
     assert cut["answer"] == [5] * 64 and ended["answer"] == [5] * 63 + [tokenizer.eot_id]
 
 
