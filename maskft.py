@@ -1481,7 +1481,7 @@ class Run:
         decide_epochs(settings, self.recipe, self.steps_per_epoch)
         self.epoch_steps = settings.epochs * self.steps_per_epoch
         self.steps = self.epoch_steps + settings.rehearse  # with those behind the epochs
-        self.chats = []  # that the model wrote before it learned anything
+        self.chats = []  # Examples of what the model wrote before it learned anything
         self.lines = []  # of metrics.jsonl
         # what its numbers follow from
         digest = sha256(repr([settings, self.recipe, self.dataset]).encode()).hexdigest()
@@ -1642,7 +1642,7 @@ def examples_of_step(run, step):
     if step >= run.epoch_steps:
         # behind the last epoch as many chats as documents
         first = CHATS_HELD_OUT + (step - run.epoch_steps) % CHAT_STEPS * chats_of_step(run)
-        others = [build_chat(run, first + n) for n in range(len(numbers))]
+        others = run.chats[first:][: len(numbers)]
         if run.dataset.learned:  # beside half as many documents, and questions
             numbers = numbers[: math.ceil(len(numbers) / 2)]
             others += questions_of_step(run, step, len(numbers))
@@ -1765,9 +1765,16 @@ def prepare_chats(run):
         return
     number = CHATS_HELD_OUT + min(run.settings.rehearse, CHAT_STEPS) * chats_of_step(run)
     with answering(run) as answer:
-        run.chats = write_chats(run, answer, number)
+        written = write_chats(run, answer, number)
+        # Random by (seed, chat) alone. Four numbers: no document (seed, epoch, document + 1) has
+        # the same. And of the usual mask ratio: drift is counted alike whatever is trained with
+        run.chats = [
+            run.method.chat(*chat, run.tokenizer, USUAL_RATIO, run.rng(0, n, 2))
+            for n, chat in enumerate(written)
+        ]
         run.results["chat_loss"] = chat_loss(run)
-    on_rank_0(data.write_lines, run.out / "rehearsal.jsonl", run.chats)
+    lines = [{"text": run.tokenizer.decode(prompt + ids, special=True)} for prompt, ids in written]
+    on_rank_0(data.write_lines, run.out / "rehearsal.jsonl", lines)
 
 
 def chats_of_step(run):
@@ -1778,9 +1785,8 @@ def chats_of_step(run):
 def write_chats(run, answer, number):
     """So many chats, on every rank; first all of the users' turns are written, then the answers.
 
-    {"text", "prompt", "answer"} each: all of it to read; the ids up to the answer; those of the
-    answer, with the end of turn if there was room for it. The user's turn is random by (seed, chat)
-    alone.
+    Of each the ids up to the answer, and those of the answer, with the end of turn if there was
+    room for it. The user's turn is random by (seed, chat) alone.
     """
     tokenizer = run.tokenizer
     mine = range(rank(), number, world_size())  # as they are dealt
@@ -1797,22 +1803,10 @@ def write_chats(run, answer, number):
     )
     prompts = [tokenizer.prompt(user) for user in users]
     answers = dealt(answer, prompts, "answers to them", max_new_tokens=CHAT_ANSWER_TOKENS)
-    chats = []
-    for prompt, ids in zip(prompts, answers, strict=True):
+    for ids in answers:
         if len(ids) < CHAT_ANSWER_TOKENS:
             ids.append(tokenizer.eot_id)  # what ended by itself, ends its turn
-        text = tokenizer.decode(prompt + ids, special=True)
-        chats.append({"text": text, "prompt": prompt, "answer": ids})
-    return chats
-
-
-def build_chat(run, number):
-    """The Example of a chat; random by (seed, chat) alone, and of the usual mask ratio, so that
-    drift is counted alike whatever ratio is trained with."""
-    # four numbers: no document (seed, epoch, document + 1) has the same
-    rng = run.rng(0, number, 2)
-    chat = run.chats[number]
-    return run.method.chat(chat["prompt"], chat["answer"], run.tokenizer, USUAL_RATIO, rng)
+    return list(zip(prompts, answers, strict=True))
 
 
 ANSWER_STEPS = 200  # by default, where questions are learned
@@ -1904,8 +1898,7 @@ def chat_loss(run):
 
     Of a diffusion model one draw of its bound, the mean over chats; the masks are always the same.
     """
-    examples = [build_chat(run, number) for number in range(CHATS_HELD_OUT)]
-    (loss,) = sum_over_ranks(sum(losses(run, examples)))
+    (loss,) = sum_over_ranks(sum(losses(run, run.chats[:CHATS_HELD_OUT])))
     return loss
 
 

@@ -2079,8 +2079,8 @@ def test_what_was_cut_has_no_end_of_turn(tokenizer):
         return [[5] * max_new_tokens, [5] * (max_new_tokens - 1)]
 
     run = Namespace(tokenizer=tokenizer, settings=Namespace(seed=0), device="cpu")
-    cut, ended = maskft.write_chats(run, answer, 2)
-    assert cut["answer"] == [5] * 64 and ended["answer"] == [5] * 63 + [tokenizer.eot_id]
+    (_, cut), (_, ended) = maskft.write_chats(run, answer, 2)
+    assert cut == [5] * 64 and ended == [5] * 63 + [tokenizer.eot_id]
 
 
 def left(out):
