@@ -222,28 +222,29 @@ def answer(model, prompts, max_new_tokens=128, steps=None, generators=None, on_a
     """Answers with the paper's settings [A.4]: a step a token, blocks of 4, temperature 0; `how` is
     for `sample`.
 
-    Prompts of alike length should be neighbors, as they are answered batch by batch; with a
-    generator for each one by one, so that no draw depends on others.
+    Prompts are answered batch by batch, in each those of alike length; with a generator for each
+    one by one, so that no draw depends on others.
     differs from masked_arLLM: an answer is cut at the end of its turn too, not only at the end of
     text.
     """
-    answers = []
-    left = prompts
+    answers = {}
+    left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while left:
-        longest = len(max(left, key=len)) + max_new_tokens
+        longest = len(prompts[left[0]]) + max_new_tokens
         batch = left[: 1 if generators else max(1, BATCH_TOKENS // longest)]
-        answers += sample(
+        said = sample(
             model,
-            batch,
+            [prompts[i] for i in batch],
             max_new_tokens,
             steps,
-            generator=generators[len(answers)] if generators else None,
+            generator=generators[batch[0]] if generators else None,
             **how,
         )
+        answers |= zip(batch, said, strict=True)
         left = left[len(batch) :]
         if on_answer:
             on_answer(len(batch))
-    return answers
+    return [answers[i] for i in range(len(prompts))]
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -1019,15 +1019,13 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
 
 def dealt(answer, prompts, what, **how):
     """Deal prompts to the ranks like cards; the answers to all, on every rank."""
-    numbers = range(rank(), len(prompts), world_size())
-    order = sorted(numbers, key=lambda i: -len(prompts[i]))  # neighbors make a good batch
-    with progress_bar(len(order), what, "answer", leave=False, position=0) as bar:
-        answers = answer([prompts[i] for i in order], on_answer=bar.update, **how)
-    done = dict(zip(order, answers, strict=True))
-    parts = [done] * world_size()
+    mine = prompts[rank() :: world_size()]
+    with progress_bar(len(mine), what, "answer", leave=False, position=0) as bar:
+        answers = answer(mine, on_answer=bar.update, **how)
+    parts = [answers] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, done)
-    return [parts[n % world_size()][n] for n in range(len(prompts))]
+        dist.all_gather_object(parts, answers)
+    return [parts[n % world_size()][n // world_size()] for n in range(len(prompts))]
 
 
 # -------------------------------------------------------------------------------------------- FSDP2
