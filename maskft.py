@@ -1733,10 +1733,9 @@ def listen(ends):
             os.write(2, b"\nstopping as soon as all is saved; once more ends at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before = signal.getsignal(number)
-        if before != signal.SIG_IGN:  # ignored is what nohup asks for
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored is what nohup asks for
             with suppress(ValueError):  # a thread hears none
-                signal.signal(number, ask)
+                before = signal.signal(number, ask)
                 ends.callback(signal.signal, number, before)
     return received
 
