@@ -202,6 +202,17 @@ def reported_scores(scores):
     }
 
 
+def with_drift(evaluation):
+    """The reported scores of an evaluation, and its drift in the same form."""
+    return reported_scores(evaluation["scores"]) | {"drift": [evaluation["drift"]] * 3}
+
+
+def in_a_line(evaluation):
+    """What is told of an evaluation while a run goes on."""
+    scores = [f"  {name} {mean:.3f}" for name, (mean, *_) in with_drift(evaluation).items()]
+    return " epoch {epoch}  step {step}".format(**evaluation) + "".join(scores)
+
+
 def best_of(evaluations):
     """The evaluation with the highest sum of reported means."""
 
@@ -265,10 +276,7 @@ def over_seeds(*evaluations):
     low to high is the range over the evaluations, one a seed; of a score of one alone, its 95 %
     interval.
     """
-    seeds = [
-        reported_scores(evaluation["scores"]) | {"drift": [evaluation["drift"]] * 3}
-        for evaluation in evaluations
-    ]
+    seeds = [with_drift(evaluation) for evaluation in evaluations]
     merged = {"step": evaluations[0]["step"], **seeds[0]}
     if len(seeds) > 1:
         for name in seeds[0]:

@@ -1705,11 +1705,7 @@ def evaluate_and_record(run, step, epoch):
     asked = {"step": step, "epoch": epoch, "seconds": run.seconds, "scores": scores, "drift": drift}
     run.results["evaluations"].append(asked)
     on_rank_0(evaluation.write_results, run.out, run.results, predictions)
-    reported = evaluation.reported_scores(scores) | {"drift": [drift]}
-    print0(
-        f"{run.settings.method}  epoch {epoch}  step {step}",
-        *(f" {name} {mean:.3f}" for name, (mean, *_) in reported.items()),
-    )
+    print0(run.settings.method, evaluation.in_a_line(asked))
     return predictions
 
 
