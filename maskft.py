@@ -1701,8 +1701,13 @@ def evaluate_and_record(run, step, epoch):
     with answering(run) as answer:
         predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
-    scores = evaluation.average(predictions)
-    asked = {"step": step, "epoch": epoch, "seconds": run.seconds, "scores": scores, "drift": drift}
+    asked = {
+        "step": step,
+        "epoch": epoch,
+        "seconds": run.seconds,
+        "scores": evaluation.average(predictions),
+        "drift": drift,
+    }
     run.results["evaluations"].append(asked)
     on_rank_0(evaluation.write_results, run.out, run.results, predictions)
     print0(run.settings.method, evaluation.in_a_line(asked))
