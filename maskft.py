@@ -1663,8 +1663,11 @@ def update(run, examples, lr):
         "begin again with a lower --lr or, after an error in the first step, with --dtype float32 "
         "or another model",
     ):
-        parameters = run.model.parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(
+            run.model.parameters(),
+            1.0,
+            error_if_nonfinite=True,
+        )
     run.optimizer.step()
     run.optimizer.zero_grad()
     return total, whole(norm).item()
