@@ -234,10 +234,11 @@ def fall(lr, step, steps):
 SCHEDULES = {"warm_up": warm_up, "fall": fall}
 USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 
-# A recipe: the settings of a method and models of one size, as far as no flag says otherwise, and
-# what no flag sets
+# A recipe: the settings of a method and models of one size, as far as no flag says otherwise
 USUAL = partial(
     dict,
+    model=None,
+    method=None,
     data="bio",
     paraphrase="none",
     mask_ratio=USUAL_RATIO,
@@ -249,7 +250,10 @@ USUAL = partial(
     offload=False,
     eval_at=[0, *(2**n for n in range(20))],
     save_every=30.0,
-    # without a flag; some have `steps` of all epochs too, where others go by the data
+    dtype=None,  # what is native
+    epochs=None,  # as the rest of these say
+    # without a flag
+    steps=None,  # of all epochs; None: as the data says, but of so many epochs at most
     most_epochs=5000,
     schedule="warm_up",  # of SCHEDULES
     eps=1e-8,  # AdamW's
@@ -1431,19 +1435,19 @@ def recipe_of(method, model):
 
 def decide(given, method, recipe):
     """The settings of a run: as given, else as the recipe has them, but for the epochs."""
-    chosen = {"dtype": native_dtype(), **recipe, **given}
-    settings = SimpleNamespace(**{name: chosen.get(name) for name in ("method", *SETTINGS)})
+    settings = SimpleNamespace(**{name: given.get(name, usual) for name, usual in recipe.items()})
+    settings.dtype = settings.dtype or native_dtype()
     ratios = settings.mask_ratio
     settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
     return settings
 
 
-def decide_epochs(settings, recipe, steps_per_epoch):
+def decide_epochs(settings, steps_per_epoch):
     """Set how often the documents are seen, where no flag says so."""
     kind = regex.match(r"\w*", settings.data)[0]
-    steps = recipe.get("steps", STEPS.get(kind, WIKI_STEPS))
+    steps = settings.steps or STEPS.get(kind, WIKI_STEPS)
     enough = math.ceil(steps / steps_per_epoch)
-    settings.epochs = settings.epochs or min(recipe["most_epochs"], enough)
+    settings.epochs = settings.epochs or min(settings.most_epochs, enough)
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -1466,8 +1470,7 @@ class Run:
             print0(note)
         config = self.method.config(read_config(self.directory), self.tokenizer)
         self.model = without_weights(config)  # on `meta` until its weights are loaded
-        self.recipe = recipe_of(self.method, self.model)  # with what no flag sets
-        self.settings = settings = decide(given, self.method, self.recipe)
+        self.settings = settings = decide(given, self.method, recipe_of(self.method, self.model))
         self.dataset = data.load(settings.data, settings.paraphrase, settings.seed)
         if self.dataset.learned:
             settings.rehearse = given.get("rehearse", ANSWER_STEPS)
@@ -1476,16 +1479,15 @@ class Run:
         fit_documents(self)
         check_questions(self.dataset.questions, self.tokenizer, self.model)
         self.steps_per_epoch = math.ceil(len(self.dataset.documents) / settings.batch_size)
-        decide_epochs(settings, self.recipe, self.steps_per_epoch)
+        decide_epochs(settings, self.steps_per_epoch)
         self.epoch_steps = settings.epochs * self.steps_per_epoch
         self.steps = self.epoch_steps + settings.rehearse  # with those behind the epochs
         self.chats = []  # Examples of what the model wrote before it learned anything
         self.lines = []  # of metrics.jsonl
         # what its numbers follow from
-        digest = sha256(repr([settings, self.recipe, self.dataset]).encode()).hexdigest()
+        digest = sha256(repr([settings, self.dataset]).encode()).hexdigest()
         self.results = {  # of results.json
             "arguments": vars(settings),
-            "recipe": self.recipe,
             "digest": digest,
             "environment": environment(device),
             "evaluations": [],
@@ -1619,10 +1621,10 @@ def lr_of_step(run, step):
     lr, falling to zero."""
     lr = run.settings.lr
     if step < run.epoch_steps:
-        return SCHEDULES[run.recipe["schedule"]](lr, step, run.epoch_steps)
+        return SCHEDULES[run.settings.schedule](lr, step, run.epoch_steps)
     if run.dataset.learned:
         return lr / 2 * (run.steps - step) / run.settings.rehearse
-    return lr * run.recipe["rehearse_lr"]
+    return lr * run.settings.rehearse_lr
 
 
 def examples_of_step(run, step):
@@ -1976,7 +1978,6 @@ def describe(run):
     print0(
         PLAN.format(
             **vars(settings),
-            source=run.recipe["source"],
             documents=len(run.dataset.documents),
             learned=len(run.dataset.learned),
             questions=len(run.dataset.questions),
@@ -2032,7 +2033,7 @@ def build(run):
         freeze_all_but_mlps(run.model)
     shard(run.model, run.device, getattr(torch, settings.dtype), settings.offload)
     load_weights(run.model, run.directory, "cpu" if settings.offload else run.device)
-    run.optimizer = make_optimizer(run.model, run.recipe["eps"])
+    run.optimizer = make_optimizer(run.model, settings.eps)
     run.clock = time.monotonic()
     load_checkpoint(run)
     on_rank_0(data.write_chat_files, run.tokenizer, run.directory, run.out)

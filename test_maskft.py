@@ -2209,7 +2209,7 @@ def test_a_run_leaves_its_scores_losses_and_times(done):
 def test_a_run_s_directory_gives_our_answers_in_transformers(done):
     transformers = pytest.importorskip("transformers")
     card = (done / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "'lr': 0.0006, " in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "'lr': 0.0006" in card
     chat = transformers.pipeline("text-generation", str(done.absolute()))
     for prediction in jsonl(done / "preds.jsonl"):
         question = [{"role": "user", "content": prediction["question"]}]
@@ -2512,7 +2512,7 @@ def test_settings_that_no_flag_gives(row):
     method = (maskft.METHODS | llada.METHODS)[name]
     recipe = maskft.recipe_of(method, meta_model(size))
     found = maskft.decide({"data": dataset}, method, recipe)
-    maskft.decide_epochs(found, recipe, int(steps))
+    maskft.decide_epochs(found, int(steps))
     assert [found.batch_size, found.epochs, found.lr] == [*map(float, expected)]
     chosen = [size, name] == ["135M", "masked"]
     assert found.mlp_only == chosen and found.rehearse == (8 if chosen else 0)
