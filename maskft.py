@@ -1310,67 +1310,63 @@ def located(name):
 positive = at_least(1)
 
 
-def flag(what, **more):
-    """How argparse reads a flag."""
-    return {"help": what, **more}
-
-
-# What makes a run what it is, beside its method: its flags, whose values results.json keeps, from
-# where --resume has them.
-SETTINGS = {
-    "model": flag(
-        "directory or hub id (default: built-in; under torchrun with CUDA 8B)", type=located
-    ),
-    "data": flag(f"{DATA_HELP} (default: bio; of the built-in models bio:40)", type=located),
-    "paraphrase": flag("wordings (default: none)", choices=PARAPHRASES),
-    "mask_ratio": flag(
-        "share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to 1 B "
-        "parameters 0.5 0.95)",
+def add_training(add):
+    """The flags of how to train, by argparse's `add`."""
+    add(
+        "--mask-ratio",
+        help="share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to "
+        "1 B parameters 0.5 0.95)",
         type=at_least(0.0, 1.0),
         nargs="+",
         metavar="R",
-    ),
-    "mlp_only": flag(
-        "train the MLPs alone, which forgets less (default: masked and random, of real models "
+    )
+    add(
+        "--mlp-only",
+        help="train the MLPs alone, which forgets less (default: masked and random, of real models "
         "below 1 B)",
         action=argparse.BooleanOptionalAction,
-    ),
-    "rehearse": flag(
-        "add N steps with chats that the model wrote, and questions to learn (default: masked and "
-        "random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
+    )
+    add(
+        "--rehearse",
+        help="add N steps with chats that the model wrote, and questions to learn (default: masked "
+        "and random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
         type=at_least(0),
         metavar="N",
-    ),
-    "epochs": flag("default: by the model's size and the data", type=positive),
-    "lr": flag("default: by the model's size and the method", type=at_least(0.0)),
-    "batch_size": flag("documents a step (default: 64; of small models fewer)", type=positive),
-    "micro_batch_tokens": flag(
-        "at a time on a GPU, with padding: memory, not results (default: 4096)", type=positive
-    ),
-    "max_len": flag("of a document's example, in tokens (default: 512)", type=positive),
-    "seed": flag("of people, order and masks (default: 0)", type=at_least(0)),
-    "dtype": flag(
-        "of the computation (default: bfloat16 on GPUs that have it)",
+    )
+    add("--epochs", help="default: by the model's size and the data", type=positive)
+    add("--lr", help="default: by the model's size and the method", type=at_least(0.0))
+    add("--batch-size", help="documents a step (default: 64; of small models fewer)", type=positive)
+    add(
+        "--micro-batch-tokens",
+        help="at a time on a GPU, with padding: memory, not results (default: 4096)",
+        type=positive,
+    )
+    add("--max-len", help="of a document's example, in tokens (default: 512)", type=positive)
+    add(
+        "--dtype",
+        help="of the computation (default: bfloat16 on GPUs that have it)",
         choices=["bfloat16", "float32"],
-    ),
-    "offload": flag(
-        "keep weights, gradients and optimizer state in the host's memory: slower, fits more",
+    )
+    add(
+        "--offload",
+        help="keep weights, gradients and optimizer state in the host's memory: slower, fits more",
         action="store_true",
-    ),
-    "eval_at": flag(
-        "evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
+    )
+    add(
+        "--eval-at",
+        help="evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
         type=at_least(0),
         nargs="+",
         metavar="E",
-    ),
-    "save_every": flag("minutes between checkpoints (default: 30)", type=at_least(0.0)),
-}
+    )
+    add("--save-every", help="minutes between checkpoints (default: 30)", type=at_least(0.0))
 
 
 def arguments(description, methods):
-    """The flags of a script that trains `methods`, {name: Method}: those of SETTINGS, and four.
+    """The flags of a script that trains `methods`, {name: Method}.
 
-    What is not given is not there.
+    What is not given is not there. All but the last three are settings, which make a run what it
+    is: results.json keeps them, from where --resume has them.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -1384,8 +1380,15 @@ def arguments(description, methods):
         choices=methods,
         help="one, or several to compare (default: the last; of tiny the last two)",
     )
-    for name, how in SETTINGS.items():
-        add(f"--{name.replace('_', '-')}", **how)
+    add(
+        "--model",
+        help="directory or hub id (default: built-in; under torchrun with CUDA 8B)",
+        type=located,
+    )
+    add("--data", help=f"{DATA_HELP} (default: bio; of the built-in models bio:40)", type=located)
+    add("--paraphrase", help="wordings (default: none)", choices=PARAPHRASES)
+    add("--seed", help="of people, order and masks (default: 0)", type=at_least(0))
+    add_training(add)
     add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
     add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
     add(
