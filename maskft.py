@@ -563,14 +563,14 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         D = config.hidden_size
-        # weights come from a file: to draw some on `meta` would take a second of imports
-        nothing = torch.zeros(config.vocab, D)
-        self.embed = nn.Embedding.from_pretrained(nothing, freeze=False)
+        matrix = partial(nn.Linear, D, config.vocab, bias=False)
+        # its rows are looked up; an nn.Embedding on `meta` takes a second of imports
+        self.embed = matrix()
         self.blocks = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, eps=float(config.rms_norm_eps))
         # a tied model has no head of its own: two names for one tensor come apart under to_empty
         # and FSDP
-        self.head = None if config.tie_word_embeddings else nn.Linear(D, config.vocab, bias=False)
+        self.head = None if config.tie_word_embeddings else matrix()
 
     def forward(self, ids, key_mask=None, labels=None, weights=None, pick=..., cache=None, past=0):
         """Logits, or with `labels` the summed loss.
@@ -593,7 +593,7 @@ class Model(nn.Module):
         ids = ids.to(self.norm.weight.device, non_blocking=True)
         mask, positions = self.mask_and_positions(ids, key_mask, cache, past)
         rope = rope_tables(positions, self.config)
-        x = self.embed(ids)  # (B, T, D)
+        x = F.embedding(ids, self.embed.weight)  # (B, T, D)
         for block in self.blocks:
             x = block(x, positions, rope, mask, cache)
         head = (self.head or self.embed).weight  # (V, D)
