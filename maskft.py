@@ -647,35 +647,35 @@ def without_weights(config):
 
 # ---------------------------------------------------------------------------------- weights in, out
 
-# the last part of our name: the name in the checkpoint; "{}" is the layer, ".weight" or ".bias"
-# follows
+# the last part of our name: the name in the checkpoint; "{1}" is the layer, the second part of ours
+# ("blocks", "7"), and ".weight" or ".bias" follows
 LLAMA_NAMES = {
     "embed": "model.embed_tokens",
-    "attn_norm": "model.layers.{}.input_layernorm",
-    "q": "model.layers.{}.self_attn.q_proj",
-    "k": "model.layers.{}.self_attn.k_proj",
-    "v": "model.layers.{}.self_attn.v_proj",
-    "o": "model.layers.{}.self_attn.o_proj",
-    "q_norm": "model.layers.{}.self_attn.q_norm",
-    "k_norm": "model.layers.{}.self_attn.k_norm",
-    "mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "gate": "model.layers.{}.mlp.gate_proj",
-    "up": "model.layers.{}.mlp.up_proj",
-    "down": "model.layers.{}.mlp.down_proj",
+    "attn_norm": "model.layers.{1}.input_layernorm",
+    "q": "model.layers.{1}.self_attn.q_proj",
+    "k": "model.layers.{1}.self_attn.k_proj",
+    "v": "model.layers.{1}.self_attn.v_proj",
+    "o": "model.layers.{1}.self_attn.o_proj",
+    "q_norm": "model.layers.{1}.self_attn.q_norm",
+    "k_norm": "model.layers.{1}.self_attn.k_norm",
+    "mlp_norm": "model.layers.{1}.post_attention_layernorm",
+    "gate": "model.layers.{1}.mlp.gate_proj",
+    "up": "model.layers.{1}.mlp.up_proj",
+    "down": "model.layers.{1}.mlp.down_proj",
     "norm": "model.norm",
     "head": "lm_head",
 }
 LLADA_NAMES = {
     "embed": "model.transformer.wte",
-    "attn_norm": "model.transformer.blocks.{}.attn_norm",
-    "q": "model.transformer.blocks.{}.q_proj",
-    "k": "model.transformer.blocks.{}.k_proj",
-    "v": "model.transformer.blocks.{}.v_proj",
-    "o": "model.transformer.blocks.{}.attn_out",
-    "mlp_norm": "model.transformer.blocks.{}.ff_norm",
-    "gate": "model.transformer.blocks.{}.ff_proj",  # not up_proj: swapped, it loads and babbles
-    "up": "model.transformer.blocks.{}.up_proj",
-    "down": "model.transformer.blocks.{}.ff_out",
+    "attn_norm": "model.transformer.blocks.{1}.attn_norm",
+    "q": "model.transformer.blocks.{1}.q_proj",
+    "k": "model.transformer.blocks.{1}.k_proj",
+    "v": "model.transformer.blocks.{1}.v_proj",
+    "o": "model.transformer.blocks.{1}.attn_out",
+    "mlp_norm": "model.transformer.blocks.{1}.ff_norm",
+    "gate": "model.transformer.blocks.{1}.ff_proj",  # not up_proj: swapped, it loads and babbles
+    "up": "model.transformer.blocks.{1}.up_proj",
+    "down": "model.transformer.blocks.{1}.ff_out",
     "norm": "model.transformer.ln_f",
     "head": "model.transformer.ff_out",
 }
@@ -757,7 +757,7 @@ def named(model):
     parameters = {}
     for name, parameter in model.named_parameters():
         *block, part, kind = name.split(".")  # ["blocks", "7"], "q", "weight"
-        parameters[f"{model.config.names[part].format(*block[1:])}.{kind}"] = parameter
+        parameters[f"{model.config.names[part].format(*block)}.{kind}"] = parameter
     return parameters
 
 
