@@ -316,14 +316,13 @@ def table_cells(row):
             before.append(shown("{:.3f}", first[name]))
             scores[f"{name} best"] = shown(INTERVAL, row.best[name])
             scores[f"{name} last"] = shown(INTERVAL, last[name])
-    drift = INTERVAL if len(row.seeds) > 1 else "{:.3f}"
     return {
         "method": row.name,
         "paraphrase": row.settings["paraphrase"],
         "seeds": ",".join(map(str, row.seeds)),
         "before": "-" if first["step"] else " / ".join(before),
         **scores,
-        "drift": drift.format(*last["drift"]),
+        "drift": "{:.3f}".format(*last["drift"]),
     }
 
 
@@ -415,8 +414,6 @@ def read_run(path, before):
         run = data.read_json(path)
         if not run.get("finished"):
             raise UserError("not finished")
-        if run["arguments"] in [other["arguments"] for other in before]:
-            raise UserError("has the settings and the seed of a run before it")
         table(summarize([*before, run]))  # an error if anything is missing
     return run
 
