@@ -120,7 +120,7 @@ def json_rows(text):
 
 def csv_rows(text):
     """The rows of a table. The first one names the columns."""
-    csv.field_size_limit(10**9)  # a document may be a book
+    csv.field_size_limit(1_000_000_000)  # a document may be a book
     for row in csv.DictReader(io.StringIO(text), strict=True):
         if None in row:
             raise UserError("a row has more cells than columns: quote a cell with a comma in it")

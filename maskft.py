@@ -16,7 +16,6 @@ import gc
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -441,8 +440,6 @@ class RMSNorm(nn.RMSNorm):
     """torch's, kept out of autocast, which would run it in fp32 and keep that copy for backward."""
 
     def forward(self, x):
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)
 
@@ -1243,14 +1240,12 @@ def claim(run, out, ends):
     lock(out, ends)
     found = results_of(run, out)
     if not found:
-        # but for what a crash may leave before there are results
-        if any(not path.name.endswith((".lock", ".part")) for path in out.iterdir()):
+        if os.listdir(out) not in ([".lock"], []):  # where there are no locks, nothing
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, or give another --out"
             )
-        with data.reading(out, "cannot be written to"):
-            data.write_json(out / "results.json", run.results)  # now the directory is its own
+        data.write_json(out / "results.json", run.results)  # now the directory is its own
     return out, "finished" in found
 
 
@@ -1607,7 +1602,7 @@ def train(run, stop):
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3),  # 0 without a GPU
+            memory_gib=torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
             seconds=run.seconds,
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -1962,7 +1957,7 @@ def prepare_all(flags, methods, models, device):
     usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
         Run(flags | {"model": model, "method": name}, methods, device)
-        for name in dict.fromkeys(flags.get("method", usual))
+        for name in flags.get("method", usual)
     ]
 
 
@@ -2053,7 +2048,6 @@ def environment(device):
         "device": name,
         "processes": world_size(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "maskft": commit(),
     }
 
