@@ -487,11 +487,6 @@ def rotate(x, cos, sin):
     return (x * cos + other * sin).type_as(x)
 
 
-# An MLP's activations (B, T, F) of at most so many numbers are kept for backward, larger ones are
-# made again, which costs Python time. In a model of 8 B: 146 tokens, .5 GiB in bf16 over 32 layers.
-KEPT = 2**21
-
-
 class Block(nn.Module):
     """One pre-norm Llama layer: grouped-query attention, then SwiGLU."""
 
@@ -521,7 +516,7 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         gate = self.gate(h)  # (B, T, F)
         up = self.up(h)  # (B, T, F)
-        if gate.numel() > KEPT:
+        if torch.is_grad_enabled():
             # silu(gate) and the product are made again in backward: two of the four (B, T, F) are
             # kept, and no matmul runs twice (checkpoint stops once it has the input of `down`)
             return x + recompute(self.activate, gate, up)
@@ -866,16 +861,7 @@ def generate(
     if not model.config.is_causal:
         raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
     generators = generators or [None] * len(prompts)
-    texts = [
-        SimpleNamespace(
-            size=len(prompt) + max_new_tokens,
-            answer=[],
-            past=0,  # tokens that its row of the cache has
-            new=prompt,  # and those that it lacks
-            generator=generator,
-        )
-        for prompt, generator in zip(prompts, generators, strict=True)
-    ]
+    texts = list(map(partial(in_the_making, max_new_tokens), prompts, generators))
     waiting = sorted(texts, key=lambda text: text.size)  # the longest at the end
     going = []  # the text that each row of the cache belongs to
     while waiting or going:
@@ -905,6 +891,17 @@ def generate(
         if on_answer:
             on_answer(before - len(going))
     return [text.answer for text in texts]
+
+
+def in_the_making(max_new_tokens, prompt, generator):
+    """A text of `generate`: a prompt and what is answered so far."""
+    return SimpleNamespace(
+        size=len(prompt) + max_new_tokens,
+        answer=[],
+        past=0,  # tokens that its row of the cache has
+        new=prompt,  # and those that it lacks
+        generator=generator,
+    )
 
 
 def new_cache(model, texts, cache_bytes):
@@ -1431,8 +1428,9 @@ def recipe_of(method, model):
     return method.from_8b or method.large
 
 
-def decide(given, method, recipe):
+def decide(given, method, model):
     """The settings of a run: as given, else as the recipe has them, but for the epochs."""
+    recipe = recipe_of(method, model)
     settings = SimpleNamespace(**{name: given.get(name, usual) for name, usual in recipe.items()})
     settings.dtype = settings.dtype or native_dtype()
     ratios = settings.mask_ratio
@@ -1468,7 +1466,7 @@ class Run:
             print0(note)
         config = self.method.config(read_config(self.directory), self.tokenizer)
         self.model = without_weights(config)  # on `meta` until its weights are loaded
-        self.settings = settings = decide(given, self.method, recipe_of(self.method, self.model))
+        self.settings = settings = decide(given, self.method, self.model)
         self.dataset = data.load(settings.data, settings.paraphrase, settings.seed)
         if self.dataset.learned:
             settings.rehearse = given.get("rehearse", ANSWER_STEPS)
