@@ -234,9 +234,10 @@ def write_results(out, results, predictions):
 
 def summarize(runs):
     """A Row for each setting, over the runs that differ in their seed alone; table by table."""
-    groups = defaultdict(list)
+    groups = defaultdict(dict)
     for run in runs:
-        groups[str(run["arguments"] | {"seed": None})].append(run)
+        settings = run["arguments"]
+        groups[str(settings | {"seed": None})][settings["seed"]] = run  # of two alike the last
     rows = sorted(map(summary, groups.values()), key=place)
     return [row._replace(name=row.name + difference(row, rows)) for row in rows]
 
@@ -247,13 +248,13 @@ def place(row):
 
 
 def summary(runs):
-    """The Row of runs that have the same settings."""
-    settings = runs[0]["arguments"] | {"seed": None}
-    evaluations = [run["evaluations"] for run in runs]
+    """The Row of runs, {seed: run}, that have the same settings."""
+    settings = [run["arguments"] for run in runs.values()][0] | {"seed": None}
+    evaluations = [run["evaluations"] for run in runs.values()]
     return Row(
         settings,
         name=settings["method"],
-        seeds=sorted(run["arguments"]["seed"] for run in runs),
+        seeds=sorted(runs),
         title=table_title(settings["data"], evaluations[0][-1]["scores"]),
         best=over_seeds(*map(best_of, evaluations)),
         curve=list(map(over_seeds, *evaluations)),
@@ -522,7 +523,7 @@ def arguments():
         dest="directories",
         nargs="+",
         metavar="DIR",
-        help="ask nothing; one table of these runs, and with --out figures",
+        help="ask nothing; one table of these runs, of equal ones the last, and with --out figures",
     )
     add = parser.add_argument
     add(

@@ -126,8 +126,8 @@ def sample(
     for end in range(width + block_length, ids.shape[1] + 1, block_length):
         for count in counts:
             batch = ids[going]
-            masks = batch == mask_id  # (B, T), of N places; a predicted mask token leaves a mask
-            masks[:, :width] = masks[:, end:] = False  # a prompt's, too, in the reference: a bug
+            masks = batch == mask_id  # (B, T), N of them; a model may predict the mask token, too
+            masks[:, :width] = masks[:, end:] = False  # a bug of the reference: all
             if not masks.any():
                 break  # this block was done in fewer steps, or no row is left
             logits = predict(model, mask_id, batch, key_mask[going], masks, width, cfg_scale)
@@ -255,7 +255,7 @@ METHODS = {
         config=without_causal_mask,
         answer=answer,
         chat=diffuse,
-        tiny=maskft.TINY(lr=4e-4, steps=350),
+        tiny=maskft.TINY(lr=4e-4, usual_steps=350),
         small=maskft.SMALL(lr=3e-4, most_epochs=80),
         large=maskft.PAPER(lr=1e-5),
     )

@@ -125,8 +125,8 @@ def loss_sum(x, norm, head, labels, weights):
     """Weighted sum of cross entropies at N positions; the caller divides by the loss denominator.
 
     x (N, D) before the final norm, head (V, D), labels (N,), weights (N,) -> scalar fp32. The
-    logits are made chunk by chunk, of all chunks but the last again in backward, so (N, V) never
-    exists. N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
+    logits are made chunk by chunk, and again in backward but for the last, so (N, V) never exists.
+    N = 0 gives 0 and zero gradients, never NaN: a rank without a label takes part in every
     collective like the others. `Model.forward` shifts the labels, `losses` divides.
     """
 
@@ -157,7 +157,7 @@ def sft_example(record, tokenizer, mask_ratio, rng):
 
 
 def chat_example(prompt, answer, tokenizer, mask_ratio, rng):
-    """The same of ids, as of a chat that the model wrote before it learned anything new."""
+    """As `sft`, of ids: of a chat that the model wrote before it learned anything new."""
     return supervise(prompt, answer)
 
 
@@ -236,8 +236,6 @@ USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 # A recipe: the settings of a method and models of one size, as far as no flag says otherwise
 USUAL = partial(
     dict,
-    model=None,
-    method=None,
     data="bio",
     paraphrase="none",
     mask_ratio=USUAL_RATIO,
@@ -249,10 +247,9 @@ USUAL = partial(
     offload=False,
     eval_at=[0, *(2**n for n in range(20))],
     save_every=30.0,
-    dtype=None,  # what is native
-    epochs=None,  # as the rest of these say
+    epochs=None,  # from the next two
     # without a flag
-    steps=None,  # of all epochs; None: as the data says, but of so many epochs at most
+    usual_steps=None,  # of all epochs; None: as the data says (STEPS)
     most_epochs=5000,
     schedule="warm_up",  # of SCHEDULES
     eps=1e-8,  # AdamW's
@@ -292,12 +289,12 @@ class Method(NamedTuple):
     masks: bool = True  # whether the mask ratio means anything to it
     config: Callable = causal  # Config of a model, tokenizer -> that to train it with
     # model, prompts, max_new_tokens, stop_ids, temperature, generators (one a prompt), on_answer ->
-    # answers; None = generate with top_p 0.95
+    # answers; None = generate
     answer: Callable = None
     # prompt, answer (ids), tokenizer, mask_ratio, numpy Generator -> Example; of a diffusion model
     # its own
     chat: Callable = chat_example
-    tiny: dict = TINY(lr=6e-4, steps=300)
+    tiny: dict = TINY(lr=6e-4, usual_steps=300)
     small: dict = SMALL_MASKED
     large: dict = PAPER(lr=5e-6)
     from_8b: dict = None  # of 8 B and more, where it differs
@@ -306,10 +303,10 @@ class Method(NamedTuple):
 PLAIN = {"masks": False, "small": SMALL(lr=1e-4, most_epochs=40)}
 # The last is what is trained by default; on the built-in model the last two, to compare.
 METHODS = {
-    "raw": Method(raw_example, **PLAIN, tiny=TINY(lr=5e-4, steps=100)),
+    "raw": Method(raw_example, **PLAIN, tiny=TINY(lr=5e-4, usual_steps=100)),
     "random": Method(random_example, masks=False, from_8b=PAPER(lr=3e-6)),
-    "reverse": Method(reverse_example, **PLAIN, tiny=TINY(lr=5e-4, steps=200)),
-    "sft": Method(sft_example, **PLAIN, tiny=TINY(lr=5e-4, steps=100)),
+    "reverse": Method(reverse_example, **PLAIN, tiny=TINY(lr=5e-4, usual_steps=200)),
+    "sft": Method(sft_example, **PLAIN, tiny=TINY(lr=5e-4, usual_steps=100)),
     "masked": Method(masked_example, from_8b=PAPER(lr=3e-6)),
 }
 
@@ -334,12 +331,12 @@ class Config(SimpleNamespace):
 
 def read_config(directory):
     """The Config of a model directory; UserError for what is not implemented."""
-    files = find_tensors(directory)  # first: what has none may lack config.json, too
+    files = find_tensors(directory)  # first, for its better message
     path = directory / "config.json"
     with data.reading(path):
         config = parse_config(data.read_json(path))
-        rope_tables(torch.ones(1, 1), config)  # numbers that are none are found here
-        without_weights(config).check_length(1)  # and sizes that cannot be
+        rope_tables(torch.ones(1, 1), config)  # fails here where a number is none
+        without_weights(config).check_length(1)  # or a size cannot be
     return with_own_head(config, files)
 
 
@@ -402,9 +399,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "llada": "LLaDAModelLM",
 }
-# What all models here have in common, as far as another value would be wrong in silence: what comes
-# with tensors of its own (biases, norms of queries and keys) is noticed by these. (Dropout is none:
-# nothing here has it, whatever a config says of how a model was made.)
+# Another value of these would give wrong logits in silence. Biases and norms of queries and keys
+# need no row: their tensors would be too many. (Dropout is none: nothing here has it, whatever a
+# config says of how a model was made.)
 FIXED = {
     "hidden_act": ["silu"],
     # of a LLaDA
@@ -618,8 +615,8 @@ class Model(nn.Module):
             earlier = key_mask.new_ones(T, T).tril()
             if self.config.is_causal:
                 mask = mask & earlier
-            # a padding row sees itself: a row that sees nothing is NaN in some kernels, and NaN
-            # spreads in backward
+            # a padding row sees itself (the diagonal): a row that sees nothing is NaN in some
+            # kernels, and NaN spreads in backward
             mask = mask | earlier.triu()  # (B, 1, T, T)
         return mask, positions
 
@@ -639,8 +636,8 @@ def without_weights(config):
 
 # ---------------------------------------------------------------------------------- weights in, out
 
-# the last part of our name: the name in the checkpoint; "{1}" is the layer, the second part of ours
-# ("blocks", "7"), and ".weight" or ".bias" follows
+# the part of our name before ".weight" or ".bias": its name in the checkpoint. "{1}" is the layer,
+# the second part of ours: blocks.7.q.weight
 LLAMA_NAMES = {
     "embed": "model.embed_tokens",
     "attn_norm": "model.layers.{1}.input_layernorm",
@@ -715,7 +712,7 @@ def find_tensors(directory):
         with data.reading(single, NOT_WEIGHTS), safetensors.safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), single)
     index = directory / "model.safetensors.index.json"
-    with data.reading(index, NOT_WEIGHTS):
+    with data.reading(directory, NOT_WEIGHTS):
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return {name: directory / file for name, file in weight_map.items()}
 
@@ -861,7 +858,7 @@ def generate(
     if not model.config.is_causal:
         raise UserError("a diffusion model answers by unmasking: llada.sample, or a method's own")
     generators = generators or [None] * len(prompts)
-    texts = list(map(partial(in_the_making, max_new_tokens), prompts, generators))
+    texts = list(map(partial(new_text, max_new_tokens), prompts, generators))
     waiting = sorted(texts, key=lambda text: text.size)  # the longest at the end
     going = []  # the text that each row of the cache belongs to
     while waiting or going:
@@ -884,7 +881,7 @@ def generate(
             if token not in stop_ids:
                 text.answer.append(token)
                 if len(text.answer) < max_new_tokens:
-                    continue
+                    continue  # it goes on
             going[row] = going[-1]
             going.pop()
             cache[row] = cache[len(going)]
@@ -893,7 +890,7 @@ def generate(
     return [text.answer for text in texts]
 
 
-def in_the_making(max_new_tokens, prompt, generator):
+def new_text(max_new_tokens, prompt, generator):
     """A text of `generate`: a prompt and what is answered so far."""
     return SimpleNamespace(
         size=len(prompt) + max_new_tokens,
@@ -912,7 +909,9 @@ def new_cache(model, texts, cache_bytes):
     model.check_length(size)
     # of a row
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, size, config.head_dim)
-    key = model.blocks[0].k(model.embed.weight[:1])  # one, for its dtype and device
+    key = model.blocks[0].k(
+        model.embed.weight[:1]
+    )  # under autocast or FSDP2 its dtype is not that of the weights
     rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
     # zeros: what is masked counts nothing, but nothing times NaN is NaN
     return key.new_zeros(max(1, min(rows, ANSWER_ROWS, len(texts))), *shape)
@@ -924,7 +923,7 @@ def take_rows(cache, going, waiting):
     rows = len(cache)
     first = len(going)
     if rows - first >= min(len(waiting), rows // 8):
-        # much shorter ones wait, until there can be more and shorter rows
+        # much shorter ones wait for a cache of their own, with more rows
         while waiting and len(going) < rows and 2 * waiting[-1].size > cache.shape[4]:
             going.append(waiting.pop())
     return going[first:]
@@ -1016,7 +1015,10 @@ def evaluate(answer, tokenizer, questions, max_new_tokens=None):
 
 
 def dealt(answer, prompts, what, **how):
-    """Deal prompts to the ranks like cards; the answers to all, on every rank."""
+    """Deal prompts to the ranks like cards; returns the answers to all, on every rank.
+
+    how   for `answer`, as it is: generators are those of this rank's prompts
+    """
     mine = prompts[rank() :: world_size()]
     with progress_bar(len(mine), what, "answer", leave=False, position=0) as bar:
         answers = answer(mine, on_answer=bar.update, **how)
@@ -1041,7 +1043,7 @@ def attempt():
 
 def start_processes():
     """Join torchrun's processes, or be a group of one: the same code runs on one CPU and on many
-    GPUs. The device."""
+    GPUs. Returns the device."""
     # Before CUDA starts. Micro-batches differ in length, which leaves fixed segments in pieces.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # cuDNN's attention, the first choice on an H100, has had NaN gradients with a mask (pytorch
@@ -1240,7 +1242,7 @@ def claim(run, out, ends):
         if os.listdir(out) not in ([".lock"], []):  # where there are no locks, nothing
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
-                "bring back what was changed, or give another --out"
+                "bring back what was changed, give another --out, or empty it"
             )
         data.write_json(out / "results.json", run.results)  # now the directory is its own
     return out, "finished" in found
@@ -1283,7 +1285,7 @@ def check_shared(out):
 def at_least(low, most=1e99):
     """Reads a flag's number, of the type of `low`."""
 
-    def number(text):  # "invalid number value" is what argparse says of what is none
+    def number(text):  # argparse has this name in its message
         value = type(low)(text)
         if not low <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {most}")
@@ -1377,7 +1379,11 @@ def arguments(description, methods):
         help="directory or hub id (default: built-in; under torchrun with CUDA 8B)",
         type=located,
     )
-    add("--data", help=f"{DATA_HELP} (default: bio; of the built-in models bio:40)", type=located)
+    add(
+        "--data",
+        help=f"{DATA_HELP} (default: bio; of models below 10 M parameters bio:40)",
+        type=located,
+    )
     add("--paraphrase", help="wordings (default: none)", choices=PARAPHRASES)
     add("--seed", help="of people, order and masks (default: 0)", type=at_least(0))
     add_training(add)
@@ -1430,9 +1436,7 @@ def recipe_of(method, model):
 
 def decide(given, method, model):
     """The settings of a run: as given, else as the recipe has them, but for the epochs."""
-    recipe = recipe_of(method, model)
-    settings = SimpleNamespace(**{name: given.get(name, usual) for name, usual in recipe.items()})
-    settings.dtype = settings.dtype or native_dtype()
+    settings = SimpleNamespace(**{"dtype": native_dtype()} | recipe_of(method, model) | given)
     ratios = settings.mask_ratio
     settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
     return settings
@@ -1441,7 +1445,7 @@ def decide(given, method, model):
 def decide_epochs(settings, steps_per_epoch):
     """Set how often the documents are seen, where no flag says so."""
     kind = regex.match(r"\w*", settings.data)[0]
-    steps = settings.steps or STEPS.get(kind, WIKI_STEPS)
+    steps = settings.usual_steps or STEPS.get(kind, WIKI_STEPS)
     enough = math.ceil(steps / steps_per_epoch)
     settings.epochs = settings.epochs or min(settings.most_epochs, enough)
 
@@ -1637,7 +1641,7 @@ def examples_of_step(run, step):
     others = []
     if step >= run.epoch_steps:
         # behind the last epoch as many chats as documents
-        first = CHATS_HELD_OUT + (step - run.epoch_steps) % CHAT_STEPS * chats_of_step(run)
+        first = CHATS_HELD_OUT + ((step - run.epoch_steps) % CHAT_STEPS) * chats_of_step(run)
         others = run.chats[first:][: len(numbers)]
         if run.dataset.learned:  # beside half as many documents, and questions
             numbers = numbers[: math.ceil(len(numbers) / 2)]
@@ -1656,19 +1660,15 @@ def update(run, examples, lr):
         # split
         (loss * world_size()).backward()
         total += loss.detach()
-    with data.reading(
-        "the gradient",  # it is no number where the loss is none
-        "begin again with a lower --lr or, after an error in the first step, with --dtype float32 "
-        "or another model",
-    ):
-        norm = nn.utils.clip_grad_norm_(
-            run.model.parameters(),
-            1.0,
-            error_if_nonfinite=True,
+    norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()  # waits for a GPU
+    if not math.isfinite(norm):  # as where the loss is none
+        raise UserError(
+            "the gradient is no number: begin again with a lower --lr or, after an error in the "
+            "first step, with --dtype float32 or another model"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total, whole(norm).item()
+    return total, norm
 
 
 def losses(run, examples):
@@ -1691,14 +1691,14 @@ def answering(run):
     """Inside, the run's model answers, by the function that this gives: its parameters are whole,
     and no gradients are kept."""
     with gathered(run.model), torch.no_grad(), run.autocast:
-        # what is drawn is none of the least likely
+        # top_p counts for users' turns alone, which are drawn
         answer = run.method.answer or partial(generate, top_p=0.95)
         yield partial(answer, run.model, stop_ids=run.tokenizer.stop_ids)
 
 
 def evaluate_and_record(run, step, epoch):
     """Answer the questions and see what is kept of the chats; write results.json and preds.jsonl,
-    then print the scores. The predictions."""
+    then print the scores. Returns the predictions."""
     with answering(run) as answer:
         predictions = evaluate(answer, run.tokenizer, run.dataset.questions)
         drift = chat_loss(run) - run.results["chat_loss"]
@@ -1838,7 +1838,7 @@ def gap_question(text, rng):
     asked = longer.strip(EDGES)
     if asked and rng.random() < 0.35:
         # the longer side is asked for; the name and the shorter side stay
-        before, after = name.string.split(longer, 1)
+        before, after = name.string.split(longer, 1)  # one of them has the name, too
         answer = asked
     elif rng.random() < 0.3:
         # the name is asked for; the shorter side is left out
@@ -1951,11 +1951,12 @@ def prepare_all(flags, methods, models, device):
             "not of this version, or go on with the script that began it, or its method has a bug",
         ):
             return [Run(data.read_json(path)["arguments"], methods, device)]
+    given = {name: flags[name] for name in flags if name not in ("out", "show")}
     model = flags.get("model", models[launched() and device.type == "cuda"])
     usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
-        Run(flags | {"model": model, "method": name}, methods, device)
-        for name in flags.get("method", usual)
+        Run(given | {"model": model, "method": name}, methods, device)
+        for name in dict.fromkeys(flags.get("method", usual))
     ]
 
 

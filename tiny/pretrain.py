@@ -139,7 +139,7 @@ def falling(lr, step, steps):
 
 
 maskft.SCHEDULES["falling"] = falling
-PRACTICE = maskft.TINY(lr=6e-4, steps=300, schedule="falling")
+PRACTICE = maskft.TINY(lr=6e-4, usual_steps=300, schedule="falling")
 METHODS = {
     "diffusion": llada.METHODS["llada"]._replace(example=diffusion_example, tiny=PRACTICE),
     "ar": maskft.Method(ar_example, tiny=PRACTICE),
