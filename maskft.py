@@ -391,7 +391,8 @@ def refuse_unless(raw, **implemented):
             )
 
 
-# config.json's model_type: who opens it in transformers
+# config.json's model_type: who opens it in transformers. Another family is a row here and, where
+# its tensors have other names, a table of them, chosen in parse_config.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
