@@ -7,8 +7,8 @@
 The method is *Diffusion-Inspired Masked Fine-Tuning for Knowledge Injection in Autoregressive
 LLMs* (arXiv 2510.09885); "paper" below means that one, and masked_arLLM its released code. The
 file reads from top to bottom: the paper (masking and loss), methods, config, model, weights,
-generation, answering, FSDP2, checkpoints, a run's directory, settings, the training loop, what
-comes behind the last epoch, main.
+generation, answering, FSDP2, checkpoints, a run's directory, the training loop, what comes behind
+the last epoch, settings, main.
 """
 
 import argparse
@@ -1280,177 +1280,6 @@ def check_shared(out):
         )
 
 
-# ------------------------------------------------------------------- settings, which are the flags
-
-
-def at_least(low, most=1e99):
-    """Reads a flag's number, of the type of `low`."""
-
-    def number(text):  # argparse has this name in its message
-        value = type(low)(text)
-        if not low <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {most}")
-        return value
-
-    return number
-
-
-def located(name):
-    """A model or data set by name as it is, by path with its absolute path, to resume anywhere."""
-    name = name.rstrip("/")  # a shell's completion adds it
-    by_path = Path(name).exists() and name not in (*BUILT_IN, *SETS)
-    return str(Path(name).absolute()) if by_path else name
-
-
-positive = at_least(1)
-
-
-def add_training(add):
-    """The flags of how to train, by argparse's `add`."""
-    add(
-        "--mask-ratio",
-        help="share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to "
-        "1 B parameters 0.5 0.95)",
-        type=at_least(0.0, 1.0),
-        nargs="+",
-        metavar="R",
-    )
-    add(
-        "--mlp-only",
-        help="train the MLPs alone, which forgets less (default: masked and random, of real models "
-        "below 1 B)",
-        action=argparse.BooleanOptionalAction,
-    )
-    add(
-        "--rehearse",
-        help="add N steps with chats that the model wrote, and questions to learn (default: masked "
-        "and random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
-        type=at_least(0),
-        metavar="N",
-    )
-    add("--epochs", help="default: by the model's size and the data", type=positive)
-    add("--lr", help="default: by the model's size and the method", type=at_least(0.0))
-    add("--batch-size", help="documents a step (default: 64; of small models fewer)", type=positive)
-    add(
-        "--micro-batch-tokens",
-        help="at a time on a GPU, with padding: memory, not results (default: 4096)",
-        type=positive,
-    )
-    add("--max-len", help="of a document's example, in tokens (default: 512)", type=positive)
-    add(
-        "--dtype",
-        help="of the computation (default: bfloat16 on GPUs that have it)",
-        choices=["bfloat16", "float32"],
-    )
-    add(
-        "--offload",
-        help="keep weights, gradients and optimizer state in the host's memory: slower, fits more",
-        action="store_true",
-    )
-    add(
-        "--eval-at",
-        help="evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
-        type=at_least(0),
-        nargs="+",
-        metavar="E",
-    )
-    add("--save-every", help="minutes between checkpoints (default: 30)", type=at_least(0.0))
-
-
-def arguments(description, methods):
-    """The flags of a script that trains `methods`, {name: Method}.
-
-    What is not given is not there. All but the last three are settings, which make a run what it
-    is: results.json keeps them, from where --resume has them.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    add = parser.add_argument
-    add(
-        "--method",
-        nargs="+",
-        choices=methods,
-        help="one, or several to compare (default: the last; of tiny the last two)",
-    )
-    add(
-        "--model",
-        help="directory or hub id (default: built-in; under torchrun with CUDA 8B)",
-        type=located,
-    )
-    add(
-        "--data",
-        help=f"{DATA_HELP} (default: bio; of models below 10 M parameters bio:40)",
-        type=located,
-    )
-    add("--paraphrase", help="wordings (default: none)", choices=PARAPHRASES)
-    add("--seed", help="of people, order and masks (default: 0)", type=at_least(0))
-    add_training(add)
-    add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
-    add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
-    add(
-        "--show",
-        type=positive,
-        nargs="?",
-        const=3,
-        metavar="N",
-        help="print what the model would see of N documents (3), and train nothing",
-    )
-    return parser
-
-
-def parse_flags(parser, words=None):
-    """{name: value} of the flags on the command line, or in the `words` of one in a notebook.
-
-    --resume takes all settings from its run, so it stands alone.
-    """
-    flags = vars(parser.parse_args(words))
-    if "resume" in flags and len(flags) > 1:
-        parser.error("--resume takes its settings from the run: give no other flag with it")
-    return flags
-
-
-# Steps of the paper's settings, by the first word of --data: one and a half times what 95 % of the
-# plateau takes, 3/k of the paper's fitted curves; of GSM8K the paper's 7 epochs. Custom documents
-# count as wiki, which is natural text too.
-STEPS = {"bio": 5000, "nd": 1400, "gsm8k": 810, "math": 810}
-WIKI_STEPS = 1550
-
-
-def parameter_count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def recipe_of(method, model):
-    """The one for a model of this size."""
-    parameters = parameter_count(model)
-    if parameters < 10_000_000:
-        return method.tiny
-    if parameters < 1_000_000_000:
-        return method.small
-    if parameters < 8_000_000_000:
-        return method.large
-    return method.from_8b or method.large
-
-
-def decide(given, method, model):
-    """The settings of a run: as given, else as the recipe has them, but for the epochs."""
-    settings = SimpleNamespace(**{"dtype": native_dtype()} | recipe_of(method, model) | given)
-    ratios = settings.mask_ratio
-    settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
-    return settings
-
-
-def decide_epochs(settings, steps_per_epoch):
-    """Set how often the documents are seen, where no flag says so."""
-    kind = regex.match(r"\w*", settings.data)[0]
-    steps = settings.usual_steps or STEPS.get(kind, WIKI_STEPS)
-    enough = math.ceil(steps / steps_per_epoch)
-    settings.epochs = settings.epochs or min(settings.most_epochs, enough)
-
-
 # -------------------------------------------------------------------------------- the training loop
 
 
@@ -1900,6 +1729,177 @@ def chat_loss(run):
     """
     (loss,) = sum_over_ranks(sum(losses(run, run.chats[:CHATS_HELD_OUT])))
     return loss
+
+
+# ------------------------------------------------------------------- settings, which are the flags
+
+
+def at_least(low, most=1e99):
+    """Reads a flag's number, of the type of `low`."""
+
+    def number(text):  # argparse has this name in its message
+        value = type(low)(text)
+        if not low <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {most}")
+        return value
+
+    return number
+
+
+def located(name):
+    """A model or data set by name as it is, by path with its absolute path, to resume anywhere."""
+    name = name.rstrip("/")  # a shell's completion adds it
+    by_path = Path(name).exists() and name not in (*BUILT_IN, *SETS)
+    return str(Path(name).absolute()) if by_path else name
+
+
+positive = at_least(1)
+
+
+def add_training(add):
+    """The flags of how to train, by argparse's `add`."""
+    add(
+        "--mask-ratio",
+        help="share of masked tokens, or lowest and highest (default: 0.05 0.95; masked of 10 M to "
+        "1 B parameters 0.5 0.95)",
+        type=at_least(0.0, 1.0),
+        nargs="+",
+        metavar="R",
+    )
+    add(
+        "--mlp-only",
+        help="train the MLPs alone, which forgets less (default: masked and random, of real models "
+        "below 1 B)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(
+        "--rehearse",
+        help="add N steps with chats that the model wrote, and questions to learn (default: masked "
+        "and random, real models below 1 B 8; of documents with questions to learn 200; else 0)",
+        type=at_least(0),
+        metavar="N",
+    )
+    add("--epochs", help="default: by the model's size and the data", type=positive)
+    add("--lr", help="default: by the model's size and the method", type=at_least(0.0))
+    add("--batch-size", help="documents a step (default: 64; of small models fewer)", type=positive)
+    add(
+        "--micro-batch-tokens",
+        help="at a time on a GPU, with padding: memory, not results (default: 4096)",
+        type=positive,
+    )
+    add("--max-len", help="of a document's example, in tokens (default: 512)", type=positive)
+    add(
+        "--dtype",
+        help="of the computation (default: bfloat16 on GPUs that have it)",
+        choices=["bfloat16", "float32"],
+    )
+    add(
+        "--offload",
+        help="keep weights, gradients and optimizer state in the host's memory: slower, fits more",
+        action="store_true",
+    )
+    add(
+        "--eval-at",
+        help="evaluate before these epochs, and at the end (default: 0 1 2 4 8 ...)",
+        type=at_least(0),
+        nargs="+",
+        metavar="E",
+    )
+    add("--save-every", help="minutes between checkpoints (default: 30)", type=at_least(0.0))
+
+
+def arguments(description, methods):
+    """The flags of a script that trains `methods`, {name: Method}.
+
+    What is not given is not there. All but the last three are settings, which make a run what it
+    is: results.json keeps them, from where --resume has them.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add(
+        "--method",
+        nargs="+",
+        choices=methods,
+        help="one, or several to compare (default: the last; of tiny the last two)",
+    )
+    add(
+        "--model",
+        help="directory or hub id (default: built-in; under torchrun with CUDA 8B)",
+        type=located,
+    )
+    add(
+        "--data",
+        help=f"{DATA_HELP} (default: bio; of models below 10 M parameters bio:40)",
+        type=located,
+    )
+    add("--paraphrase", help="wordings (default: none)", choices=PARAPHRASES)
+    add("--seed", help="of people, order and masks (default: 0)", type=at_least(0))
+    add_training(add)
+    add("--out", help="of the run; of several methods the beginning (default: out/DATA-METHOD-N)")
+    add("--resume", metavar="DIR", help="go on with this run; takes no other flag")
+    add(
+        "--show",
+        type=positive,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="print what the model would see of N documents (3), and train nothing",
+    )
+    return parser
+
+
+def parse_flags(parser, words=None):
+    """{name: value} of the flags on the command line, or in the `words` of one in a notebook.
+
+    --resume takes all settings from its run, so it stands alone.
+    """
+    flags = vars(parser.parse_args(words))
+    if "resume" in flags and len(flags) > 1:
+        parser.error("--resume takes its settings from the run: give no other flag with it")
+    return flags
+
+
+# Steps of the paper's settings, by the first word of --data: one and a half times what 95 % of the
+# plateau takes, 3/k of the paper's fitted curves; of GSM8K the paper's 7 epochs. Custom documents
+# count as wiki, which is natural text too.
+STEPS = {"bio": 5000, "nd": 1400, "gsm8k": 810, "math": 810}
+WIKI_STEPS = 1550
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def recipe_of(method, model):
+    """The one for a model of this size."""
+    parameters = parameter_count(model)
+    if parameters < 10_000_000:
+        return method.tiny
+    if parameters < 1_000_000_000:
+        return method.small
+    if parameters < 8_000_000_000:
+        return method.large
+    return method.from_8b or method.large
+
+
+def decide(given, method, model):
+    """The settings of a run: as given, else as the recipe has them, but for the epochs."""
+    settings = SimpleNamespace(**{"dtype": native_dtype()} | recipe_of(method, model) | given)
+    ratios = settings.mask_ratio
+    settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
+    return settings
+
+
+def decide_epochs(settings, steps_per_epoch):
+    """Set how often the documents are seen, where no flag says so."""
+    kind = regex.match(r"\w*", settings.data)[0]
+    steps = settings.usual_steps or STEPS.get(kind, WIKI_STEPS)
+    enough = math.ceil(steps / steps_per_epoch)
+    settings.epochs = settings.epochs or min(settings.most_epochs, enough)
 
 
 # --------------------------------------------------------------------------------------------- main
