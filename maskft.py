@@ -408,8 +408,6 @@ FIXED = {
     # of a LLaDA
     "activation_type": ["silu"],
     "alibi": [False],
-    "input_emb_norm": [False],
-    "layer_norm_type": ["rms"],
     "rope": [True],
     "scale_logits": [False],
 }
@@ -685,8 +683,10 @@ WANTED = ["*.safetensors", "*.json", "*.jinja"]  # never pickled weights, never 
 def find_model(name):
     """The directory of a model: the path itself, one beside this file (`tiny`), or a download."""
     for path in (Path(name), Path(__file__).parent / name):
-        if path.exists():
+        if path.is_dir():
             return path
+        if path.is_file():
+            raise UserError(f"--model {name} is a file: give its directory")
     with data.reading(
         f"--model {name}",
         "no directory, and cannot be downloaded. Of a gated or private one: `hf auth login`. Where "
@@ -1957,7 +1957,7 @@ def prepare_all(flags, methods, models, device):
     usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
         Run(given | {"model": model, "method": name}, methods, device)
-        for name in dict.fromkeys(flags.get("method", usual))
+        for name in flags.get("method", usual)
     ]
 
 

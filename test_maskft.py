@@ -2244,7 +2244,7 @@ TRAINING_MISTAKES = {
     "--model ./nowhere": "nowhere",
     "--model nowhere/at-all": "hf download nowhere/at-all",
     "--model no/hub/id": "hf download no/hub/id",
-    "--model facts.jsonl": "facts.jsonl/tokenizer.json",
+    "--model facts.jsonl": "facts.jsonl is a file",
     "--model tiny-llada": "use llada.py",
     "--model tiny --data nowhere.jsonl": "nowhere.jsonl",
     "--model tiny --data questions.jsonl": "questions.jsonl",
