@@ -236,6 +236,8 @@ USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 # A recipe: the settings of a method and models of one size, as far as no flag says otherwise
 USUAL = partial(
     dict,
+    model=None,  # here for their order alone: the same flags in another are the same run
+    method=None,
     data="bio",
     paraphrase="none",
     mask_ratio=USUAL_RATIO,
@@ -1240,7 +1242,7 @@ def claim(run, out, ends):
     lock(out, ends)
     found = results_of(run, out)
     if not found:
-        if os.listdir(out) not in ([".lock"], []):  # where there are no locks, nothing
+        if len(os.listdir(out)) > 1:  # more than the lock
             raise UserError(
                 f"{out} is in use, and not by a run with these settings and --data as it is now: "
                 "bring back what was changed, give another --out, or empty it"

@@ -2525,8 +2525,10 @@ def test_below_1_b_the_rate_of_masked_falls_over_the_last_fifth():
         for step in (0, 9, 400, 425, 500)
     ]
     assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 5e-4, 0])
-    found = maskft.decide({"mlp_only": False}, masked, meta_model("135M"))
-    assert found.mlp_only is False
+    decide = partial(maskft.decide, method=masked, model=meta_model("135M"))
+    assert decide({"mlp_only": False}).mlp_only is False
+    # the same run, whatever the order of flags
+    assert str(decide({"model": "m", "method": "n"})) == str(decide({"method": "n", "model": "m"}))
 
 
 def test_under_torchrun_with_cuda_the_paper_s_model_is_taught():
