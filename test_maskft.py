@@ -550,7 +550,7 @@ def test_what_the_files_declare_stops_and_is_saved(tmp_path):
     write(path / "generation_config.json", ends)
     write(path / "config.json", {"pad_token_id": 265, "vocab_size": 268})
     ours = data.load_tokenizer(path)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 265, 265)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.notes) == (None, 265, 265, [])
     assert ours.stop_ids == (267, 265, 104)
     data.write_chat_files(ours, path, fill(tmp_path / "out/x", "").parent)
     saved = data.read_json(path / "out/generation_config.json")
@@ -563,7 +563,7 @@ def test_a_base_model_is_told_and_learns_to_end_a_turn(tmp_path):
     path = write_tokenizer(tmp_path, template=named, config={"eos_token": "<|endoftext|>"})
     ours = data.load_tokenizer(path)
     assert ours.notes == ["a base model: it learns where a turn ends"]
-    assert (ours.eos_id, ours.pad_id, ours.stop_ids) == (265, 265, (267, 265))
+    assert (ours.eos_id, ours.stop_ids) == (265, (267, 265))
 
 
 LETTERS = string.ascii_letters
