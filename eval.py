@@ -237,7 +237,7 @@ def summarize(runs):
     groups = defaultdict(dict)
     for run in runs:
         settings = run["arguments"]
-        groups[str(settings | {"seed": None})][settings["seed"]] = run  # of two alike the last
+        groups[str(settings | {"seed": None})][settings["seed"]] = run  # the last of a seed
     rows = sorted(map(summary, groups.values()), key=place)
     return [row._replace(name=row.name + difference(row, rows)) for row in rows]
 
@@ -294,7 +294,7 @@ def difference(row, rows):
     return "".join(
         f", {name} {value}"
         for name, value in row.settings.items()
-        if any(settings[name] != value for settings in same)
+        if any(settings.get(name) != value for settings in same)
     )
 
 
@@ -523,7 +523,8 @@ def arguments():
         dest="directories",
         nargs="+",
         metavar="DIR",
-        help="ask nothing; one table of these runs, of equal ones the last, and with --out figures",
+        help="ask nothing; one table of these runs (the last of those alike in settings and seed), "
+        "and with --out figures",
     )
     add = parser.add_argument
     add(

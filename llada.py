@@ -127,7 +127,7 @@ def sample(
         for count in counts:
             batch = ids[going]
             masks = batch == mask_id  # (B, T), N of them; a model may predict the mask token, too
-            masks[:, :width] = masks[:, end:] = False  # a bug of the reference: all
+            masks[:, :width] = masks[:, end:] = False  # the reference fills the prompt's: a bug
             if not masks.any():
                 break  # this block was done in fewer steps, or no row is left
             logits = predict(model, mask_id, batch, key_mask[going], masks, width, cfg_scale)

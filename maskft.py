@@ -1813,8 +1813,10 @@ def add_training(add):
 def arguments(description, methods):
     """The flags of a script that trains `methods`, {name: Method}.
 
-    What is not given is not there. All but the last three are settings, which make a run what it
-    is: results.json keeps them, from where --resume has them.
+    What is not given is not there. All but --out, --resume and --show are settings, which make a
+    run what it is: results.json keeps them, from where --resume has them. So are flags that a
+    script adds, without a default=; but --resume gives them to the run, not to the script: there,
+    go on by the same command.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -1954,7 +1956,7 @@ def prepare_all(flags, methods, models, device):
             "not of this version, or go on with the script that began it, or its method has a bug",
         ):
             return [Run(data.read_json(path)["arguments"], methods, device)]
-    given = {name: flags[name] for name in flags if name not in ("out", "show")}
+    given = {name: flags[name] for name in sorted(flags) if name not in ("out", "show")}
     model = flags.get("model", models[launched() and device.type == "cuda"])
     usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
@@ -1964,10 +1966,10 @@ def prepare_all(flags, methods, models, device):
 
 
 PLAN = """\
-{method}: {documents} records and {learned} questions to learn, {questions} to ask
-  {epochs} epochs of batches of {batch_size} and {rehearse} steps of --rehearse, lr {lr:g}
-  defaults: {source}
-  computes in {dtype} (--dtype, else what is native here), weights and gradient sums in float32"""
+{0.method}: {documents} records and {learned} questions to learn, {questions} to ask
+  {0.epochs} epochs of batches of {0.batch_size} and {0.rehearse} steps of --rehearse, lr {0.lr:g}
+  defaults: {0.source}
+  computes in {0.dtype} (--dtype, else what is native here), weights and gradient sums in float32"""
 
 
 def describe(run):
@@ -1977,7 +1979,7 @@ def describe(run):
         print0(f"{settings.model} has words for its own people alone: give a real --model")
     print0(
         PLAN.format(
-            **vars(settings),
+            settings,
             documents=len(run.dataset.documents),
             learned=len(run.dataset.learned),
             questions=len(run.dataset.questions),

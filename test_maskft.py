@@ -1199,7 +1199,8 @@ def test_a_report_draws_curves_and_ratios(runs, tmp_path, monkeypatch):
 def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, capsys):
     text = (runs[0] / "results.json").read_text()
     bad = [write_run(tmp_path / "unfinished", 0.1, 0.2), tmp_path]
-    for name, broken in (("torn", text[:9]), ("list", "[]"), ("old", text.replace("ratio", "x"))):
+    old = text.replace("paraphrase", "x")
+    for name, broken in (("torn", text[:9]), ("list", "[]"), ("old", old)):
         bad.append(tmp_path / name)
         fill(bad[-1] / "results.json", broken)
     evaluation.report([*runs, *bad])
