@@ -1199,8 +1199,11 @@ def test_a_report_draws_curves_and_ratios(runs, tmp_path, monkeypatch):
 def test_a_run_that_cannot_be_reported_is_left_out_and_named(runs, tmp_path, capsys):
     text = (runs[0] / "results.json").read_text()
     bad = [write_run(tmp_path / "unfinished", 0.1, 0.2), tmp_path]
-    old = text.replace("paraphrase", "x")
-    for name, broken in (("torn", text[:9]), ("list", "[]"), ("old", old)):
+    for name, broken in (
+        ("torn", text[:9]),
+        ("list", "[]"),
+        ("old", text.replace("paraphrase", "x")),
+    ):
         bad.append(tmp_path / name)
         fill(bad[-1] / "results.json", broken)
     evaluation.report([*runs, *bad])
@@ -1652,7 +1655,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_loaded_untied(tmp_path):
     changed(tmp_path, HEAD, other)
     model = maskft.load(tmp_path)
     assert torch.equal(model.head.weight, other)
-    assert not model.config.raw["tie_word_embeddings"]
+    assert model.config.raw["tie_word_embeddings"] is False
 
 
 def test_a_tied_llada_with_a_head_of_its_own_is_loaded_untied(tmp_path):
@@ -1747,7 +1750,7 @@ def test_what_cannot_be_answered_is_refused():
     model = random_model(max_position_embeddings=8)
     assert len(maskft.generate(model, [[6, 7, 8]], 5)[0]) == 5
     assert "9 tokens" in refusal(maskft.generate, model, [[5], [6, 7, 8]], 6)
-    assert not maskft.generate(model, [], 1)
+    assert maskft.generate(model, [], 1) == []
     assert "unmasking" in refusal(maskft.generate, tiny_llada(), [[5]], 1)
     model.norm.weight.data[3] = math.inf
     assert "NaN" in refusal(maskft.generate, model, [[5]], 1)
