@@ -249,7 +249,8 @@ def place(row):
 
 def summary(runs):
     """The Row of runs, {seed: run}, that have the same settings."""
-    settings = [run["arguments"] for run in runs.values()][0] | {"seed": None}
+    first, *_ = runs.values()
+    settings = first["arguments"] | {"seed": None}
     evaluations = [run["evaluations"] for run in runs.values()]
     return Row(
         settings,

@@ -236,8 +236,6 @@ USUAL_RATIO = (0.05, 0.95)  # of masked tokens, lowest and highest [paper A.4]
 # A recipe: the settings of a method and models of one size, as far as no flag says otherwise
 USUAL = partial(
     dict,
-    model=None,  # here for their order alone: the same flags in another are the same run
-    method=None,
     data="bio",
     paraphrase="none",
     mask_ratio=USUAL_RATIO,
@@ -912,9 +910,8 @@ def new_cache(model, texts, cache_bytes):
     model.check_length(size)
     # of a row
     shape = (config.num_hidden_layers, 2, config.num_key_value_heads, size, config.head_dim)
-    key = model.blocks[0].k(
-        model.embed.weight[:1]
-    )  # under autocast or FSDP2 its dtype is not that of the weights
+    # a key, as under autocast or FSDP2 its dtype is not that of the weights
+    key = model.blocks[0].k(model.embed.weight[:1])
     rows = cache_bytes // (math.prod(shape) * key.dtype.itemsize)
     # zeros: what is masked counts nothing, but nothing times NaN is NaN
     return key.new_zeros(max(1, min(rows, ANSWER_ROWS, len(texts))), *shape)
@@ -1316,12 +1313,11 @@ class Run:
         self.steps = self.epoch_steps + settings.rehearse  # with those behind the epochs
         self.chats = []  # Examples of what the model wrote before it learned anything
         self.lines = []  # of metrics.jsonl
-        # what its numbers follow from
-        digest = sha256(repr([settings, self.dataset]).encode()).hexdigest()
         self.results = {  # of results.json
             "arguments": vars(settings),
-            "digest": digest,
-            "environment": environment(device),
+            # what its numbers follow from
+            "digest": sha256(repr([settings, self.dataset]).encode()).hexdigest(),
+            "environment": on_rank_0(environment, device),
             "evaluations": [],
         }
         describe(self)
@@ -1892,9 +1888,12 @@ def recipe_of(method, model):
 
 def decide(given, method, model):
     """The settings of a run: as given, else as the recipe has them, but for the epochs."""
-    settings = SimpleNamespace(**{"dtype": native_dtype()} | recipe_of(method, model) | given)
-    ratios = settings.mask_ratio
-    settings.mask_ratio = [min(ratios), max(ratios)] if method.masks else None
+    chosen = {"dtype": native_dtype()} | recipe_of(method, model) | given
+    # in one order, as the same flags in another are the same run
+    settings = SimpleNamespace(**dict(sorted(chosen.items())))
+    settings.mask_ratio = (
+        [min(settings.mask_ratio), max(settings.mask_ratio)] if method.masks else None
+    )
     return settings
 
 
@@ -1956,7 +1955,7 @@ def prepare_all(flags, methods, models, device):
             "not of this version, or go on with the script that began it, or its method has a bug",
         ):
             return [Run(data.read_json(path)["arguments"], methods, device)]
-    given = {name: flags[name] for name in sorted(flags) if name not in ("out", "show")}
+    given = {name: flags[name] for name in flags if name != "out"}
     model = flags.get("model", models[launched() and device.type == "cuda"])
     usual = list(methods)[-2 if model in BUILT_IN else -1 :]
     return [
